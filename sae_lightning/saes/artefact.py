@@ -1,0 +1,73 @@
+"""An SAE on disk: ``sae.safetensors`` and ``cfg.json`` in one folder, complete without anything else."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sae_lightning.saes.base import SAE
+
+SCHEMA = 1
+
+
+class ArtefactError(ValueError):
+    """A folder that does not hold a complete SAE artefact."""
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def save(sae: SAE, folder: Path, record: dict[str, Any]) -> None:
+    """Write the weights, then ``cfg.json`` with what rebuilds the SAE and with ``record``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    partial = folder / "sae.safetensors.partial"
+    save_file(tensors, partial, metadata={"variant": sae.variant})
+    os.replace(partial, folder / "sae.safetensors")
+    made = {"schema": SCHEMA, "variant": sae.variant, "d_in": sae.d_in, "d_sae": sae.d_sae, "sae": sae.settings()}
+    write_json(folder / "cfg.json", made | record)
+
+
+def read_cfg(folder: Path) -> dict[str, Any]:
+    """``cfg.json`` of an artefact or run folder."""
+    path = folder / "cfg.json"
+    if not path.is_file():
+        raise ArtefactError(f"There is no cfg.json in {folder}; expected a run folder with a finished SAE.")
+    try:
+        cfg = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ArtefactError(f"{path} is not valid JSON ({error}); train the run again.") from error
+    if cfg.get("schema") != SCHEMA:
+        raise ArtefactError(f"{path} has schema {cfg.get('schema')}; this version reads schema {SCHEMA}.")
+    return cfg
+
+
+def load(folder: Path) -> SAE:
+    """Rebuild the SAE saved in ``folder``, on the CPU, in evaluation mode."""
+    from sae_lightning.saes import VARIANTS
+
+    cfg = read_cfg(folder)
+    if cfg["variant"] not in VARIANTS:
+        raise ArtefactError(f"{folder} holds a '{cfg['variant']}' SAE; known variants: {', '.join(sorted(VARIANTS))}.")
+    weights = folder / "sae.safetensors"
+    if not weights.is_file():
+        raise ArtefactError(f"There is no sae.safetensors in {folder}; the run did not finish.")
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ArtefactError(f"{weights} cannot be read ({error}); it is truncated or not safetensors.") from error
+    sae = VARIANTS[cfg["variant"]](cfg["d_in"], cfg["d_sae"], **cfg["sae"])
+    try:
+        sae.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ArtefactError(f"{weights} does not fit its cfg.json: {error}") from error
+    return sae.eval()

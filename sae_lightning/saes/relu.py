@@ -1,0 +1,18 @@
+"""ReLU SAE: every positive pre-activation is active; sparsity comes from the L1 term of its loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_lightning.saes.base import SAE
+from sae_lightning.saes.codes import SparseCodes
+
+
+class ReLU(SAE):
+    """z = max(0, pre_acts) [Bricken et al. 2023]."""
+
+    variant = "relu"
+
+    def activate(self, pre_acts: Tensor) -> SparseCodes:
+        return SparseCodes.select(torch.relu(pre_acts), pre_acts.detach() > 0)
