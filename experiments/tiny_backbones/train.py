@@ -128,7 +128,9 @@ def train(name: str, data: Path, work: Path, epochs: float | None = None) -> Pat
             speed = (step - first) * batch / (time.monotonic() - start)
             left = (steps - step) * batch / speed / 60
             mean = sum(losses[-50:]) / len(losses[-50:])
-            print(f"{name}: step {step}/{steps}  loss {mean:.4f}  {speed:.0f} images/s  {left:.0f} min left", flush=True)
+            print(
+                f"{name}: step {step}/{steps}  loss {mean:.4f}  {speed:.0f} images/s  {left:.0f} min left", flush=True
+            )
             save()
             last_saved = time.monotonic()
     return folder

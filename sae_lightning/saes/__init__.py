@@ -10,4 +10,4 @@ from sae_lightning.saes.topk import TopK
 
 VARIANTS: dict[str, type[SAE]] = {cls.variant: cls for cls in (ReLU, TopK, BatchTopK)}
 
-__all__ = ["VARIANTS", "SAE", "ArtefactError", "BatchTopK", "Normalizer", "Pass", "ReLU", "SparseCodes", "TopK"]
+__all__ = ["SAE", "VARIANTS", "ArtefactError", "BatchTopK", "Normalizer", "Pass", "ReLU", "SparseCodes", "TopK"]

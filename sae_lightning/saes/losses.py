@@ -44,7 +44,9 @@ def aux(sae: SAE, run: Pass, k_aux: int | None = None, dead_after: int = 100_000
 TERMS: dict[str, LossTerm] = {"reconstruction": reconstruction, "sparsity": sparsity, "aux": aux}
 
 
-def loss_terms(sae: SAE, run: Pass, weights: dict[str, float], options: dict[str, dict] | None = None) -> dict[str, Tensor]:
+def loss_terms(
+    sae: SAE, run: Pass, weights: dict[str, float], options: dict[str, dict] | None = None
+) -> dict[str, Tensor]:
     """The terms that ``weights`` names with a weight other than 0, unweighted, by name.
 
     Raises ValueError for a name that is no loss term.

@@ -1,0 +1,53 @@
+# make demo | test | check. Each makes .venv on the first call; a second call starts at once.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+
+.PHONY: help install demo test check lint types format clean
+
+help:
+	@echo "make demo    train SAEs on the bundled pictures, score them, write reports/report.html"
+	@echo "make test    run all tests"
+	@echo "make check   lint, types and tests"
+	@echo "make format  sort imports and format"
+	@echo "make clean   remove stores, runs and reports (not .venv)"
+
+install: $(READY)
+
+# uv from the path, else from inside the new environment, else plain pip
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 …"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@if command -v uv >/dev/null 2>&1; then UV=uv; \
+	  elif $(PY) -m pip install -q uv >/dev/null 2>&1; then UV=$(VENV)/bin/uv; \
+	  else UV=; fi; \
+	  echo "Installing into $(VENV) …"; \
+	  if [ -n "$$UV" ]; then $$UV pip install -q --python $(PY) -c constraints.txt -e '.[dev]'; \
+	  else $(PY) -m pip install -q -c constraints.txt -e '.[dev]'; fi
+	@touch $(READY)
+
+demo: $(READY)
+	$(PY) train.py -m +experiment=demo
+	$(PY) evaluate.py
+	$(PY) report.py
+
+test: $(READY)
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(READY)
+	$(VENV)/bin/mypy
+
+check: lint types test
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf stores runs reports outputs multirun

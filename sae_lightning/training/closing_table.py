@@ -1,0 +1,63 @@
+"""The table at the end of ``train.py``: one row a run, for a single job as for a sweep on any launcher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from sae_lightning.saes.artefact import ArtefactError
+from sae_lightning.training.run import is_finished, load_record
+
+POINTER = "run_folder.txt"  # written by train.py into Hydra's job folder; launchers share only the file system
+
+
+class ClosingTable(Callback):
+    """Hydra callback: collects each job's run folder and prints their scores when the command ends."""
+
+    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
+        print_table(run_folders(Path(config.hydra.run.dir)))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        print_table(run_folders(Path(config.hydra.sweep.dir)))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if job_return.status == JobStatus.FAILED:
+            Console(stderr=True).print(f"[red]A job failed:[/] {' '.join(job_return.overrides or [])}")
+
+
+def run_folders(outputs: Path) -> list[Path]:
+    """The run folders that the jobs below ``outputs`` point to, in the order of their job numbers."""
+    pointers = sorted(outputs.rglob(POINTER), key=lambda p: (len(p.parent.name), p.parent.name))
+    return list(dict.fromkeys(Path(p.read_text().strip()) for p in pointers))
+
+
+def print_table(folders: list[Path], console: Console | None = None) -> None:
+    """One row a finished run: what it is, how well it reconstructs the val split, how long it took."""
+    if not folders:
+        return
+    table = Table(title="Runs (scores on the val split)")
+    for column in ("run", "backbone", "k of d_in", "d_sae", "expl. var.", "L0", "dead", "time"):
+        table.add_column(column, justify="left" if column in ("run", "backbone") else "right", no_wrap=True)
+    for folder in folders:
+        if not is_finished(folder):
+            table.add_row(folder.name, "not finished", *[""] * 6)
+            continue
+        try:
+            row = load_record(folder)
+        except ArtefactError as error:
+            table.add_row(folder.name, str(error), *[""] * 6)
+            continue
+        scores, result = row["result"]["val"], row["result"]
+        k = "–" if row["k"] is None else f"{row['k']:g}"
+        table.add_row(
+            row["name"], row["backbone"], f"{k} of {row['d_in']}", str(row["d_sae"]),
+            f"{scores['explained_variance']:.3f}", f"{scores['l0']:.1f}", f"{scores['dead_share']:.1%}",
+            f"{result['seconds']:.0f} s",
+        )  # fmt: skip
+    (console or Console(width=max(110, Console().width))).print(table)

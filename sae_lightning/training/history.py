@@ -1,0 +1,53 @@
+"""``history.csv`` in every run folder, whatever logger is chosen: what the report's curves are drawn from."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import lightning as L
+
+
+class History(L.Callback):
+    """Appends the logged scalars as rows of step, epoch and one column a metric; rank 0 only.
+
+    A resumed run goes on in the same file; rows past the checkpoint's step are dropped first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, str | int | float]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero and self.path.is_file() and trainer.global_step > 0:
+            with self.path.open() as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= trainer.global_step]
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            self._append(trainer, ("train/", "loss/"))
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._append(trainer, ("val/",))
+            self.write(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.write(trainer)
+
+    def _append(self, trainer: L.Trainer, prefixes: tuple[str, ...]) -> None:
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefixes)}
+        if values:
+            self.rows.append({"step": trainer.global_step, "epoch": trainer.current_epoch, **values})
+
+    def write(self, trainer: L.Trainer) -> None:
+        """Write all rows, replacing the file in one move."""
+        if not trainer.is_global_zero or not self.rows:
+            return
+        columns = ["step", "epoch", *sorted({k for row in self.rows for k in row} - {"step", "epoch"})]
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        partial.replace(self.path)

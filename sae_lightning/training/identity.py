@@ -1,0 +1,31 @@
+"""A run's name: the hash of what determines its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+TRAINER_KEYS = ("max_epochs", "max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
+SECTIONS = ("data", "backbone", "sae", "loss", "loss_options", "optimizer", "schedule")
+SCALARS = ("expansion", "k", "seed", "batch_size", "dead_after")
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """The part of the config that determines the SAE: not where things lie, nor loggers, nor the number of devices."""
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    kept = {key: plain.get(key) for key in (*SECTIONS, *SCALARS)}
+    kept["trainer"] = {key: plain["trainer"].get(key) for key in TRAINER_KEYS}
+    return kept
+
+
+def run_hash(cfg: DictConfig) -> str:
+    """Eight hex digits of the identity's SHA-256."""
+    return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_name(cfg: DictConfig) -> str:
+    """For example ``batchtopk-dinov2-x8-k16-s42-1a2b3c4d``."""
+    return f"{cfg.sae.name}-{cfg.backbone.name}-x{cfg.expansion}-k{cfg.k}-s{cfg.seed}-{run_hash(cfg)}"

@@ -1,0 +1,179 @@
+"""One training: from a resolved config to a finished run folder."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+
+from sae_lightning.features.datamodule import FeatureDataModule
+from sae_lightning.features.extract import ensure_store
+from sae_lightning.features.store import FeatureStore
+from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
+from sae_lightning.saes.artefact import read_cfg, write_json
+from sae_lightning.training.history import History
+from sae_lightning.training.identity import run_hash, run_name
+from sae_lightning.training.launch import launch_ranks, wants_ranks
+from sae_lightning.training.loggers import build_logger
+from sae_lightning.training.module import SAEModule
+from sae_lightning.training.progress import Throughput
+
+VERSIONS = ("torch", "lightning", "timm", "transformers", "numpy")
+
+
+def train(cfg: DictConfig) -> Path:
+    """Train one SAE unless its run is finished; returns the run folder.
+
+    Extracts missing stores first, resumes from the run's checkpoint, and spreads over processes when
+    ``trainer.devices`` asks for it. Raises ValueError for impossible settings, before any work.
+    """
+    check(cfg)
+    folder = Path(cfg.paths.runs) / run_name(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if is_finished(folder):
+            print(f"{folder.name}: finished before, skipped.", flush=True)
+            return folder
+        for split in ("train", "val"):
+            ensure_store(cfg, split)
+        if wants_ranks(cfg):
+            launch_ranks(cfg, folder)
+        else:
+            fit(cfg, folder)
+    return folder
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether ``folder`` holds a whole run; ``result.json`` is written last."""
+    return (folder / "result.json").is_file() and (folder / "sae.safetensors").is_file()
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse settings that cannot work, in a sentence."""
+    if cfg.sae.name not in VARIANTS:
+        raise ValueError(f"Unknown sae.name={cfg.sae.name}; choose one of {', '.join(sorted(VARIANTS))}.")
+    for name in ("expansion", "batch_size", "seed"):
+        if int(cfg[name]) != cfg[name] or cfg[name] < (0 if name == "seed" else 1):
+            raise ValueError(f"{name}={cfg[name]} must be a whole number of at least {0 if name == 'seed' else 1}.")
+    if "k" in cfg.sae.settings and cfg.k <= 0:
+        raise ValueError(f"k={cfg.k} must be positive: it is the number of active latents a token.")
+    devices, accelerator = cfg.trainer.devices, str(cfg.trainer.accelerator)
+    available = torch.cuda.device_count()
+    if accelerator in ("gpu", "cuda") and isinstance(devices, int) and devices > available:
+        raise ValueError(
+            f"trainer.devices={devices} but {available} GPUs are visible; lower it or set accelerator=cpu."
+        )
+
+
+def fit(cfg: DictConfig, folder: Path) -> None:
+    """Train in this process (one of several ranks, or the only one) and write the artefact."""
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    stores = {split: ensure_store(cfg, split) for split in ("train", "val")}
+    data = FeatureDataModule(stores["train"], stores["val"], batch_size=cfg.batch_size, seed=cfg.seed)
+    module = build_module(cfg, stores["train"])
+    checkpoint = L.pytorch.callbacks.ModelCheckpoint(
+        folder / "checkpoints", filename="last", enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    throughput = Throughput(data)
+    callbacks = [checkpoint, History(folder / "history.csv"), throughput, *build_callbacks(cfg)]
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
+    if settings["strategy"] == "auto" and wants_ranks(cfg):
+        settings["strategy"] = "ddp"
+    trainer = L.Trainer(
+        **settings,
+        logger=build_logger(cfg, folder),
+        callbacks=callbacks,
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+    )
+    last = folder / "checkpoints" / "last.ckpt"
+    start = time.monotonic()
+    if last.is_file():
+        print(f"{folder.name}: resuming from its last checkpoint.", flush=True)
+    trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    calibrate(cfg, module, stores["val"])
+    trainer.validate(module, data, verbose=False)
+    if trainer.is_global_zero:
+        scores = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        module.sae.save(folder, **record(cfg, stores))
+        seconds = throughput.seconds_before + time.monotonic() - start
+        result = {
+            "status": "finished", "seconds": seconds, "steps": trainer.global_step,
+            "samples_per_second": throughput.samples_per_second, "wait_share": throughput.wait_share,
+            "devices": trainer.world_size, "val": scores,
+        }  # fmt: skip
+        write_json(folder / "result.json", result)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    trainer.strategy.barrier()
+
+
+def build_module(cfg: DictConfig, store: FeatureStore) -> SAEModule:
+    """The module for ``cfg`` on the features of ``store``; ValueError when k does not fit d_sae."""
+    normalizer = Normalizer(store.d_in, store.mean, store.std)
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.sae.settings, resolve=True)  # type: ignore[assignment]
+    sae = VARIANTS[cfg.sae.name](
+        store.d_in, int(cfg.expansion) * store.d_in, normalizer=normalizer, seed=cfg.seed, **settings
+    )
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    return SAEModule(
+        sae, plain["loss"], plain["loss_options"], plain["optimizer"], plain["schedule"], plain["dead_after"]
+    )
+
+
+def build_callbacks(cfg: DictConfig) -> list[L.Callback]:
+    """The callbacks of the config group, each an entry with a ``_target_``."""
+    from hydra.utils import instantiate
+
+    return [instantiate(entry) for entry in cfg.callbacks.values() if entry is not None]
+
+
+def calibrate(cfg: DictConfig, module: SAEModule, store: FeatureStore) -> None:
+    """Set BatchTopK's inference threshold on the val split (ViSAEBench Table 1)."""
+    if not (cfg.sae.get("calibrate") and isinstance(module.sae, BatchTopK)):
+        return
+    images = max(1, 8192 // store.n_patches)
+    starts = range(0, len(store), images)
+    batches = (store.patches(slice(i, i + images)).reshape(-1, store.d_in) for i in starts)
+    module.sae.calibrate(batches, store.n_tokens)
+
+
+def record(cfg: DictConfig, stores: dict[str, FeatureStore]) -> dict[str, Any]:
+    """What ``cfg.json`` says beside the SAE itself."""
+    store = stores["train"]
+    return {
+        "name": run_name(cfg), "hash": run_hash(cfg), "k": cfg.k if "k" in cfg.sae.settings else None,
+        "expansion": cfg.expansion, "seed": cfg.seed, "backbone": store.backbone, "layer": store.layer,
+        "data": store.data, "store": {split: s.fingerprint for split, s in stores.items()},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
+        "config": OmegaConf.to_container(cfg, resolve=True),
+    }  # fmt: skip
+
+
+def load_record(folder: Path) -> dict[str, Any]:
+    """``cfg.json`` and ``result.json`` of a finished run as one dict."""
+    import json
+
+    return read_cfg(folder) | {"result": json.loads((folder / "result.json").read_text())}
+
+
+def main() -> None:
+    """Entry of one DDP rank: ``python -m sae_lightning.training.run CONFIG FOLDER``."""
+    config, folder = sys.argv[1:3]
+    cfg = OmegaConf.load(config)
+    assert isinstance(cfg, DictConfig)
+    fit(cfg, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
