@@ -159,8 +159,22 @@ class SelfDistillation(Paradigm):
             block.attn.fused_attn = False
         self.teacher.load_state_dict(self.vit.state_dict())
         self.teacher_head.load_state_dict(self.head.state_dict())
-        for weight in [*self.teacher.parameters(), *self.teacher_head.parameters()]:
+        for weight in self._teacher_weights():
             weight.requires_grad_(False)
+        # bf16 would round the teacher's small steps away: its average lives in fp32 beside it
+        for i, weight in enumerate(self._teacher_weights()):
+            self.register_buffer(f"average_{i}", weight.detach().clone())
+
+    def _teacher_weights(self) -> list[nn.Parameter]:
+        return [*self.teacher.parameters(), *self.teacher_head.parameters()]
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Cast and move as usual, but keep the averages in fp32."""
+        averages = {n: b for n, b in self.named_buffers() if n.startswith("average_")}
+        super()._apply(fn, recurse)
+        for name, average in averages.items():
+            setattr(self, name, average.to(getattr(self, name).device))
+        return self
 
     @staticmethod
     def _head(prototypes: int) -> nn.Module:
@@ -220,9 +234,10 @@ class SelfDistillation(Paradigm):
     def after_step(self, progress: float) -> None:
         momentum = 0.992 + 0.007 * progress
         students = [*self.vit.parameters(), *self.head.parameters()]
-        teachers = [*self.teacher.parameters(), *self.teacher_head.parameters()]
-        for teacher, student in zip(teachers, students, strict=True):
-            teacher.lerp_(student.to(teacher.dtype), 1 - momentum)
+        for i, (teacher, student) in enumerate(zip(self._teacher_weights(), students, strict=True)):
+            average = getattr(self, f"average_{i}")
+            average.lerp_(student.float(), 1 - momentum)
+            teacher.copy_(average)
 
 
 def paradigm(name: str) -> Paradigm:

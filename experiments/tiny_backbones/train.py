@@ -25,7 +25,7 @@ RECIPES = {
     "clip": (8, 256, 1.5e-3),
     "siglip": (8, 256, 1.5e-3),
     "mae": (20, 256, 1.5e-3),
-    "dinov2": (8, 128, 1.0e-3),
+    "dinov2": (6, 128, 1.0e-3),
 }
 WARMUP, DECAY = 0.05, 0.35  # shares of all steps
 ALL_TOKENS_FROM = 0.9  # the discriminative objectives drop no tokens after this share

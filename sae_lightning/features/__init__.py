@@ -1,0 +1,1 @@
+"""Feature stores: extraction, reading and streaming."""

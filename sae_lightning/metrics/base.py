@@ -1,0 +1,47 @@
+"""What all metrics share: states that add, in a precision that no module-wide cast can lower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class SumMetric(Metric):
+    """A metric whose states are sums, so that batches and ranks merge by addition in any order.
+
+    Moving the parent module moves the states to its device, but ``.half()``, ``.to(torch.bfloat16)`` and
+    the like leave their dtypes alone: a sum over millions of tokens does not fit 16 bits.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
+        """Add a state of zeros [*shape] that sums over ranks."""
+        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(torch.zeros(1, device=tensor.device)).device)
+
+        return super()._apply(move, exclude_state)
+
+
+def require_pair(x: Tensor, reconstruction: Tensor, d_in: int | None = None) -> None:
+    """ValueError unless both are [N, d_in], the same N and d_in."""
+    if x.ndim != 2 or x.shape != reconstruction.shape or (d_in is not None and x.shape[1] != d_in):
+        wanted = "[N, d_in]" if d_in is None else f"[N, {d_in}]"
+        raise ValueError(
+            f"Expected features and reconstruction of one shape {wanted}; got {list(x.shape)} and "
+            f"{list(reconstruction.shape)}. Flatten the leading dimensions of both first."
+        )
+
+
+def require_samples(count: Tensor, metric: Metric) -> None:
+    """ValueError when the metric has seen no sample."""
+    if int(count) == 0:
+        raise ValueError(f"{type(metric).__name__} has seen no sample; call update before compute.")

@@ -1,0 +1,49 @@
+"""Two gloo processes reduce to what one process computes over all samples."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from sae_lightning.metrics import FVU, L0, Cosine, Firing
+from sae_lightning.saes import SparseCodes
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 6, generator=generator) + 2
+    dense = torch.relu(torch.randn(50, 12, generator=generator) - 1)
+    return x, x + 0.2 * torch.randn(50, 6, generator=generator), dense
+
+
+def scores(rows: slice) -> dict[str, torch.Tensor]:
+    x, rebuilt, dense = (t[rows] for t in data())
+    codes = SparseCodes.select(dense, dense > 0)
+    fvu, cosine, l0, firing = FVU(6, center=torch.full((6,), 2.0)), Cosine(), L0(), Firing(12)
+    fvu.update(x, rebuilt)
+    cosine.update(x, rebuilt)
+    l0.update(codes)
+    firing.update(codes)
+    return fvu.compute() | cosine.compute() | l0.compute() | firing.compute()
+
+
+def rank_main(rank: int, port: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.save(scores(slice(0, 17) if rank == 0 else slice(17, None)), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_reduce_by_addition(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(rank_main, args=(port, str(tmp_path)), nprocs=2)
+    expected = scores(slice(None))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=0, msg=name)
