@@ -1,37 +1,28 @@
-"""Cosine similarity of features and their reconstruction."""
+"""Cosine between a sample and its reconstruction."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics import Metric
 
-from sae_lightning.metrics.base import SumMetric, require_pair, require_samples
 
+class Cosine(Metric):
+    """Mean cosine of features and reconstructions [N, d_in], about the fixed ``center`` [d_in] if one is given."""
 
-class Cosine(SumMetric):
-    """Mean over samples of x·x̂ / (‖x‖ ‖x̂‖), features as they are (not centred); 0 where a norm is 0.
+    full_state_update = False
 
-    ``compute`` gives ``cosine``, a float64 scalar. ValueError for shapes that do not fit.
-    """
-
-    n: Tensor
-    total: Tensor
-
-    def __init__(self) -> None:
+    def __init__(self, center: Tensor | None = None) -> None:
         super().__init__()
-        self.add_sum("n", dtype=torch.long)
-        self.add_sum("total")
+        self.register_buffer("center", torch.zeros(()) if center is None else center.detach().clone(), persistent=False)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    @torch.no_grad()
-    def update(self, x: Tensor, reconstruction: Tensor) -> None:
-        """Add features and their reconstruction, both [N, d_in], any float type."""
-        require_pair(x, reconstruction)
-        x, reconstruction = x.double(), reconstruction.double()
-        norms = x.norm(dim=1) * reconstruction.norm(dim=1)
-        cosines = torch.where(norms > 0, (x * reconstruction).sum(1) / norms, 0.0)
-        self.n += len(x)
-        self.total += cosines.sum()
+    def update(self, features: Tensor, reconstruction: Tensor) -> None:
+        x, rebuilt = features.float() - self.center, reconstruction.float() - self.center
+        self.total += F.cosine_similarity(x, rebuilt, dim=-1).double().sum()
+        self.count += len(x)
 
     def compute(self) -> dict[str, Tensor]:
-        require_samples(self.n, self)
-        return {"cosine": self.total / self.n}
+        return {"cosine": self.total / self.count}

@@ -1,35 +1,29 @@
-"""How alike the decoder's directions are; low values mean that latents do not repeat each other."""
+"""How alike the dictionary's directions are."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 @torch.no_grad()
-def decoder_mean_cosine(W_dec: Tensor, block: int = 1024) -> dict[str, float]:
-    """Two summaries of the cosines between rows of ``W_dec`` [d_sae, d_in].
+def decoder_cosine(W_dec: Tensor, rows: int = 2048) -> dict[str, float]:
+    """Similarity of decoder rows [d_sae, d_in], in blocks of ``rows``.
 
-    ``decoder_cosine`` is the mean |cosine| over all pairs of different latents, ``decoder_nearest_cosine``
-    the mean over latents of the largest signed cosine with another one. Rows of zero norm have cosine 0.
-    Memory is O(block · d_sae). ValueError for fewer than two latents.
+    ``decoder_cosine``: mean |cosine| over all pairs of different latents; ``decoder_nearest_cosine``: mean
+    over latents of the largest cosine with another one. Low is diverse. ValueError for fewer than two rows.
     """
-    if W_dec.ndim != 2 or len(W_dec) < 2:
-        raise ValueError(f"Expected a decoder [d_sae, d_in] of at least two latents; got {list(W_dec.shape)}.")
-    d_sae = len(W_dec)
-    rows = W_dec.float()
-    norms = rows.norm(dim=1, keepdim=True)
-    rows = torch.where(norms > 0, rows / norms, 0.0)
-    absolute = rows.new_zeros((), dtype=torch.float64)
-    nearest = rows.new_zeros((), dtype=torch.float64)
-    for start in range(0, d_sae, block):
-        cosines = rows[start : start + block] @ rows.T
-        own = torch.arange(len(cosines), device=rows.device)
-        cosines[own, start + own] = 0
-        absolute += cosines.abs().sum(dtype=torch.float64)
-        cosines[own, start + own] = -torch.inf
-        nearest += cosines.amax(1).sum(dtype=torch.float64)
-    return {
-        "decoder_cosine": float(absolute / (d_sae * (d_sae - 1))),
-        "decoder_nearest_cosine": float(nearest / d_sae),
-    }
+    if len(W_dec) < 2:
+        raise ValueError(f"Decoder cosines need at least two latents; got {len(W_dec)}.")
+    unit = F.normalize(W_dec.float(), dim=1)
+    total, nearest = 0.0, 0.0
+    for start in range(0, len(unit), rows):
+        cosines = unit[start : start + rows] @ unit.T
+        own = torch.arange(len(cosines), device=unit.device)
+        cosines[own, own + start] = 0.0
+        total += float(cosines.abs().sum(dtype=torch.float64))
+        cosines[own, own + start] = -2.0
+        nearest += float(cosines.max(1).values.sum(dtype=torch.float64))
+    n = len(unit)
+    return {"decoder_cosine": total / (n * (n - 1)), "decoder_nearest_cosine": nearest / n}

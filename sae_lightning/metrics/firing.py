@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
-from sae_lightning.metrics.base import SumMetric, require_samples
 from sae_lightning.saes.codes import SparseCodes
 
 
-class Firing(SumMetric):
-    """Counts each latent's active samples in ``counts`` [d_sae] int64.
+class Firing(Metric):
+    """``counts`` [d_sae] int64 of samples on which each latent is active; ``alive`` fired at least once.
 
-    A latent is alive when it fired at least once on the evaluated set. ``compute`` gives ``dead_share``
-    (float64) and ``alive`` (int64), scalars. ValueError for codes of another d_sae.
+    ``dead_share`` is the share of latents that never fired on the evaluated set.
     """
 
-    n: Tensor
+    full_state_update = False
     counts: Tensor
 
     def __init__(self, d_sae: int) -> None:
         super().__init__()
-        self.d_sae = d_sae
-        self.add_sum("n", dtype=torch.long)
-        self.add_sum("counts", d_sae, dtype=torch.long)
+        self.add_state("counts", torch.zeros(d_sae, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, codes: SparseCodes) -> None:
-        """Add the codes of N samples."""
-        if codes.d_sae != self.d_sae:
-            raise ValueError(f"Expected codes of {self.d_sae} latents; got {codes.d_sae}.")
-        self.n += codes.n_samples
-        self.counts += torch.bincount(codes.latents, minlength=self.d_sae)
+        self.counts += torch.bincount(codes.latents, minlength=codes.d_sae)
 
     def compute(self) -> dict[str, Tensor]:
-        require_samples(self.n, self)
         alive = (self.counts > 0).sum()
-        return {"dead_share": 1 - alive.double() / self.d_sae, "alive": alive}
+        return {"alive": alive, "dead_share": 1 - alive / len(self.counts)}

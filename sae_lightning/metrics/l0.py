@@ -1,30 +1,27 @@
-"""L0: how many latents are active a sample."""
+"""Active latents a sample."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
-from sae_lightning.metrics.base import SumMetric, require_samples
 from sae_lightning.saes.codes import SparseCodes
 
 
-class L0(SumMetric):
-    """Mean number of active latents a sample; ``compute`` gives ``l0``, a float64 scalar."""
+class L0(Metric):
+    """Mean number of active latents a sample."""
 
-    n: Tensor
-    active: Tensor
+    full_state_update = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_sum("n", dtype=torch.long)
-        self.add_sum("active", dtype=torch.long)
+        self.add_state("active", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, codes: SparseCodes) -> None:
-        """Add the codes of N samples."""
-        self.n += codes.n_samples
-        self.active += len(codes.latents)
+        self.active += codes.counts().sum()
+        self.count += codes.n_samples
 
     def compute(self) -> dict[str, Tensor]:
-        require_samples(self.n, self)
-        return {"l0": self.active.double() / self.n}
+        return {"l0": self.active / self.count}

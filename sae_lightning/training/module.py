@@ -54,7 +54,7 @@ class SAEModule(L.LightningModule):
             {
                 "fvu": FVU(sae.d_in, center=sae.normalizer.mean),
                 "l0": L0(),
-                "cosine": Cosine(),
+                "cosine": Cosine(center=sae.normalizer.mean),
                 "firing": Firing(sae.d_sae),
             }
         )
