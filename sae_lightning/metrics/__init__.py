@@ -1,9 +1,10 @@
 """Scores of SAEs: torchmetrics whose states add over batches and ranks."""
 
+from sae_lightning.metrics.base import SumMetric
 from sae_lightning.metrics.cosine import Cosine
 from sae_lightning.metrics.decoder import decoder_cosine
 from sae_lightning.metrics.firing import Firing
 from sae_lightning.metrics.fvu import FVU
 from sae_lightning.metrics.l0 import L0
 
-__all__ = ["FVU", "L0", "Cosine", "Firing", "decoder_cosine"]
+__all__ = ["FVU", "L0", "Cosine", "Firing", "SumMetric", "decoder_cosine"]

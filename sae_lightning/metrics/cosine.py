@@ -1,28 +1,41 @@
-"""Cosine between a sample and its reconstruction."""
+"""Cosine similarity of features and their reconstruction."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
+
+from sae_lightning.metrics.base import SumMetric, require_pair, require_samples
 
 
-class Cosine(Metric):
-    """Mean cosine of features and reconstructions [N, d_in], about the fixed ``center`` [d_in] if one is given."""
+class Cosine(SumMetric):
+    """Mean over samples of x·x̂ / (‖x‖ ‖x̂‖), both taken about the fixed ``center`` [d_in] if one is given.
 
-    full_state_update = False
+    A sample counts 0 where a norm is 0. ``compute`` gives ``cosine``, a float64 scalar. ValueError for
+    shapes that do not fit, or when no sample was seen.
+    """
+
+    n: Tensor
+    total: Tensor
+    center: Tensor
 
     def __init__(self, center: Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("center", torch.zeros(()) if center is None else center.detach().clone(), persistent=False)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        center = torch.zeros(()) if center is None else torch.as_tensor(center).detach().clone()
+        self.register_buffer("center", center.double(), persistent=False)
+        self.add_sum("n", dtype=torch.long)
+        self.add_sum("total")
 
+    @torch.no_grad()
     def update(self, features: Tensor, reconstruction: Tensor) -> None:
-        x, rebuilt = features.float() - self.center, reconstruction.float() - self.center
-        self.total += F.cosine_similarity(x, rebuilt, dim=-1).double().sum()
-        self.count += len(x)
+        """Add features and their reconstruction, both [N, d_in], any float type."""
+        require_pair(features, reconstruction, len(self.center) if self.center.ndim else None)
+        x, rebuilt = features.double() - self.center, reconstruction.double() - self.center
+        norms = x.norm(dim=1) * rebuilt.norm(dim=1)
+        cosines = torch.where(norms > 0, (x * rebuilt).sum(1) / norms, 0.0)
+        self.n += len(x)
+        self.total += cosines.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        return {"cosine": self.total / self.count}
+        require_samples(self.n, self)
+        return {"cosine": self.total / self.n}

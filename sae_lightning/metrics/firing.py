@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from sae_lightning.metrics.base import SumMetric, require_samples
 from sae_lightning.saes.codes import SparseCodes
 
 
-class Firing(Metric):
-    """``counts`` [d_sae] int64 of samples on which each latent is active; ``alive`` fired at least once.
+class Firing(SumMetric):
+    """Counts each latent's active samples in ``counts`` [d_sae] int64.
 
-    ``dead_share`` is the share of latents that never fired on the evaluated set.
+    A latent is alive when it fired at least once on the evaluated set. ``compute`` gives ``dead_share``
+    (float64) and ``alive`` (int64), scalars. ValueError for codes of another d_sae.
     """
 
-    full_state_update = False
+    n: Tensor
     counts: Tensor
 
     def __init__(self, d_sae: int) -> None:
         super().__init__()
-        self.add_state("counts", torch.zeros(d_sae, dtype=torch.long), dist_reduce_fx="sum")
+        self.d_sae = d_sae
+        self.add_sum("n", dtype=torch.long)
+        self.add_sum("counts", d_sae, dtype=torch.long)
 
     def update(self, codes: SparseCodes) -> None:
-        self.counts += torch.bincount(codes.latents, minlength=codes.d_sae)
+        """Add the codes of N samples."""
+        if codes.d_sae != self.d_sae:
+            raise ValueError(f"Expected codes of {self.d_sae} latents; got {codes.d_sae}.")
+        self.n += codes.n_samples
+        self.counts += torch.bincount(codes.latents, minlength=self.d_sae)
 
     def compute(self) -> dict[str, Tensor]:
+        require_samples(self.n, self)
         alive = (self.counts > 0).sum()
-        return {"alive": alive, "dead_share": 1 - alive / len(self.counts)}
+        return {"dead_share": 1 - alive.double() / self.d_sae, "alive": alive}

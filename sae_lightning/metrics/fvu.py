@@ -1,40 +1,56 @@
-"""Fraction of variance unexplained (ViSAEBench §4.2, eq. 4)."""
+"""Fraction of variance unexplained, M2 of ViSAEBench."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from sae_lightning.metrics.base import SumMetric, require_pair, require_samples
 
 
-class FVU(Metric):
-    """FVU = Σ‖x - x̂‖² / Σ‖x - mean(x)‖² over all samples, and explained_variance = 1 - FVU.
+class FVU(SumMetric):
+    """FVU = E‖x - x̂‖² / E‖x - x̄‖², x̄ the mean over the evaluated set [ViSAEBench §4.2, eq. 4].
 
-    ``update`` takes features and reconstructions [N, d_in]. The mean is that of the evaluated set; sums
-    are kept in float64 around the fixed ``center`` [d_in] (for example the training mean), so that they
-    add over batches and ranks without losing digits. NaN when the features do not vary.
+    With c the fixed ``center`` [d_in] (zero if None) and y = x - c, the denominator is
+    Σ‖y‖² - ‖Σy‖² / n, the same for every c; a c near the mean, such as the store's, keeps the difference
+    free of cancellation. Without it the relative error is about 1e-16 · ‖x̄‖² / Var(x), which is harmless
+    up to means a million times the deviation. All ranks must use the same centre.
+
+    ``compute`` gives ``fvu`` and ``explained_variance`` = 1 - fvu, float64 scalars; both are NaN when all
+    samples are the same. ValueError for shapes that do not fit, or when no sample was seen.
     """
 
-    full_state_update = False
+    n: Tensor
+    error: Tensor
+    total: Tensor
+    squares: Tensor
+    center: Tensor
 
     def __init__(self, d_in: int, center: Tensor | None = None) -> None:
         super().__init__()
-        center = torch.zeros(d_in) if center is None else center.detach().clone()
+        self.d_in = d_in
+        center = torch.zeros(d_in) if center is None else torch.as_tensor(center).detach().clone()
+        if center.shape != (d_in,):
+            raise ValueError(f"Expected a center of shape [{d_in}]; got {list(center.shape)}.")
         self.register_buffer("center", center.double(), persistent=False)
-        self.add_state("residual", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("squares", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(d_in, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_sum("n", dtype=torch.long)
+        self.add_sum("error")
+        self.add_sum("total", d_in)
+        self.add_sum("squares")
 
+    @torch.no_grad()
     def update(self, features: Tensor, reconstruction: Tensor) -> None:
-        x = features.double()
-        self.residual += (x - reconstruction.double()).square().sum()
-        x = x - self.center
-        self.squares += x.square().sum()
-        self.total += x.sum(0)
-        self.count += len(x)
+        """Add features and their reconstruction, both [N, d_in], any float type."""
+        require_pair(features, reconstruction, self.d_in)
+        exact = features.double()
+        self.error += (exact - reconstruction).square().sum()
+        exact = exact - self.center
+        self.n += len(features)
+        self.total += exact.sum(0)
+        self.squares += exact.square().sum()
 
     def compute(self) -> dict[str, Tensor]:
-        variance = self.squares - self.total.square().sum() / self.count
-        fvu = torch.where(variance > 0, self.residual / variance, torch.nan)
+        require_samples(self.n, self)
+        variance = (self.squares - self.total.square().sum() / self.n).clamp_min(0)
+        fvu = torch.where(variance > 0, self.error / variance, torch.nan)
         return {"fvu": fvu, "explained_variance": 1 - fvu}

@@ -1,27 +1,30 @@
-"""Active latents a sample."""
+"""L0: how many latents are active a sample."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from sae_lightning.metrics.base import SumMetric, require_samples
 from sae_lightning.saes.codes import SparseCodes
 
 
-class L0(Metric):
-    """Mean number of active latents a sample."""
+class L0(SumMetric):
+    """Mean number of active latents a sample; ``compute`` gives ``l0``, a float64 scalar."""
 
-    full_state_update = False
+    n: Tensor
+    active: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("active", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_sum("n", dtype=torch.long)
+        self.add_sum("active", dtype=torch.long)
 
     def update(self, codes: SparseCodes) -> None:
-        self.active += codes.counts().sum()
-        self.count += codes.n_samples
+        """Add the codes of N samples."""
+        self.n += codes.n_samples
+        self.active += len(codes.latents)
 
     def compute(self) -> dict[str, Tensor]:
-        return {"l0": self.active / self.count}
+        require_samples(self.n, self)
+        return {"l0": self.active.double() / self.n}

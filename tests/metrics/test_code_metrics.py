@@ -1,12 +1,14 @@
 """L0, Firing and the decoder's cosines against dense computations."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lightning.metrics import L0, Firing, decoder_mean_cosine
+from sae_lightning.metrics import L0, Firing, decoder_cosine
 from sae_lightning.saes import SparseCodes
 
 
@@ -27,7 +29,7 @@ def test_batches_and_ranks_do_not_matter(seed, cuts, ranks):
     dense = random_codes(seed)
     l0, firing = [L0() for _ in range(ranks)], [Firing(25) for _ in range(ranks)]
     edges = [0, *sorted(cuts), 40]
-    for i, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for i, (start, stop) in enumerate(pairwise(edges)):
         l0[i % ranks].update(codes_of(dense[start:stop]))
         firing[i % ranks].update(codes_of(dense[start:stop]))
     for rank in range(1, ranks):
@@ -52,15 +54,15 @@ def test_decoder_cosines_equal_the_full_matrix(block):
     unit = W_dec.double().numpy() / np.linalg.norm(W_dec.double().numpy(), axis=1, keepdims=True)
     cosines = unit @ unit.T
     different = ~np.eye(23, dtype=bool)
-    scores = decoder_mean_cosine(W_dec, block=block)
+    scores = decoder_cosine(W_dec, rows=block)
     assert scores["decoder_cosine"] == pytest.approx(np.abs(cosines[different]).mean(), rel=1e-5)
     np.fill_diagonal(cosines, -np.inf)
     assert scores["decoder_nearest_cosine"] == pytest.approx(cosines.max(1).mean(), rel=1e-5)
 
 
 def test_decoder_cosine_anchors():
-    assert decoder_mean_cosine(torch.eye(4)) == {"decoder_cosine": 0.0, "decoder_nearest_cosine": 0.0}
-    opposite = decoder_mean_cosine(torch.tensor([[1.0, 0.0], [-2.0, 0.0]]))
+    assert decoder_cosine(torch.eye(4)) == {"decoder_cosine": 0.0, "decoder_nearest_cosine": 0.0}
+    opposite = decoder_cosine(torch.tensor([[1.0, 0.0], [-2.0, 0.0]]))
     assert opposite == {"decoder_cosine": 1.0, "decoder_nearest_cosine": -1.0}
     with pytest.raises(ValueError, match="at least two"):
-        decoder_mean_cosine(torch.ones(1, 4))
+        decoder_cosine(torch.ones(1, 4))

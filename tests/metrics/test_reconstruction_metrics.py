@@ -1,5 +1,7 @@
 """FVU and Cosine against one-shot float64 numpy, however the samples are split."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,7 @@ def test_batches_and_ranks_do_not_matter(seed, cuts, ranks, center):
     fixed = None if center is None else torch.full((7,), center)
     fvus, cosines = [FVU(7, fixed) for _ in range(ranks)], [Cosine() for _ in range(ranks)]
     edges = [0, *sorted(cuts), 60]
-    for i, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for i, (start, stop) in enumerate(pairwise(edges)):
         fvus[i % ranks].update(x[start:stop], rebuilt[start:stop])
         cosines[i % ranks].update(x[start:stop], rebuilt[start:stop])
     for other_fvu, other_cosine in zip(fvus[1:], cosines[1:], strict=True):
@@ -73,6 +75,14 @@ def test_anchors():
     opposite = Cosine()
     opposite.update(x, -2 * x)
     assert float(opposite.compute()["cosine"]) == pytest.approx(-1)
+
+
+def test_cosine_about_a_center():
+    x, rebuilt = make(4)
+    metric = Cosine(center=x.mean(0))
+    metric.update(x, rebuilt)
+    _, expected = reference(x.double() - x.mean(0).double(), rebuilt.double() - x.mean(0).double())
+    assert float(metric.compute()["cosine"]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_degenerate_input():

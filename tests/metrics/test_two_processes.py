@@ -3,7 +3,6 @@
 import socket
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -31,17 +30,17 @@ def scores(rows: slice) -> dict[str, torch.Tensor]:
 
 
 def rank_main(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)  # forked: the parent's OpenMP threads do not exist here
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.save(scores(slice(0, 17) if rank == 0 else slice(17, None)), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_ranks_reduce_by_addition(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(rank_main, args=(port, str(tmp_path)), nprocs=2)
+    mp.start_processes(rank_main, args=(port, str(tmp_path)), nprocs=2, start_method="fork")
     expected = scores(slice(None))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
