@@ -84,7 +84,9 @@ class _Plain(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         if self.model.config.model_type == "vit_mae":
-            patches = (images.shape[-2] // self.model.config.patch_size) * (images.shape[-1] // self.model.config.patch_size)
+            patches = (images.shape[-2] // self.model.config.patch_size) * (
+                images.shape[-1] // self.model.config.patch_size
+            )
             order = torch.arange(patches, device=images.device, dtype=torch.float32)
             return self.model(images, noise=order.expand(len(images), -1))
         return self.model(images)

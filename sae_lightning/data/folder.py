@@ -27,7 +27,9 @@ def scan(root: Path) -> tuple[list[Path], np.ndarray, list[str]]:
     return files, np.asarray(labels, dtype=np.int64), classes
 
 
-def from_files(name: str, split: str, root: Path, files: list[Path], labels: np.ndarray, classes: list[str]) -> ImageData:
+def from_files(
+    name: str, split: str, root: Path, files: list[Path], labels: np.ndarray, classes: list[str]
+) -> ImageData:
     """ImageData over files; the fingerprint knows their sizes and times, not their bytes, so that it stays cheap."""
 
     def content(index: int) -> bytes:

@@ -65,7 +65,7 @@ def load_demo(cfg: dict[str, Any], split: str) -> ImageData:
 
 
 def load_cifar10(cfg: dict[str, Any], split: str) -> ImageData:
-    """CIFAR-10 from ``train.parquet`` and ``test.parquet`` in the folder ``path``; val is a stratified tenth of train."""
+    """CIFAR-10 from ``train.parquet`` and ``test.parquet`` in ``path``; val is a stratified share of train."""
     file = "test" if split == "test" else "train"
     table = read_table(Path(cfg["path"]) / f"{file}.parquet", ["image", "label"])
     index = np.arange(len(table))

@@ -82,7 +82,9 @@ class TokenStream(IterableDataset):
 
     def _lane(self, lane: int) -> Iterator[Tensor]:
         """Parts of ``per_lane`` tokens: the buffer is filled, shuffled, and half used before it is filled again."""
-        generator = torch.Generator().manual_seed(int(np.random.default_rng([self.seed, self.epoch, lane]).integers(2**62)))
+        generator = torch.Generator().manual_seed(
+            int(np.random.default_rng([self.seed, self.epoch, lane]).integers(2**62))
+        )
         blocks = iter(self._order(self.epoch)[lane :: self.lanes])
         pool = torch.empty(0, self.store.d_in, dtype=torch.float16)
         exhausted = False

@@ -76,7 +76,9 @@ class FeatureStore:
         expected = {shard.file: shard.sha256 for shard in self.manifest.shards} | self.manifest.files
         for name, digest in expected.items():
             if file_sha256(self.folder / name) != digest:
-                raise StoreError(f"{self.folder / name} does not match its checksum; delete the folder and extract again.")
+                raise StoreError(
+                    f"{self.folder / name} does not match its checksum; delete the folder and extract again."
+                )
 
     def __len__(self) -> int:
         return self.manifest.n_images

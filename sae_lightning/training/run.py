@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import shutil
 import sys
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,7 @@ def check(cfg: DictConfig) -> None:
 
 def fit(cfg: DictConfig, folder: Path) -> None:
     """Train in this process (one of several ranks, or the only one) and write the artefact."""
+    quiet()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     stores = {split: ensure_store(cfg, split) for split in ("train", "val")}
     data = FeatureDataModule(stores["train"], stores["val"], batch_size=cfg.batch_size, seed=cfg.seed)
@@ -116,6 +119,15 @@ def fit(cfg: DictConfig, folder: Path) -> None:
         write_json(folder / "result.json", result)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     trainer.strategy.barrier()
+
+
+def quiet() -> None:
+    """Silence Lightning's advertising and its warnings about an iterable data set's length, which is exact here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def build_module(cfg: DictConfig, store: FeatureStore) -> SAEModule:

@@ -1,0 +1,1 @@
+"""Scoring finished runs in one pass over a store."""
