@@ -15,7 +15,7 @@ class Cosine(SumMetric):
     shapes that do not fit, or when no sample was seen.
     """
 
-    n: Tensor
+    count: Tensor
     total: Tensor
     center: Tensor
 
@@ -23,7 +23,7 @@ class Cosine(SumMetric):
         super().__init__()
         center = torch.zeros(()) if center is None else torch.as_tensor(center).detach().clone()
         self.register_buffer("center", center.double(), persistent=False)
-        self.add_sum("n", dtype=torch.long)
+        self.add_sum("count", dtype=torch.long)
         self.add_sum("total")
 
     @torch.no_grad()
@@ -33,9 +33,9 @@ class Cosine(SumMetric):
         x, rebuilt = features.double() - self.center, reconstruction.double() - self.center
         norms = x.norm(dim=1) * rebuilt.norm(dim=1)
         cosines = torch.where(norms > 0, (x * rebuilt).sum(1) / norms, 0.0)
-        self.n += len(x)
+        self.count += len(x)
         self.total += cosines.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        require_samples(self.n, self)
-        return {"cosine": self.total / self.n}
+        require_samples(self.count, self)
+        return {"cosine": self.total / self.count}

@@ -20,8 +20,8 @@ class FVU(SumMetric):
     samples are the same. ValueError for shapes that do not fit, or when no sample was seen.
     """
 
-    n: Tensor
-    error: Tensor
+    count: Tensor
+    residual: Tensor
     total: Tensor
     squares: Tensor
     center: Tensor
@@ -33,8 +33,8 @@ class FVU(SumMetric):
         if center.shape != (d_in,):
             raise ValueError(f"Expected a center of shape [{d_in}]; got {list(center.shape)}.")
         self.register_buffer("center", center.double(), persistent=False)
-        self.add_sum("n", dtype=torch.long)
-        self.add_sum("error")
+        self.add_sum("count", dtype=torch.long)
+        self.add_sum("residual")
         self.add_sum("total", d_in)
         self.add_sum("squares")
 
@@ -43,14 +43,14 @@ class FVU(SumMetric):
         """Add features and their reconstruction, both [N, d_in], any float type."""
         require_pair(features, reconstruction, self.d_in)
         exact = features.double()
-        self.error += (exact - reconstruction).square().sum()
+        self.residual += (exact - reconstruction).square().sum()
         exact = exact - self.center
-        self.n += len(features)
+        self.count += len(features)
         self.total += exact.sum(0)
         self.squares += exact.square().sum()
 
     def compute(self) -> dict[str, Tensor]:
-        require_samples(self.n, self)
-        variance = (self.squares - self.total.square().sum() / self.n).clamp_min(0)
-        fvu = torch.where(variance > 0, self.error / variance, torch.nan)
+        require_samples(self.count, self)
+        variance = (self.squares - self.total.square().sum() / self.count).clamp_min(0)
+        fvu = torch.where(variance > 0, self.residual / variance, torch.nan)
         return {"fvu": fvu, "explained_variance": 1 - fvu}

@@ -12,19 +12,19 @@ from sae_lightning.saes.codes import SparseCodes
 class L0(SumMetric):
     """Mean number of active latents a sample; ``compute`` gives ``l0``, a float64 scalar."""
 
-    n: Tensor
+    count: Tensor
     active: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_sum("n", dtype=torch.long)
+        self.add_sum("count", dtype=torch.long)
         self.add_sum("active", dtype=torch.long)
 
     def update(self, codes: SparseCodes) -> None:
         """Add the codes of N samples."""
-        self.n += codes.n_samples
+        self.count += codes.n_samples
         self.active += len(codes.latents)
 
     def compute(self) -> dict[str, Tensor]:
-        require_samples(self.n, self)
-        return {"l0": self.active.double() / self.n}
+        require_samples(self.count, self)
+        return {"l0": self.active.double() / self.count}
