@@ -1,0 +1,53 @@
+"""A small store of synthetic features that several tests train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sae_lightning.features.store import FeatureStore
+from sae_lightning.features.writer import StoreWriter
+
+torch.set_num_threads(2)
+
+N_PATCHES, D_IN, CLASSES = 16, 12, 3
+
+
+def sparse_features(n_images: int, seed: int, d_in: int = D_IN, n_patches: int = N_PATCHES) -> torch.Tensor:
+    """Patch tokens [n, P, d_in]: sums of 3 of 30 fixed directions, off centre, with some noise."""
+    directions = torch.nn.functional.normalize(torch.randn(30, d_in, generator=torch.Generator().manual_seed(0)), dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(n_images * n_patches, 30, generator=generator)
+    active = scores.topk(3, dim=1).indices
+    weights = torch.zeros_like(scores).scatter(1, active, 0.5 + torch.rand(active.shape, generator=generator))
+    noise = 0.02 * torch.randn(len(weights), d_in, generator=generator)
+    return (weights @ directions + noise + torch.linspace(-2, 2, d_in)).reshape(n_images, n_patches, d_in)
+
+
+def write_store(folder: Path, n_images: int, seed: int, images_per_shard: int = 50, **changes) -> FeatureStore:
+    """A sealed store in ``folder`` with ``sparse_features``; ``changes`` replace entries of its description."""
+    features = sparse_features(n_images, seed)
+    about = {
+        "data": "synthetic", "split": "train", "backbone": "none (synthetic)", "layer": 0, "grid": (4, 4),
+        "class_names": [f"class {c}" for c in range(CLASSES)],
+    } | changes  # fmt: skip
+    ids = [f"image-{i}" for i in range(n_images)]
+    writer = StoreWriter(folder, f"{seed:064x}", about, ids, np.arange(n_images) % CLASSES, images_per_shard)
+    for part in features.split(33):
+        writer.append(part, part.mean(1))
+    writer.seal()
+    return FeatureStore.open(folder)
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory) -> dict[str, FeatureStore]:
+    """Synthetic stores: train (400 images), val (60) and test (90)."""
+    root = tmp_path_factory.mktemp("stores")
+    sizes = {"train": 400, "val": 60, "test": 90}
+    return {
+        split: write_store(root / split, size, seed, split=split)
+        for seed, (split, size) in enumerate(sizes.items(), start=1)
+    }
