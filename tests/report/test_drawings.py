@@ -1,0 +1,49 @@
+"""Thumbnails, overlays, strips and curves of the report."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sae_lightning.report.figures import history, training_curves
+from sae_lightning.report.strips import GAP, overlay, strip, thumbnail
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(("size", "side"), [((32, 32), 32), ((50, 20), 20), ((300, 200), 96)])
+def test_thumbnails_are_small_squares(size, side):
+    assert thumbnail(noise(*size)).size == (side, side)
+
+
+def test_overlay_lights_the_patch_that_fires_and_only_it():
+    image = Image.new("RGB", (32, 32), (200, 120, 120))
+    activation = np.zeros((8, 8))
+    activation[2, 5] = 3.0
+    activation[6, 1] = 1.0
+    shown = np.asarray(overlay(image, activation, peak=3.0)).astype(int).mean(-1)
+    strong, weak, rest = shown[8:12, 20:24], shown[24:28, 4:8], shown[:8]
+    assert strong.min() > weak.max() > rest.max()
+    assert rest.min() > 0.2 * np.asarray(image).mean()  # still recognisable
+    assert len(np.unique(rest)) == 1
+
+
+def test_strip_keeps_every_pixel():
+    images = [noise(8, 8), Image.new("RGB", (8, 8), (1, 2, 3))]
+    uri = strip(images)
+    assert uri.startswith("data:image/png;base64,")
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).convert("RGB"))
+    assert sheet.shape == (8, 2 * 8 + GAP, 3)
+    np.testing.assert_array_equal(sheet[:, :8], np.asarray(images[0]))
+    np.testing.assert_array_equal(sheet[:, 8 + GAP :], np.asarray(images[1]))
+
+
+def test_history_skips_empty_cells(tmp_path):
+    (tmp_path / "history.csv").write_text("step,epoch,train/l0,val/fvu\n25,0,16.0,\n50,0,,0.25\n75,1,15.5,\n")
+    assert history(tmp_path) == {"train/l0": ([25.0, 75.0], [16.0, 15.5]), "val/fvu": ([50.0], [0.25])}
+    assert history(tmp_path / "none") == {}
+    assert training_curves([{"folder": tmp_path, "label": "a run"}]).startswith("<svg")
