@@ -1,6 +1,5 @@
 """Score finished runs on the held-out test split: ``python evaluate.py [runs=PATTERN]``."""
 
-import json
 from pathlib import Path
 
 import hydra
@@ -8,7 +7,7 @@ from omegaconf import DictConfig, ListConfig
 from rich.console import Console
 from rich.table import Table
 
-from sae_lightning.benchmark.evaluate import SCORES, evaluate_run, finished_runs
+from sae_lightning.benchmark.evaluate import evaluate_run, finished_runs, stored_scores
 from sae_lightning.saes.artefact import read_cfg
 
 COLUMNS = {
@@ -24,10 +23,9 @@ def main(cfg: DictConfig) -> None:
     for column in ("run", "backbone", "k of d_in", *COLUMNS.values()):
         table.add_column(column, justify="left" if column in ("run", "backbone") else "right", no_wrap=True)
     for run in finished_runs(patterns, Path(cfg.paths.runs)):
-        path, made = run / SCORES, read_cfg(run)
-        newer = path.is_file() and path.stat().st_mtime >= (run / "sae.safetensors").stat().st_mtime
-        scores = json.loads(path.read_text()) if newer else None
-        if scores is None or cfg.again or scores["split"] != cfg.split:
+        made = read_cfg(run)
+        scores = None if cfg.again else stored_scores(run, cfg.split, COLUMNS)
+        if scores is None:
             scores = evaluate_run(run, cfg.split, cfg.batch_tokens, cfg.latents_shown)
         k = "–" if made["k"] is None else f"{made['k']:g}"
         values = [f"{scores['metrics'][name]:.3f}" for name in COLUMNS]

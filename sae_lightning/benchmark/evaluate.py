@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,17 @@ def activation_maps(sae: SAE, store: FeatureStore, latents: Tensor, images: Tens
                     here = mine & (rows // store.n_patches == place[image])
                     maps[n, m, rows[here] % store.n_patches] = codes.values[here].float()
     return maps
+
+
+def stored_scores(run: Path, split: str, names: Iterable[str]) -> dict[str, Any] | None:
+    """The scores of ``run`` on ``split``; None unless whole, newer than the SAE and with every metric in ``names``."""
+    path = run / SCORES
+    if not (path.is_file() and (run / TOP_IMAGES).is_file()):
+        return None
+    if path.stat().st_mtime < (run / "sae.safetensors").stat().st_mtime:
+        return None
+    scores = json.loads(path.read_text())
+    return scores if scores["split"] == split and set(names) <= set(scores["metrics"]) else None
 
 
 def finished_runs(patterns: list[str], folder: Path) -> list[Path]:

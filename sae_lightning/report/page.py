@@ -77,7 +77,7 @@ def latent_groups(run: dict[str, Any], images: ImageData, cells: tuple[int, int]
 
 def build(folders: list[Path], out: Path) -> Path:
     """Write the page over evaluated runs to ``out``; StoreError when a run's pictures have changed since."""
-    missing = [f.name for f in folders if not (f / SCORES).is_file()]
+    missing = [f.name for f in folders if not ((f / SCORES).is_file() and (f / TOP_IMAGES).is_file())]
     if missing:
         raise FileNotFoundError(f"These runs have no scores yet: {', '.join(missing)}. Run evaluate.py first.")
     runs = [load_run(folder) for folder in folders]

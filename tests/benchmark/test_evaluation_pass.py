@@ -1,13 +1,14 @@
 """The streaming pass against one dense pass over the whole store."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
-from sae_lightning.benchmark.evaluate import SCORES, TOP_IMAGES, finished_runs, score
+from sae_lightning.benchmark.evaluate import SCORES, TOP_IMAGES, finished_runs, score, stored_scores
 from sae_lightning.benchmark.top_images import TopImages, choose_latents, top_purity
 from sae_lightning.features.store import StoreError
 from sae_lightning.saes import Normalizer, SparseCodes, TopK
@@ -105,6 +106,20 @@ def test_images_are_ranked_by_their_strongest_patch():
     assert top.images().tolist() == [[2, 0], [-1, -1]]
     assert top.peaks().tolist() == pytest.approx([1.6, 0])
     assert top.images_fired.tolist() == [2, 0]
+
+
+def test_stored_scores_are_used_only_when_whole_and_fresh(run, stores):
+    assert stored_scores(run, "test", []) is None
+    scores = score(run, stores["test"])
+    assert stored_scores(run, "test", ["fvu", "l0"]) == scores
+    assert stored_scores(run, "val", ["fvu"]) is None
+    assert stored_scores(run, "test", ["a_new_metric"]) is None
+    written = (run / SCORES).stat().st_mtime
+    os.utime(run / "sae.safetensors", (written + 10, written + 10))
+    assert stored_scores(run, "test", ["fvu"]) is None
+    os.utime(run / "sae.safetensors", (written - 10, written - 10))
+    (run / TOP_IMAGES).unlink()
+    assert stored_scores(run, "test", ["fvu"]) is None
 
 
 def test_no_matching_run_is_a_sentence(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sae_lightning.report.figures import history, training_curves
+from sae_lightning.report.page import build
 from sae_lightning.report.strips import GAP, overlay, strip, thumbnail
 
 
@@ -47,3 +48,12 @@ def test_history_skips_empty_cells(tmp_path):
     assert history(tmp_path) == {"train/l0": ([25.0, 75.0], [16.0, 15.5]), "val/fvu": ([50.0], [0.25])}
     assert history(tmp_path / "none") == {}
     assert training_curves([{"folder": tmp_path, "label": "a run"}]).startswith("<svg")
+
+
+def test_runs_without_scores_or_top_images_are_named(tmp_path):
+    bare, half = tmp_path / "bare", tmp_path / "half"
+    bare.mkdir()
+    half.mkdir()
+    (half / "scores.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no scores yet: bare, half\. Run evaluate\.py"):
+        build([bare, half], tmp_path / "report.html")
