@@ -17,7 +17,7 @@ PANELS = {
     "loss/reconstruction": "reconstruction loss",
 }
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8a5fbf", "#e08e1b", "#4a4e69", "#00a5a5", "#a0522d")
-STYLE = {
+STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "axes.edgecolor": "#888", "svg.fonttype": "none", "font.family": "sans-serif",
 }  # fmt: skip
