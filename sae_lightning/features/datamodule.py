@@ -46,17 +46,18 @@ class TokenStream(IterableDataset):
             raise ValueError(f"{world} ranks cannot share {lanes} lanes; set the datamodule's lanes to a multiple.")
         if batch_size % lanes:
             raise ValueError(f"batch_size={batch_size} must be a multiple of the {lanes} lanes of the stream.")
-        self.store, self.seed, self.lanes, self.block_images = store, seed, lanes, block_images
+        self.store, self.seed, self.lanes = store, seed, lanes
+        self.block_images = max(1, min(block_images, len(store) // (4 * lanes)))  # small stores: smaller blocks
         self.rank, self.world = rank, world
         self.per_lane = batch_size // lanes
         self.buffer = max(buffer_tokens // lanes, 2 * self.per_lane)
-        self.n_blocks = -(-len(store) // block_images)
+        self.n_blocks = -(-len(store) // self.block_images)
         self.epoch = 0
         self._steps = min(self._lane_tokens(lane, self._order(0)) for lane in range(lanes)) // self.per_lane
         if self._steps < 1:
             raise ValueError(
                 f"A batch of {batch_size} tokens does not fit {store.n_tokens} tokens in {lanes} lanes of "
-                f"{block_images}-image blocks; lower batch_size."
+                f"{self.block_images}-image blocks; lower batch_size."
             )
 
     def __len__(self) -> int:

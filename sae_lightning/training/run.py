@@ -128,6 +128,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.* when logging on epoch level.*")  # metrics reduce
 
 
 def build_module(cfg: DictConfig, store: FeatureStore) -> SAEModule:

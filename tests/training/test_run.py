@@ -1,0 +1,93 @@
+"""A whole training through its public function: artefact, scores, skipping, resuming, refusing."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from sae_lightning.features.extract import ensure_store
+from sae_lightning.metrics import FVU, L0
+from sae_lightning.saes import SAE
+from sae_lightning.training.run import train
+
+
+@pytest.mark.parametrize("variant", ["batchtopk", "topk", "relu"])
+def test_the_artefact_gives_the_logged_scores_from_raw_features(variant, config):
+    cfg = config(f"sae={variant}")
+    folder = train(cfg)
+    result = json.loads((folder / "result.json").read_text())
+    sae, store = SAE.load(folder), ensure_store(cfg, "val")
+    features = store.patches(slice(None)).reshape(-1, store.d_in)
+    codes = sae.encode(features)
+    fvu, l0 = FVU(store.d_in), L0()
+    fvu.update(features.float(), sae.decode(codes))
+    l0.update(codes)
+    assert result["val"]["explained_variance"] == pytest.approx(float(fvu.compute()["explained_variance"]), abs=1e-4)
+    assert result["val"]["l0"] == pytest.approx(float(l0.compute()["l0"]), abs=1e-3)
+    if variant != "relu":
+        assert result["val"]["l0"] == pytest.approx(8, abs=0.1)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.d_sae))
+    made = json.loads((folder / "cfg.json").read_text())
+    assert made["backbone"] == "deit (tiny)"
+    assert made["store"]["val"] == store.fingerprint
+    assert made["config"]["batch_size"] == 256
+
+
+def test_training_lowers_the_loss_and_writes_its_history(config):
+    folder = train(config("trainer.max_epochs=20"))
+    with (folder / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(r["loss/reconstruction"]) for r in rows if r["loss/reconstruction"]]
+    assert losses[-1] < 0.7 * losses[0]
+    validated = [r for r in rows if r["val/explained_variance"]]
+    assert len(validated) == 20
+    assert int(rows[-1]["step"]) == json.loads((folder / "result.json").read_text())["steps"]
+
+
+def test_a_finished_run_is_skipped_and_another_setting_is_another_run(config, capsys):
+    folder = train(config())
+    before = (folder / "sae.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    assert train(config()) == folder
+    assert "finished before, skipped" in capsys.readouterr().out
+    assert (folder / "sae.safetensors").stat().st_mtime_ns == before
+    assert train(config("seed=43")) != folder
+    assert train(config("trainer.devices=1", "logger=csv")) == folder  # neither changes the result
+
+
+def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(config, tmp_path, capsys):
+    whole = SAE.load(train(config(f"paths.runs={tmp_path / 'whole'}")))
+    with pytest.raises(RuntimeError, match="power went out"):
+        train(config("+callbacks.crash={_target_: tests.training.crash.Crash, epoch: 2}"))
+    folder = train(config())
+    assert "resuming from its last checkpoint" in capsys.readouterr().out
+    resumed = SAE.load(folder)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, msg=name)
+    with (folder / "history.csv").open() as file:
+        steps = [int(r["step"]) for r in csv.DictReader(file)]
+    assert steps == sorted(steps)
+    assert len([s for s in steps if s == steps[-1]]) <= 2
+    assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["sae.name=unheard"], "choose one of"),
+        (["k=300"], "Lower k or raise expansion"),
+        (["k=-1"], "must be positive"),
+        (["expansion=0"], "expansion=0"),
+        (["batch_size=100"], "multiple of the 8 lanes"),
+        (["optimizer.name=sgdx"], "optimizer.name=sgdx"),
+        (["+loss.sparkle=1.0"], "Unknown loss term"),
+        (["trainer.accelerator=gpu", "trainer.devices=64"], "GPUs are visible"),
+        (["logger.kind=paper"], "logger.kind=paper"),
+        (["data.path=/no/such/folder"], "There is no folder"),
+        (["backbone.layer=9"], "blocks are 0 to 5"),
+    ],
+)
+def test_impossible_settings_fail_with_a_sentence(overrides, sentence, config):
+    with pytest.raises(ValueError, match=sentence):
+        train(config(*overrides))
