@@ -171,8 +171,9 @@ class _Epochs(IterableDataset):
         return len(self.stream)
 
     def __iter__(self) -> Iterator[Tensor]:
+        # at the first batch, not before: Lightning makes the iterator before it restores the epoch of a resumed run
         self.stream.epoch = self.data.epoch
-        return iter(self.prefetched)
+        yield from self.prefetched
 
 
 class FeatureDataModule(L.LightningDataModule):

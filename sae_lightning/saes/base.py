@@ -107,12 +107,9 @@ class SAE(nn.Module):
             self.W_dec.grad.sub_(along * self.W_dec)
 
     @torch.no_grad()
-    def count_firing(self, codes: SparseCodes, tokens: int | None = None, fired: Tensor | None = None) -> None:
-        """Advance the dead-latent counters by ``tokens`` samples; ``fired`` [d_sae] bool replaces the codes' own."""
-        if fired is None:
-            fired = torch.zeros(self.d_sae, dtype=torch.bool, device=codes.latents.device)
-            fired[codes.latents] = True
-        self.tokens_since_fired += codes.n_samples if tokens is None else tokens
+    def count_firing(self, fired: Tensor, tokens: int) -> None:
+        """Advance the dead-latent counters by ``tokens`` samples; the latents of ``fired`` [d_sae] bool start anew."""
+        self.tokens_since_fired += tokens
         self.tokens_since_fired[fired] = 0
 
     # --- the artefact -----------------------------------------------------------------------------

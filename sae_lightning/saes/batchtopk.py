@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_lightning.saes.base import SAE
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.normalizer import Normalizer
+from sae_lightning.saes.ranks import world_size
 
 
 class BatchTopK(SAE):
@@ -49,7 +50,7 @@ class BatchTopK(SAE):
 
     def _batch_cut(self, pre_acts: Tensor) -> Tensor:
         """The ``k * N``-th largest positive pre-activation over all ranks, a scalar."""
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        world = world_size()
         budget = max(1, round(self.k * len(pre_acts) * world))
         candidates = largest(pre_acts, budget, guess=0.8 * self.threshold)
         if world > 1:

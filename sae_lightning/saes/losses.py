@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae_lightning.kernels import sparse_decode
 from sae_lightning.saes.base import SAE, Pass
+from sae_lightning.saes.ranks import mean_over_ranks
 from sae_lightning.saes.topk import topk_codes
 
 LossTerm = Callable[..., Tensor]
@@ -29,7 +30,7 @@ def aux(sae: SAE, run: Pass, k_aux: int | None = None, dead_after: int = 100_000
     """AuxK [Gao et al. 2024, §A.2]: the error reconstructed by the ``k_aux`` largest dead latents a sample.
 
     A latent is dead when it has not fired for ``dead_after`` tokens. ``k_aux`` defaults to d_in / 2.
-    Mean squared error relative to the error's own mean square, so the term lies near 1 when dead
+    Mean squared error relative to the error's own mean square over all ranks, so the term lies near 1 when dead
     latents explain nothing; 0 when none is dead.
     """
     dead = (sae.tokens_since_fired >= dead_after).nonzero().squeeze(1)
@@ -38,7 +39,7 @@ def aux(sae: SAE, run: Pass, k_aux: int | None = None, dead_after: int = 100_000
     error = (run.x - run.reconstruction).detach()
     codes = topk_codes(run.pre_acts.index_select(1, dead), min(k_aux or max(1, sae.d_in // 2), len(dead)))
     rebuilt = sparse_decode(codes.latents, codes.values, codes.offsets, sae.W_dec.index_select(0, dead))
-    return (rebuilt - error).square().mean() / error.square().mean().clamp_min(1e-12)
+    return (rebuilt - error).square().mean() / mean_over_ranks(error.square().mean()).clamp_min(1e-12)
 
 
 TERMS: dict[str, LossTerm] = {"reconstruction": reconstruction, "sparsity": sparsity, "aux": aux}

@@ -6,13 +6,13 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
 from sae_lightning.metrics import FVU, L0, Cosine, Firing
 from sae_lightning.saes import SAE
 from sae_lightning.saes.losses import TERMS, loss_terms, total_loss
+from sae_lightning.saes.ranks import any_over_ranks, world_size
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -65,20 +65,12 @@ class SAEModule(L.LightningModule):
         run = self.sae.run(x)
         terms = loss_terms(self.sae, run, self.loss, self.loss_options)
         loss = total_loss(terms, self.loss)
-        self.sae.count_firing(run.codes, *self._fired_anywhere(run.codes.latents, len(x)))
+        fired = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x.device)
+        fired[run.codes.latents] = True
+        self.sae.count_firing(any_over_ranks(fired), len(x) * world_size())
         if self._trainer is not None and self.trainer._logger_connector.should_update_logs:
             self._log_step(x, run.reconstruction.detach(), run.codes.latents.numel(), loss.detach(), terms)
         return loss
-
-    def _fired_anywhere(self, latents: Tensor, tokens: int) -> tuple[int, Tensor]:
-        """Tokens of the global batch and the mask [d_sae] of latents that fired on any rank."""
-        fired = torch.zeros(self.sae.d_sae, device=latents.device)
-        fired[latents] = 1
-        world = 1
-        if dist.is_available() and dist.is_initialized():
-            world = dist.get_world_size()
-            dist.all_reduce(fired, op=dist.ReduceOp.MAX)
-        return tokens * world, fired > 0
 
     def _log_step(self, x: Tensor, rebuilt: Tensor, active: int, loss: Tensor, terms: dict[str, Tensor]) -> None:
         fvu = (rebuilt - x).square().sum() / (x - x.mean(0)).square().sum().clamp_min(1e-12)

@@ -140,6 +140,6 @@ def test_a_full_disk_is_one_sentence_and_seals_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("sae_lightning.features.writer.save_file", full)
     writer = StoreWriter(tmp_path / "s", "f", ABOUT, list("abc"), np.zeros(3), 2)
-    with pytest.raises(StoreError, match="No space left.*Free space"):
+    with pytest.raises(StoreError, match=r"No space left.*Free space"):
         writer.append(torch.zeros(3, 4, 3), torch.zeros(3, 3))
     assert not (tmp_path / "s").exists()

@@ -139,9 +139,8 @@ def test_projected_decoder_gradient_is_orthogonal_to_its_row():
 
 def test_dead_latent_counters_follow_firing():
     sae = build("topk")
-    codes = sae.run(features(8)).codes
-    sae.count_firing(codes)
-    fired = codes.to_dense().sum(0) > 0
+    fired = sae.run(features(8)).codes.to_dense().sum(0) > 0
+    sae.count_firing(fired, 8)
     assert (sae.tokens_since_fired[fired] == 0).all()
     assert (sae.tokens_since_fired[~fired] == 8).all()
 

@@ -23,20 +23,21 @@ def _importable_tests(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("variant", ["batchtopk"])
-def test_two_ranks_equal_one(variant, config, tmp_path):
+def test_two_ranks_equal_one(config, tmp_path):
+    """In float64, where Adam does not turn the last digit of a small gradient into a whole step."""
     folders = {
-        n: train(config(f"sae={variant}", f"trainer.devices={n}", f"paths.runs={tmp_path / str(n)}")) for n in (1, 2)
+        n: train(config(f"trainer.devices={n}", "trainer.precision=64-true", f"paths.runs={tmp_path / str(n)}"))
+        for n in (1, 2)
     }
     assert folders[1].name == folders[2].name
     one, two = SAE.load(folders[1]).state_dict(), SAE.load(folders[2]).state_dict()
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
     results = [json.loads((folders[n] / "result.json").read_text()) for n in (1, 2)]
     assert results[1]["devices"] == 2
     assert results[0]["steps"] == results[1]["steps"]
     for name, value in results[0]["val"].items():
-        assert results[1]["val"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+        assert results[1]["val"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 def test_a_crash_of_one_rank_ends_the_job(config):

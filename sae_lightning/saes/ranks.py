@@ -1,0 +1,31 @@
+"""Sums over the global batch: what a loss or an activation needs to know of the other DDP ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Ranks that train together; 1 without DDP."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@torch.no_grad()
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of ``value`` over all ranks, without gradient; itself without DDP."""
+    value = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value / world_size()
+
+
+@torch.no_grad()
+def any_over_ranks(mask: Tensor) -> Tensor:
+    """Element-wise or of a bool ``mask`` over all ranks; itself without DDP."""
+    if world_size() == 1:
+        return mask
+    marks = mask.float()
+    dist.all_reduce(marks, op=dist.ReduceOp.MAX)
+    return marks > 0
