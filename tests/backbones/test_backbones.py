@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sae_lightning.backbones import BackboneError, TextTower, default_layer, load_backbone
+from sae_lightning.backbones import TextTower, default_layer, load_backbone
 from sae_lightning.backbones.published import load_timm, load_transformers
 from sae_lightning.backbones.tiny import TINY_NAMES, tiny_vit
 from sae_lightning.data import load_images
@@ -67,9 +67,7 @@ def test_text_towers_match_images_to_their_captions(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "grid"), [("dinov2", 16), ("clip", 14), ("siglip", 14), ("mae", 14), ("deit", 14)]
-)
+@pytest.mark.parametrize(("name", "grid"), [("dinov2", 16), ("clip", 14), ("siglip", 14), ("mae", 14), ("deit", 14)])
 def test_published_architectures_give_layer_11_patch_tokens(name, grid):
     backbone = load_backbone(cfg(name, size="published"), pretrained=False)
     assert backbone.depth == 12
