@@ -52,7 +52,7 @@ def has_login() -> bool:
         return True
     import wandb
 
-    host = urlparse(wandb.Settings().base_url).hostname or ""
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url).hostname or ""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):

@@ -41,7 +41,7 @@ def test_demo_is_balanced_disjoint_and_captioned():
     assert not any(i.startswith("train-") for i in parts["test"].image_ids + parts["val"].image_ids)
     assert len(set(ids)) == len(ids)
     groups = parts["train"].sibling_groups
-    assert sorted(sum(groups.values(), [])) == sorted(parts["train"].class_names)
+    assert sorted(name for group in groups.values() for name in group) == sorted(parts["train"].class_names)
 
 
 def test_demo_file_is_the_recorded_one_and_opens_as_a_hugging_face_data_set(tmp_path):
