@@ -70,8 +70,8 @@ def probe(name: str, train: Cifar, test: Cifar) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=10_000, help="training images of the probe (first of train)")
-    parser.add_argument("--test", type=int, default=10_000)
+    parser.add_argument("--train", type=int, default=5_000, help="training images of the probe (first of train)")
+    parser.add_argument("--test", type=int, default=5_000)
     parser.add_argument("--names", nargs="*", default=list(TINY_NAMES))
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()

@@ -17,6 +17,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     """The part of the config that determines the SAE: not where things lie, nor loggers, nor the number of devices."""
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     kept = {key: plain.get(key) for key in (*SECTIONS, *SCALARS)}
+    if "k" not in plain["sae"]["settings"]:
+        del kept["k"]
     kept["trainer"] = {key: plain["trainer"].get(key) for key in TRAINER_KEYS}
     return kept
 
@@ -27,5 +29,6 @@ def run_hash(cfg: DictConfig) -> str:
 
 
 def run_name(cfg: DictConfig) -> str:
-    """For example ``batchtopk-dinov2-x8-k16-s42-1a2b3c4d``."""
-    return f"{cfg.sae.name}-{cfg.backbone.name}-x{cfg.expansion}-k{cfg.k}-s{cfg.seed}-{run_hash(cfg)}"
+    """For example ``batchtopk-dinov2-x8-k16-s42-1a2b3c4d``; without k for a variant that has none."""
+    k = f"-k{cfg.k}" if "k" in cfg.sae.settings else ""
+    return f"{cfg.sae.name}-{cfg.backbone.name}-x{cfg.expansion}{k}-s{cfg.seed}-{run_hash(cfg)}"
