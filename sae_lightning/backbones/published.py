@@ -22,7 +22,9 @@ def load_timm(cfg: Mapping[str, Any], pretrained: bool = True) -> Backbone:
     """A timm vision transformer; ``cfg.published`` names ``model``, ``image_size`` and ``layer``."""
     wanted = cfg["published"]
     try:
-        model = timm.create_model(wanted["model"], pretrained=pretrained, num_classes=0, img_size=wanted["image_size"])
+        model: Any = timm.create_model(
+            wanted["model"], pretrained=pretrained, num_classes=0, img_size=wanted["image_size"]
+        )
     except Exception as error:
         raise BackboneError(NO_WEIGHTS.format(model=wanted["model"], error=error)) from error
     if not hasattr(model, "blocks") or not hasattr(model, "patch_embed"):
@@ -50,7 +52,7 @@ def load_transformers(cfg: Mapping[str, Any], pretrained: bool = True, config: A
         config = getattr(config, "vision_config", None) or config
         if hasattr(config, "mask_ratio"):
             config.mask_ratio = 0.0
-        build = {
+        build: Any = {
             "clip_vision_model": transformers.CLIPVisionModel,
             "siglip_vision_model": transformers.SiglipVisionModel,
             "siglip2_vision_model": getattr(transformers, "Siglip2VisionModel", None),
@@ -77,6 +79,8 @@ def load_transformers(cfg: Mapping[str, Any], pretrained: bool = True, config: A
 
 class _Plain(nn.Module):
     """Takes images as its first argument; an MAE keeps its tokens in order."""
+
+    model: Any
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

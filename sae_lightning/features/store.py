@@ -131,7 +131,7 @@ def memory_map(path: Path) -> dict[str, np.ndarray]:
             header = json.loads(file.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise StoreError(f"{path} is no safetensors file ({error}); extract again.") from error
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, entry in header.items():
         if name != "__metadata__":
             offset = 8 + length + entry["data_offsets"][0]

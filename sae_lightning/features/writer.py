@@ -67,7 +67,7 @@ class StoreWriter:
             self.partial.mkdir(parents=True)
             note.write_text(json.dumps(plan))
             return []
-        records = []
+        records: list[dict] = []
         while (path := self.partial / f"shard-{len(records):05d}.json").is_file():
             record = json.loads(path.read_text())
             shard = self.partial / record["shard"]["file"]
@@ -148,7 +148,7 @@ class StoreWriter:
             dtype="float16",
             std=float(np.sqrt(m2.sum() / (tokens * d_in))),
             mean_norm=sum(r["norm"] for r in self._records) / tokens,
-            severity=float(np.linalg.norm(mean) / max(np.linalg.norm(deviation), 1e-12)),
+            severity=float(np.linalg.norm(mean)) / max(float(np.linalg.norm(deviation)), 1e-12),
             shards=[Shard(**r["shard"]) for r in self._records],
             files={n: file_sha256(self.partial / n) for n in ("statistics.safetensors", "images.parquet")},
             versions={name: version(name) for name in VERSIONS},

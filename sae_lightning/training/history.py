@@ -24,7 +24,7 @@ class History(L.Callback):
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= trainer.global_step]
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._append(trainer, ("train/", "loss/"))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -74,7 +74,7 @@ class SAEModule(L.LightningModule):
 
     def _log_step(self, x: Tensor, rebuilt: Tensor, active: int, loss: Tensor, terms: dict[str, Tensor]) -> None:
         fvu = (rebuilt - x).square().sum() / (x - x.mean(0)).square().sum().clamp_min(1e-12)
-        record = {
+        record: dict[str, Any] = {
             "train/loss": loss,
             "train/explained_variance": 1 - fvu,
             "train/l0": active / len(x),
@@ -111,7 +111,7 @@ class SAEModule(L.LightningModule):
         self.sae.normalize_decoder()
 
     # --- optimiser --------------------------------------------------------------------------------
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         settings = dict(self.optimizer)
         build = OPTIMIZERS[settings.pop("name")]
         if "betas" in settings:

@@ -29,7 +29,7 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         self._samples += len(batch) * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             record = {"speed/samples_per_second": self.samples_per_second, "speed/wait_share": self.wait_share}
             module.log_dict(record, rank_zero_only=True)
 
