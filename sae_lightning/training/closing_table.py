@@ -60,4 +60,4 @@ def print_table(folders: list[Path], console: Console | None = None) -> None:
             f"{scores['explained_variance']:.3f}", f"{scores['l0']:.1f}", f"{scores['dead_share']:.1%}",
             f"{result['seconds']:.0f} s",
         )  # fmt: skip
-    (console or Console(width=max(110, Console().width))).print(table)
+    (console or Console(width=max(124, Console().width))).print(table)
