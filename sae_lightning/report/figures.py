@@ -53,6 +53,8 @@ def training_curves(runs: list[dict[str, Any]]) -> str:
             axis.set_title(title, loc="left", fontsize=9)
             axis.set_xlabel("step")
         axes[0].set_ylim(top=1.0)
+        axes[1].set_ylim(0, 1.15 * axes[1].get_ylim()[1])
+        axes[2].set_ylim(0, max(0.05, axes[2].get_ylim()[1]))
         return _svg(figure)
 
 
@@ -64,6 +66,7 @@ def tradeoff(runs: list[dict[str, Any]]) -> str:
         for i, run in enumerate(runs):
             m = run["metrics"]
             axis.scatter(m["l0"], m["explained_variance"], s=34, color=COLOURS[i % len(COLOURS)])
+        axis.set_xlim(0, 1.15 * max(run["metrics"]["l0"] for run in runs))
         axis.set_xlabel("L0 (active latents a token)")
         axis.set_ylabel("explained variance (test)")
         return _svg(figure)
