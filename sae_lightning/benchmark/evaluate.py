@@ -96,7 +96,8 @@ def _save_top_images(
         "counts": counts,
     }
     partial = run / (TOP_IMAGES + ".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"groups": "|".join(chosen)})
+    metadata = {"groups": "|".join(chosen), "grid": "x".join(map(str, store.grid))}
+    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
     os.replace(partial, run / TOP_IMAGES)
 
 

@@ -45,13 +45,12 @@ def load_run(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def latent_groups(run: dict[str, Any], images: ImageData, cells: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+def latent_groups(run: dict[str, Any], images: ImageData) -> list[dict[str, Any]]:
     """The cards of a run's chosen latents, grouped; strips are drawn from the images' own pixels."""
     with safe_open(run["folder"] / TOP_IMAGES, "pt") as file:
         names = file.metadata()["groups"].split("|")
+        rows, columns = map(int, file.metadata()["grid"].split("x"))
         t = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    side = round(t["maps"].shape[-1] ** 0.5)
-    rows, columns = cells or (side, side)
     groups = []
     for g, name in enumerate(names):
         cards = []
