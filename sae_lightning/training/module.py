@@ -68,7 +68,7 @@ class SAEModule(L.LightningModule):
         fired = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x.device)
         fired[run.codes.latents] = True
         self.sae.count_firing(any_over_ranks(fired), len(x) * world_size())
-        if self._trainer is not None and self.trainer._logger_connector.should_update_logs:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_step(x, run.reconstruction.detach(), run.codes.latents.numel(), loss.detach(), terms)
         return loss
 
