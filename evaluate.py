@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -18,11 +18,10 @@ COLUMNS = {
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    patterns = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
     table = Table(title=f"Scores on the {cfg.split} split")
     for column in ("run", "backbone", "k of d_in", *COLUMNS.values()):
         table.add_column(column, justify="left" if column in ("run", "backbone") else "right", no_wrap=True)
-    for run in finished_runs(patterns, Path(cfg.paths.runs)):
+    for run in finished_runs(cfg.runs, Path(cfg.paths.runs)):
         made = read_cfg(run)
         scores = None if cfg.again else stored_scores(run, cfg.split, COLUMNS)
         if scores is None:

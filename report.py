@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from sae_lightning.benchmark.evaluate import finished_runs
 from sae_lightning.report.page import build
@@ -11,8 +11,7 @@ from sae_lightning.report.page import build
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="report")
 def main(cfg: DictConfig) -> None:
-    patterns = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
-    out = build(finished_runs(patterns, Path(cfg.paths.runs)), Path(cfg.out))
+    out = build(finished_runs(cfg.runs, Path(cfg.paths.runs)), Path(cfg.out))
     print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB); open it in a browser.")
 
 

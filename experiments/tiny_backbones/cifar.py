@@ -15,8 +15,7 @@ from torch import Tensor
 
 from sae_lightning.backbones.tiny import PIXEL_MEAN, PIXEL_STD
 from sae_lightning.data.captions import caption
-
-CLASS_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+from sae_lightning.data.parquet import CIFAR10_CLASSES as CLASS_NAMES
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sae_lightning.backbones.base import Backbone, BackboneError
+from sae_lightning.backbones.base import Backbone, BackboneError, default_layer
 from sae_lightning.backbones.bundled import TextTower, file_digest, load_tiny
 from sae_lightning.backbones.published import load_timm, load_transformers
 
@@ -33,11 +33,6 @@ def identity(cfg: Mapping[str, Any]) -> str:
         return f"tiny:{cfg['name']}:{file_digest(cfg['name'])}"
     wanted = cfg["published"]
     return f"{wanted['library']}:{wanted['model']}:{wanted['image_size']}"
-
-
-def default_layer(cfg: Mapping[str, Any]) -> int:
-    """``cfg.layer``, or the default layer of its size."""
-    return cfg[cfg["size"]]["layer"] if cfg.get("layer") is None else cfg["layer"]
 
 
 __all__ = ["Backbone", "BackboneError", "TextTower", "default_layer", "identity", "load_backbone"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ from torch import Tensor, nn
 
 class BackboneError(ValueError):
     """A backbone that cannot be had, or a layer or image that does not fit it."""
+
+
+def default_layer(cfg: Mapping[str, Any], size: str | None = None) -> int:
+    """``cfg.layer``, or the default layer of ``size`` (by default the config's own)."""
+    return cfg[size or cfg["size"]]["layer"] if cfg.get("layer") is None else cfg["layer"]
 
 
 class Backbone(nn.Module):

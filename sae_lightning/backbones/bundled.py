@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from sae_lightning.backbones.base import Backbone, BackboneError
+from sae_lightning.backbones.base import Backbone, BackboneError, default_layer
 from sae_lightning.backbones.tiny import (
-    DEPTH,
     IMAGE_SIZE,
     PATCH_SIZE,
     PIXEL_MEAN,
@@ -54,7 +53,6 @@ def load_tiny(cfg: Mapping[str, Any], pretrained: bool = True) -> Backbone:
         tensors = load_file(weights_file(name))
         vit.load_state_dict({k: v.float() for k, v in tensors.items() if not k.startswith(BESIDE)})
     side = IMAGE_SIZE // PATCH_SIZE
-    layer = cfg.get("layer")
     transform = create_transform(
         (3, IMAGE_SIZE, IMAGE_SIZE), mean=PIXEL_MEAN, std=PIXEL_STD, crop_pct=1.0, interpolation="bicubic"
     )
@@ -64,7 +62,7 @@ def load_tiny(cfg: Mapping[str, Any], pretrained: bool = True) -> Backbone:
         title=f"{name} (tiny)",
         blocks="blocks",
         prefix_tokens=vit.num_prefix_tokens,
-        layer=cfg["tiny"]["layer"] if layer is None else layer,
+        layer=default_layer(cfg, "tiny"),
         d_in=WIDTH,
         grid=(side, side),
         image_size=IMAGE_SIZE,
@@ -101,4 +99,4 @@ class TextTower(nn.Module):
         return F.normalize(self.project(pooled.float()), dim=-1)
 
 
-__all__ = ["DEPTH", "TextTower", "file_digest", "load_tiny", "weights_file"]
+__all__ = ["TextTower", "file_digest", "load_tiny", "weights_file"]

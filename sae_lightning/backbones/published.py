@@ -10,7 +10,7 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from sae_lightning.backbones.base import Backbone, BackboneError
+from sae_lightning.backbones.base import Backbone, BackboneError, default_layer
 
 NO_WEIGHTS = (
     "The weights of '{model}' cannot be loaded: {error}. Check the model's id and the connection to the model hub; "
@@ -113,14 +113,13 @@ def _backbone(
     cfg: Mapping[str, Any], model: nn.Module, blocks: str, prefix: int, width: int, grid: Any, transform: Any, pool: Any
 ) -> Backbone:
     wanted = cfg["published"]
-    layer = cfg.get("layer")
     return Backbone(
         model,
         name=cfg["name"],
         title=f"{cfg['name']} ({wanted['title']})",
         blocks=blocks,
         prefix_tokens=prefix,
-        layer=wanted["layer"] if layer is None else layer,
+        layer=default_layer(cfg, "published"),
         d_in=width,
         grid=grid,
         image_size=wanted["image_size"],

@@ -128,11 +128,12 @@ def stored_scores(run: Path, split: str, names: Iterable[str]) -> dict[str, Any]
     return scores if scores["split"] == split and set(names) <= set(scores["metrics"]) else None
 
 
-def finished_runs(patterns: list[str], folder: Path) -> list[Path]:
-    """Finished run folders below ``folder`` whose names match one of ``patterns``, sorted.
+def finished_runs(patterns: str | Iterable[str], folder: Path) -> list[Path]:
+    """Finished run folders below ``folder`` whose names match ``patterns`` (one or several), sorted.
 
     Raises FileNotFoundError with a sentence when there is none.
     """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     found = {p for pattern in patterns for p in folder.glob(pattern) if (p / "result.json").is_file()}
     if not found:
         raise FileNotFoundError(f"No finished run in {folder} matches {', '.join(patterns)}; train one with train.py.")

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from sae_lightning.features.store import FeatureStore
+from sae_lightning.saes.ranks import rank, world_size
 
 
 class TokenStream(IterableDataset):
@@ -203,13 +203,13 @@ class FeatureDataModule(L.LightningDataModule):
         return self._epochs.prefetched.wait_seconds if self._epochs is not None else 0.0
 
     def train_dataloader(self) -> DataLoader:
-        rank, world = _rank_and_world()
-        self._epochs = _Epochs(self, TokenStream(self.train, self.batch_size, rank=rank, world=world, **self.options))
+        stream = TokenStream(self.train, self.batch_size, rank=rank(), world=world_size(), **self.options)
+        self._epochs = _Epochs(self, stream)
         return DataLoader(self._epochs, batch_size=None, pin_memory=torch.cuda.is_available())
 
     def val_dataloader(self) -> DataLoader:
-        rank, world = _rank_and_world()
-        return DataLoader(_InOrder(self.val, self.batch_size // world, rank, world), batch_size=None)
+        world = world_size()
+        return DataLoader(_InOrder(self.val, self.batch_size // world, rank(), world), batch_size=None)
 
 
 class _InOrder(IterableDataset):
@@ -225,9 +225,3 @@ class _InOrder(IterableDataset):
     def __iter__(self) -> Iterator[Tensor]:
         for start in self.starts:
             yield self.store.patches(slice(start, start + self.images)).reshape(-1, self.store.d_in)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

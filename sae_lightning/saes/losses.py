@@ -45,6 +45,13 @@ def aux(sae: SAE, run: Pass, k_aux: int | None = None, dead_after: int = 100_000
 TERMS: dict[str, LossTerm] = {"reconstruction": reconstruction, "sparsity": sparsity, "aux": aux}
 
 
+def check_terms(weights: dict[str, float]) -> None:
+    """ValueError for a name that is no loss term."""
+    unknown = set(weights) - set(TERMS)
+    if unknown:
+        raise ValueError(f"Unknown loss term {sorted(unknown)}; known terms: {', '.join(sorted(TERMS))}.")
+
+
 def loss_terms(
     sae: SAE, run: Pass, weights: dict[str, float], options: dict[str, dict] | None = None
 ) -> dict[str, Tensor]:
@@ -52,9 +59,7 @@ def loss_terms(
 
     Raises ValueError for a name that is no loss term.
     """
-    unknown = set(weights) - set(TERMS)
-    if unknown:
-        raise ValueError(f"Unknown loss term {sorted(unknown)}; known terms: {', '.join(sorted(TERMS))}.")
+    check_terms(weights)
     options = options or {}
     return {name: TERMS[name](sae, run, **options.get(name, {})) for name, weight in weights.items() if weight}
 

@@ -12,6 +12,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's rank; 0 without DDP."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 @torch.no_grad()
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of ``value`` over all ranks, without gradient; itself without DDP."""

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from sae_lightning.metrics import FVU, L0, Cosine, Firing
 from sae_lightning.saes import SAE
-from sae_lightning.saes.losses import TERMS, loss_terms, total_loss
+from sae_lightning.saes.losses import check_terms, loss_terms, total_loss
 from sae_lightning.saes.ranks import any_over_ranks, world_size
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -38,9 +38,7 @@ class SAEModule(L.LightningModule):
         dead_after: int = 100_000,
     ) -> None:
         super().__init__()
-        unknown = set(loss) - set(TERMS)
-        if unknown:
-            raise ValueError(f"Unknown loss term {sorted(unknown)}; known terms: {', '.join(sorted(TERMS))}.")
+        check_terms(loss)
         self.sae = sae
         self.loss = dict(loss)
         self.loss_options = dict(loss_options or {})

@@ -45,9 +45,9 @@ def train(cfg: DictConfig) -> Path:
         if is_finished(folder):
             print(f"{folder.name}: finished before, skipped.", flush=True)
             return folder
-        for split in ("train", "val"):
-            ensure_store(cfg, split)
         if wants_ranks(cfg):
+            for split in ("train", "val"):  # once, before every rank opens them
+                ensure_store(cfg, split)
             launch_ranks(cfg, folder)
         else:
             fit(cfg, folder)
