@@ -1,5 +1,5 @@
-"""Sparse products behind the SAEs."""
+"""Sparse products and selections behind the SAEs, chosen by device (see dispatch.py)."""
 
-from sae_lightning.kernels.decode import sparse_decode
+from sae_lightning.kernels.products import level_errors, nested_decode, sparse_decode, sparse_pre_acts
 
-__all__ = ["sparse_decode"]
+__all__ = ["level_errors", "nested_decode", "sparse_decode", "sparse_pre_acts"]

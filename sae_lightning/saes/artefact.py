@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_lightning.saes.base import SAE
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had W_enc as [d_in, d_sae]
 
 
 class ArtefactError(ValueError):
@@ -30,6 +30,8 @@ def save(sae: SAE, folder: Path, record: dict[str, Any]) -> None:
     """Write the weights, then ``cfg.json`` with what rebuilds the SAE and with ``record``."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    if sae.tied:
+        del tensors["W_enc"]
     partial = folder / "sae.safetensors.partial"
     save_file(tensors, partial, metadata={"variant": sae.variant})
     os.replace(partial, folder / "sae.safetensors")
@@ -46,8 +48,8 @@ def read_cfg(folder: Path) -> dict[str, Any]:
         cfg = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ArtefactError(f"{path} is not valid JSON ({error}); train the run again.") from error
-    if cfg.get("schema") != SCHEMA:
-        raise ArtefactError(f"{path} has schema {cfg.get('schema')}; this version reads schema {SCHEMA}.")
+    if cfg.get("schema") not in (1, SCHEMA):
+        raise ArtefactError(f"{path} has schema {cfg.get('schema')}; this version reads schemas 1 and {SCHEMA}.")
     return cfg
 
 
@@ -66,6 +68,11 @@ def load(folder: Path) -> SAE:
     except SafetensorError as error:
         raise ArtefactError(f"{weights} cannot be read ({error}); it is truncated or not safetensors.") from error
     sae = VARIANTS[cfg["variant"]](cfg["d_in"], cfg["d_sae"], **cfg["sae"])
+    if cfg["schema"] == 1:
+        tensors["W_enc"] = tensors["W_enc"].T.contiguous()
+        tensors = {name: tensor for name, tensor in sae.state_dict().items() if name == "lowest"} | tensors
+    if sae.tied and "W_dec" in tensors:
+        tensors["W_enc"] = tensors["W_dec"]
     try:
         sae.load_state_dict(tensors)
     except RuntimeError as error:

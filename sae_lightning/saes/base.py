@@ -2,77 +2,125 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sae_lightning.kernels import sparse_decode
-from sae_lightning.saes.codes import SparseCodes
+from sae_lightning.kernels import selection, sparse_pre_acts
+from sae_lightning.saes.codes import DenseCodes, SparseCodes
+from sae_lightning.saes.input_norm import INPUT_NORMS, input_norm
 from sae_lightning.saes.normalizer import Normalizer
+
+DENSE_FROM = 0.10  # share of positive pre-activations from which dense products are faster (docs/decisions.md)
+PROBE = 64  # samples that decide it
 
 
 @dataclass
 class Pass:
-    """One training pass over a batch of normalised features ``x`` [N, d_in]."""
+    """One training pass over a batch of normalised features ``x`` [N, d_in].
+
+    ``levels`` [N, h, d_in] are a nested variant's reconstructions, coarse to fine, with ``level_weights``
+    [h] that sum to 1; ``extra`` is what a variant's own loss terms need besides.
+    """
 
     x: Tensor
-    pre_acts: Tensor
     codes: SparseCodes
     reconstruction: Tensor
+    levels: Tensor | None = None
+    level_weights: Tensor | None = None
+    extra: dict[str, SparseCodes] = field(default_factory=dict)
 
 
 class SAE(nn.Module):
-    """Base of all variants: x̂ = codes · W_dec + b_pre, pre_acts = (x - b_pre) · W_enc + b_enc.
+    """Base of all variants: x̂ = codes · W_dec + b_pre, pre_acts = (x - b_pre) · W_encᵀ + b_enc.
 
-    ``W_enc`` [d_in, d_sae] starts as the decoder's transpose, ``W_dec`` [d_sae, d_in] has rows of unit
-    norm, ``b_enc`` [d_sae] and ``b_pre`` [d_in] start at zero, b_pre in normalised space, where zero is
-    the data's mean. ``encode``, ``decode`` and ``forward`` speak raw features; ``run`` and the losses
-    speak normalised ones.
+    Row i of ``W_enc`` [d_sae, d_in] reads latent i, row i of ``W_dec`` [d_sae, d_in] writes it. The decoder's
+    rows have unit norm, the encoder starts as their copy (and stays it with ``tied``); ``b_enc`` [d_sae] and
+    ``b_pre`` [d_in] start at zero, b_pre in normalised space, where zero is the data's mean. ``input_norm``
+    ("none", "layer", "unit") norms each sample once more before the encoder and gives the norm back after
+    the decoder.
 
-    A variant implements ``activate``; it lists what makes it, beside d_in and d_sae, in ``settings``.
+    ``encode``, ``decode`` and ``forward`` speak raw features; ``run`` and the losses speak normalised ones.
+    A variant implements ``code``; it lists what makes it, beside d_in and d_sae, in ``settings``.
     """
 
     variant: str
     tokens_since_fired: Tensor
+    k: float | None = None  # active latents a sample, for variants that choose them so
+    k_now: float  # what training uses, if it anneals k
 
-    def __init__(self, d_in: int, d_sae: int, normalizer: Normalizer | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        normalizer: Normalizer | None = None,
+        seed: int | None = None,
+        tied: bool = False,
+        input_norm: str = "none",
+    ) -> None:
         super().__init__()
         if d_in < 1 or d_sae < 1:
             raise ValueError(f"d_in and d_sae must be at least 1; got d_in={d_in}, d_sae={d_sae}.")
-        self.d_in, self.d_sae = d_in, d_sae
+        if input_norm not in INPUT_NORMS:
+            raise ValueError(f"Unknown input_norm={input_norm}; choose one of {', '.join(INPUT_NORMS)}.")
+        self.d_in, self.d_sae, self.tied, self.input_norm = d_in, d_sae, tied, input_norm
         self.normalizer = normalizer or Normalizer(d_in)
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         directions = torch.randn(d_sae, d_in, generator=generator)
         self.W_dec = nn.Parameter(directions / directions.norm(dim=1, keepdim=True))
-        self.W_enc = nn.Parameter(self.W_dec.detach().T.clone().contiguous())
+        self.W_enc = self.W_dec if tied else nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_pre = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.long))
 
     # --- what a variant defines -------------------------------------------------------------------
-    def activate(self, pre_acts: Tensor) -> SparseCodes:
-        """Codes from pre-activations [N, d_sae]; may differ between training and evaluation."""
+    def code(self, x: Tensor) -> SparseCodes:
+        """Codes of normalised features [N, d_in], differentiable; may differ between training and evaluation."""
         raise NotImplementedError
+
+    def sparsity(self, run: Pass, decoder_norms: bool = True) -> Tensor:
+        """What the loss term ``sparsity`` penalises, summed over the batch: the L1 norm of the codes.
+
+        With ``decoder_norms`` each latent counts by its decoder row's norm, so that a smaller code with a
+        larger row gains nothing.
+        """
+        return run.codes.total(self.W_dec.norm(dim=1) if decoder_norms else None)
 
     def settings(self) -> dict[str, object]:
         """Constructor arguments besides d_in, d_sae and the normaliser, as plain values."""
-        return {}
+        options: dict[str, object] = {"tied": True} if self.tied else {}
+        return options | ({"input_norm": self.input_norm} if self.input_norm != "none" else {})
 
     # --- normalised space -------------------------------------------------------------------------
-    def pre_acts(self, x: Tensor) -> Tensor:
-        """Pre-activations [N, d_sae] of normalised features [N, d_in]."""
-        return torch.addmm(self.b_enc - self.b_pre @ self.W_enc, x, self.W_enc)
+    def pre_acts(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Pre-activations [N, d_sae] of normalised features [N, d_in], or those of ``latents`` [n] alone."""
+        W, b = (self.W_enc, self.b_enc) if latents is None else (self.W_enc[latents], self.b_enc[latents])
+        return torch.nn.functional.linear(x - self.b_pre, W, b)
 
     def run(self, x: Tensor) -> Pass:
-        """Encode and decode normalised features [N, d_in]."""
-        pre_acts = self.pre_acts(x)
-        codes = self.activate(pre_acts)
-        return Pass(x, pre_acts, codes, self._decode(codes))
+        """Encode and decode normalised features [N, d_in]; ``Pass.x`` is them after ``input_norm``."""
+        x, _ = input_norm(self.input_norm, x)
+        codes = self.code(x)
+        return Pass(x, codes, codes.decode(self.W_dec, self.b_pre))
 
-    def _decode(self, codes: SparseCodes) -> Tensor:
-        return sparse_decode(codes.latents, codes.values, codes.offsets, self.W_dec) + self.b_pre
+    def with_gradient(self, x: Tensor, entries: selection.Entries, bias: Tensor | None = None) -> SparseCodes:
+        """Codes of the selected ``entries`` (latents, values, offsets) of the pre-activations of ``x``."""
+        latents, values, offsets = entries
+        bias = self.b_enc if bias is None else bias
+        values = sparse_pre_acts(x, self.b_pre, self.W_enc, bias, latents, offsets, values)
+        return SparseCodes(latents, values, offsets, self.d_sae)
+
+    def positive(self, x: Tensor, bias: Tensor | None = None) -> SparseCodes:
+        """Codes of all positive pre-activations; held as a matrix where a tenth or more of them is positive."""
+        bias = self.b_enc if bias is None else bias
+        with torch.no_grad():
+            some = torch.nn.functional.linear(x[:: max(1, len(x) // PROBE)] - self.b_pre, self.W_enc, bias) > 0
+        if float(some.float().mean()) > DENSE_FROM:
+            return DenseCodes(torch.relu(torch.nn.functional.linear(x - self.b_pre, self.W_enc, bias)))
+        entries = selection.above(x - self.b_pre, self.W_enc, bias, bias.new_zeros(()))
+        return self.with_gradient(x, entries, bias)
 
     # --- raw features -----------------------------------------------------------------------------
     def encode(self, features: Tensor) -> SparseCodes:
@@ -82,12 +130,17 @@ class SAE(nn.Module):
                 f"This SAE takes features of {self.d_in} dimensions; it got {features.shape[-1]}. "
                 "Is it from another backbone or layer?"
             )
-        x = self.normalizer.normalize(features.reshape(-1, self.d_in))
-        return self.activate(self.pre_acts(x))
+        x, frame = input_norm(self.input_norm, self.normalizer.normalize(features.reshape(-1, self.d_in)))
+        codes = self.code(x)
+        codes.frame = frame
+        return codes
 
     def decode(self, codes: SparseCodes) -> Tensor:
         """Raw-space reconstruction [N, d_in] of codes."""
-        return self.normalizer.denormalize(self._decode(codes))
+        x = codes.decode(self.W_dec, self.b_pre)
+        if codes.frame is not None:
+            x = x * codes.frame[1] + codes.frame[0]
+        return self.normalizer.denormalize(x)
 
     def forward(self, features: Tensor) -> Tensor:
         """Reconstruction of raw features, same shape [..., d_in], float32."""
@@ -98,13 +151,6 @@ class SAE(nn.Module):
     def normalize_decoder(self) -> None:
         """Scale every decoder row to unit norm."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8))
-
-    @torch.no_grad()
-    def project_decoder_gradient(self) -> None:
-        """Remove from the decoder's gradient the part along each row, which the constraint would undo."""
-        if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
-            self.W_dec.grad.sub_(along * self.W_dec)
 
     @torch.no_grad()
     def count_firing(self, fired: Tensor, tokens: int) -> None:

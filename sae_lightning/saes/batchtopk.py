@@ -3,98 +3,124 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sae_lightning.kernels import selection
 from sae_lightning.saes.base import SAE
 from sae_lightning.saes.codes import SparseCodes
-from sae_lightning.saes.normalizer import Normalizer
+from sae_lightning.saes.input_norm import input_norm
 from sae_lightning.saes.ranks import world_size
+
+GUESS = 0.93  # share of the running threshold above which the next batch's cut is sought first
 
 
 class BatchTopK(SAE):
     """The ``k * N`` largest pre-activations of the global batch (all DDP ranks) [Bussmann et al. 2024].
 
-    In evaluation mode a latent is active where its pre-activation exceeds ``threshold``, so that a
-    sample's code does not depend on its batch. Training keeps a running average of the smallest kept
-    activation there; ``calibrate`` replaces it by the value that gives k active latents on held-out data.
+    ``k_per`` "batch" counts k a batch instead of a sample [MonoLoss §B]. In evaluation mode a latent is active
+    where its pre-activation exceeds ``threshold``, so that a sample's code does not depend on its batch.
+    Training follows the smallest kept activation in two ways: ``threshold`` as a running average, and
+    ``lowest`` as a running minimum; ``calibrate`` replaces the threshold by the value that gives k active
+    latents on held-out data, ``use_lowest`` by the running minimum.
 
     Raises ValueError unless 0 < k <= d_sae (k may be a fraction).
     """
 
     variant = "batchtopk"
+    k: float
     threshold: Tensor
+    lowest: Tensor
 
-    def __init__(
-        self, d_in: int, d_sae: int, k: float, normalizer: Normalizer | None = None, seed: int | None = None
-    ) -> None:
-        super().__init__(d_in, d_sae, normalizer, seed)
-        if not 0 < k <= d_sae:
+    def __init__(self, d_in: int, d_sae: int, k: float, k_per: str = "sample", **options: Any) -> None:
+        super().__init__(d_in, d_sae, **options)
+        if k_per not in ("sample", "batch"):
+            raise ValueError(f"Unknown k_per={k_per}; choose sample or batch.")
+        if k_per == "sample" and not 0 < k <= d_sae:
             raise ValueError(f"k must lie above 0 and up to d_sae = {d_sae}; got k={k}. Lower k or raise expansion.")
-        self.k = k
+        if k <= 0:
+            raise ValueError(f"k must be positive; got k={k}.")
+        self.k, self.k_now, self.k_per = k, float(k), k_per
         self.register_buffer("threshold", torch.tensor(0.0))
+        self.register_buffer("lowest", torch.tensor(float("inf")))
 
     def settings(self) -> dict[str, object]:
-        return {"k": self.k}
+        chosen: dict[str, object] = {"k": self.k}
+        return chosen | ({"k_per": "batch"} if self.k_per == "batch" else {}) | super().settings()
 
-    def activate(self, pre_acts: Tensor) -> SparseCodes:
+    def code(self, x: Tensor) -> SparseCodes:
         if not self.training:
-            return SparseCodes.select(pre_acts, pre_acts.detach() > self.threshold.clamp_min(0))
-        cut = self._batch_cut(pre_acts.detach())
-        codes = SparseCodes.select(pre_acts, pre_acts.detach() >= cut)
-        started = self.threshold > 0
-        self.threshold.copy_(torch.where(started, self.threshold.lerp(cut, 0.01), cut))
-        return codes
+            cut = self.threshold.clamp_min(0)
+            return self.with_gradient(x, selection.above(x - self.b_pre, self.W_enc, self.b_enc, cut))
+        entries, cut = self._batch_entries(x)
+        if bool(cut.isfinite()):
+            self.threshold.copy_(torch.where(self.threshold > 0, self.threshold.lerp(cut, 0.01), cut))
+            self.lowest.copy_(torch.minimum(self.lowest, cut))
+        return self.with_gradient(x, entries)
 
-    def _batch_cut(self, pre_acts: Tensor) -> Tensor:
-        """The ``k * N``-th largest positive pre-activation over all ranks, a scalar."""
+    def budget(self, n_samples: int) -> int:
+        """Active latents in a global batch of ``n_samples``."""
+        return max(1, round(self.k_now * (n_samples if self.k_per == "sample" else 1)))
+
+    @torch.no_grad()
+    def _batch_entries(self, x: Tensor) -> tuple[selection.Entries, Tensor]:
+        """The entries among the largest of the global batch, and the smallest of them (a scalar)."""
         world = world_size()
-        budget = max(1, round(self.k * len(pre_acts) * world))
-        candidates = largest(pre_acts, budget, guess=0.8 * self.threshold)
+        budget = self.budget(len(x) * world)
+        found = selection.largest(x - self.b_pre, self.W_enc, self.b_enc, budget, GUESS * self.threshold)
+        candidates = found[1]
         if world > 1:
+            mine = candidates
+            if len(mine) > budget:
+                mine = mine[mine >= selection.kth_largest(mine, budget)][:budget]
             padded = candidates.new_zeros(budget)
-            padded[: len(candidates)] = candidates
+            padded[: len(mine)] = mine
             gathered = candidates.new_empty(world * budget)
             dist.all_gather_into_tensor(gathered, padded)
-            candidates = gathered.topk(budget, sorted=False).values
-        # fewer positive entries than the budget: all of them stay
-        cut = candidates.min() if len(candidates) == budget else candidates.new_zeros(())
-        return cut.clamp_min(torch.finfo(cut.dtype).tiny)
+            candidates = gathered[gathered > 0]
+        if len(candidates) < budget:  # fewer positive entries than the budget: all of them stay
+            cut = candidates.min() if len(candidates) else candidates.new_tensor(float("inf"))
+        else:
+            cut = selection.kth_largest(candidates, budget)
+        return selection.keep(found, found[1] >= cut), cut
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor], n_samples: int) -> float:
         """Set ``threshold`` so that the held-out raw features have k active latents on average; returns it.
 
-        ``batches`` yields [N, d_in] tensors, ``n_samples`` rows in all. Exact over all of them; holds k
-        values a sample in memory. Raises ValueError when another number of rows comes.
+        ``batches`` gives [N, d_in] tensors, ``n_samples`` rows in all, each time that it is iterated (a list, say).
+        Exact over all of them; holds about k values a sample in memory. Raises ValueError when another number of
+        rows comes, or with k a batch.
         """
+        if self.k_per == "batch":
+            raise ValueError("calibrate needs k a sample (k_per=sample); with k a batch use the running threshold.")
         budget = round(self.k * n_samples) + 1
-        kept, seen = self.W_enc.new_empty(0), 0
-        for features in batches:
-            x = self.normalizer.normalize(features.reshape(-1, self.d_in).to(self.W_enc.device))
-            seen += len(x)
-            values = self.pre_acts(x).flatten()
-            lowest = kept.min() if len(kept) == budget else kept.new_zeros(())
-            kept = _top(torch.cat([kept, values[values > lowest]]), budget)
-        if seen != n_samples or seen == 0:
-            raise ValueError(f"calibrate was promised {n_samples} held-out samples (at least one) and got {seen}.")
+        for share in (0.8, 0.4, 0.0):
+            kept = self._values_above(batches, n_samples, share * self.threshold.clamp_min(0), budget)
+            if len(kept) == budget or float(self.threshold) <= 0:
+                break
         self.threshold.copy_(kept.min() if len(kept) == budget else kept.new_zeros(()))
         return float(self.threshold)
 
+    def _values_above(self, batches: Iterable[Tensor], n_samples: int, floor: Tensor, budget: int) -> Tensor:
+        """The largest pre-activations above ``floor`` over all batches, at most ``budget`` of them."""
+        kept, seen = self.W_enc.new_empty(0), 0
+        for features in batches:
+            x = self.normalizer.normalize(features.reshape(-1, self.d_in).to(self.W_enc.device))
+            x, _ = input_norm(self.input_norm, x)
+            seen += len(x)
+            kept = torch.cat([kept, selection.above(x - self.b_pre, self.W_enc, self.b_enc, floor)[1]])
+            if len(kept) > budget:
+                kept = kept.topk(budget, sorted=False).values
+                floor = kept.min()
+        if seen != n_samples or seen == 0:
+            raise ValueError(f"calibrate was promised {n_samples} held-out samples (at least one) and got {seen}.")
+        return kept
 
-def _top(values: Tensor, count: int) -> Tensor:
-    return values if len(values) <= count else values.topk(count, sorted=False).values
-
-
-def largest(values: Tensor, count: int, guess: Tensor) -> Tensor:
-    """The ``count`` largest positive entries of ``values`` (fewer if fewer are positive), 1-d, unordered.
-
-    Exact for any ``guess``; a guess a little below the smallest of them makes it several times faster,
-    since only the entries above it are then compared.
-    """
-    above = values[values > guess.clamp_min(0)]
-    if len(above) < count:
-        above = values[values > 0]
-    return _top(above, count)
+    def use_lowest(self) -> float:
+        """Set ``threshold`` to the running minimum of training's cuts; returns it."""
+        self.threshold.copy_(torch.where(self.lowest.isfinite(), self.lowest, self.threshold))
+        return float(self.threshold)

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from sae_lightning.kernels import sparse_decode
+from sae_lightning.kernels.portable import rows_of
 
-@dataclass(frozen=True)
+Frame = tuple[Tensor, Tensor]  # shift and scale [N, 1] that an input norm took from each sample
+
+
 class SparseCodes:
     """Active latents of N samples in compressed rows.
 
-    ``latents`` [nnz] int64 and ``values`` [nnz] list each sample's active latents one sample after
-    another; sample i owns the entries ``offsets[i]:offsets[i + 1]`` of ``offsets`` [N + 1] int64.
+    ``latents`` [nnz] int64 and ``values`` [nnz] (positive) list each sample's active latents, ascending, one
+    sample after another; sample i owns the entries ``offsets[i]:offsets[i + 1]`` of ``offsets`` [N + 1] int64.
     """
 
-    latents: Tensor
-    values: Tensor
-    offsets: Tensor
-    d_sae: int
+    def __init__(
+        self, latents: Tensor, values: Tensor, offsets: Tensor, d_sae: int, frame: Frame | None = None
+    ) -> None:
+        self.latents, self.values, self.offsets = latents, values, offsets
+        self.d_sae, self.frame = d_sae, frame
 
     @property
     def n_samples(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def nnz(self) -> int:
+        """Active latents of all samples together."""
+        return len(self.latents)
 
     def counts(self) -> Tensor:
         """Active latents of each sample, [N] int64 (its mean is L0)."""
@@ -31,26 +42,98 @@ class SparseCodes:
 
     def rows(self) -> Tensor:
         """Sample index of each entry, [nnz] int64."""
-        counts = self.counts()
-        sample = torch.arange(self.n_samples, device=counts.device)
-        return torch.repeat_interleave(sample, counts, output_size=len(self.latents))
+        return rows_of(self.offsets, self.nnz)
+
+    def fired(self) -> Tensor:
+        """Which latents are active on some sample, [d_sae] bool."""
+        mask = torch.zeros(self.d_sae, dtype=torch.bool, device=self.latents.device)
+        mask[self.latents] = True
+        return mask
 
     def to_dense(self) -> Tensor:
-        """Dense codes [N, d_sae]; for tests and small N only."""
+        """Dense codes [N, d_sae]."""
         dense = self.values.new_zeros(self.n_samples, self.d_sae)
         return dense.index_put((self.rows(), self.latents), self.values)
+
+    def decode(self, W_dec: Tensor, bias: Tensor | None = None) -> Tensor:
+        """codes · W_dec + bias, [N, d_in]; differentiable once in values, W_dec and bias."""
+        return sparse_decode(self.latents, self.values, self.offsets, W_dec, bias)
+
+    def total(self, weights: Tensor | None = None) -> Tensor:
+        """Sum of all values, each times its latent's weight ([d_sae]) if given; a scalar."""
+        return (self.values if weights is None else self.values * weights[self.latents]).sum()
+
+    def map(self, function: Callable[[Tensor, Tensor | slice], Tensor]) -> SparseCodes:
+        """Codes with values ``function(values, latents)``, of which only positive ones stay."""
+        values = function(self.values, self.latents)
+        return self.where(values.detach() > 0, values)
+
+    def where(self, mask: Tensor, values: Tensor | None = None) -> SparseCodes:
+        """The entries where ``mask`` [nnz] holds, with new ``values`` [nnz] if given."""
+        values = self.values if values is None else values
+        kept = torch.zeros(self.nnz + 1, dtype=torch.long, device=mask.device)
+        torch.cumsum(mask, 0, out=kept[1:])
+        return SparseCodes(self.latents[mask], values[mask], kept[self.offsets], self.d_sae, self.frame)
+
+    def top(self, k: int) -> SparseCodes:
+        """The ``k`` largest entries of each sample, of equal ones the lower latents (progressive recovery)."""
+        order = torch.argsort(self.values.detach(), descending=True, stable=True)
+        order = order[torch.argsort(self.rows()[order], stable=True)]
+        place = torch.arange(self.nnz, device=order.device) - self.offsets[:-1].repeat_interleave(self.counts())
+        mask = torch.zeros(self.nnz, dtype=torch.bool, device=order.device)
+        mask[order] = place < k
+        return self.where(mask)
 
     @staticmethod
     def select(pre_acts: Tensor, active: Tensor) -> SparseCodes:
         """The entries of dense ``pre_acts`` [N, d_sae] where the mask ``active`` holds, differentiable in them."""
         rows, latents = active.nonzero(as_tuple=True)
-        return SparseCodes.gather(pre_acts, rows, latents)
+        offsets = torch.zeros(len(pre_acts) + 1, dtype=torch.long, device=rows.device)
+        torch.cumsum(torch.bincount(rows, minlength=len(pre_acts)), 0, out=offsets[1:])
+        return SparseCodes(latents, pre_acts[rows, latents], offsets, pre_acts.shape[1])
 
-    @staticmethod
-    def gather(pre_acts: Tensor, rows: Tensor, latents: Tensor) -> SparseCodes:
-        """The entries at (rows, latents), ``rows`` ascending, differentiable in ``pre_acts`` [N, d_sae]."""
-        n_samples, d_sae = pre_acts.shape
-        values = pre_acts.reshape(-1).gather(0, rows * d_sae + latents)
-        offsets = torch.zeros(n_samples + 1, dtype=torch.long, device=rows.device)
-        torch.cumsum(torch.bincount(rows, minlength=n_samples), 0, out=offsets[1:])
-        return SparseCodes(latents, values, offsets, d_sae)
+
+class DenseCodes(SparseCodes):
+    """Codes held as a matrix ``dense`` [N, d_sae] of values >= 0, for variants with many active latents.
+
+    Decode, sums and counts use the matrix; the lists are made when something asks for them.
+    """
+
+    def __init__(self, dense: Tensor, frame: Frame | None = None) -> None:
+        self.dense, self.frame, self.d_sae = dense, frame, dense.shape[1]
+
+    @cached_property
+    def _lists(self) -> SparseCodes:
+        return SparseCodes.select(self.dense, self.dense.detach() > 0)
+
+    latents = property(lambda self: self._lists.latents)  # type: ignore[assignment]
+    values = property(lambda self: self._lists.values)  # type: ignore[assignment]
+    offsets = property(lambda self: self._lists.offsets)  # type: ignore[assignment]
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.dense)
+
+    @cached_property
+    def nnz(self) -> int:  # type: ignore[override]
+        return int((self.dense.detach() > 0).sum())
+
+    def counts(self) -> Tensor:
+        return (self.dense.detach() > 0).sum(1)
+
+    def fired(self) -> Tensor:
+        return (self.dense.detach() > 0).any(0)
+
+    def to_dense(self) -> Tensor:
+        return self.dense
+
+    def decode(self, W_dec: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.dense @ W_dec if bias is None else torch.addmm(bias, self.dense, W_dec)
+
+    def total(self, weights: Tensor | None = None) -> Tensor:
+        sums = self.dense.sum(0)
+        return sums.sum() if weights is None else sums @ weights
+
+    def map(self, function: Callable[[Tensor, Tensor | slice], Tensor]) -> SparseCodes:
+        values = torch.relu(function(self.dense, slice(None)))
+        return DenseCodes(torch.where(self.dense.detach() > 0, values, 0), self.frame)

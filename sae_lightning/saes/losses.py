@@ -1,14 +1,20 @@
-"""Named loss terms: functions of an SAE and one pass, summed by the training module with weights from the config."""
+"""Named loss terms: functions of an SAE and one pass, summed by the training module with weights from the config.
+
+Each is a mean over samples in normalised space, where the features' variance a dimension is about 1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sae_lightning.kernels import sparse_decode
+from sae_lightning.kernels import level_errors
 from sae_lightning.saes.base import SAE, Pass
+from sae_lightning.saes.codes import SparseCodes
+from sae_lightning.saes.gated import Gated
 from sae_lightning.saes.ranks import mean_over_ranks
 from sae_lightning.saes.topk import topk_codes
 
@@ -17,32 +23,70 @@ LossTerm = Callable[..., Tensor]
 
 def reconstruction(sae: SAE, run: Pass) -> Tensor:
     """Mean squared error over samples and dimensions; in normalised space about the FVU."""
-    return (run.reconstruction - run.x).square().mean()
+    return F.mse_loss(run.reconstruction, run.x)
 
 
-def sparsity(sae: SAE, run: Pass) -> Tensor:
-    """L1 norm of the codes, each latent weighted by its decoder row's norm, mean over samples, per input dimension."""
-    weighted = run.codes.values * sae.W_dec.norm(dim=1)[run.codes.latents]
-    return weighted.abs().sum() / (run.codes.n_samples * sae.d_in)
+def absolute(sae: SAE, run: Pass) -> Tensor:
+    """Mean absolute error over samples and dimensions: with ``reconstruction`` the L1 + L2 loss."""
+    return F.l1_loss(run.reconstruction, run.x)
+
+
+def cosine(sae: SAE, run: Pass) -> Tensor:
+    """1 - cosine of sample and reconstruction, mean over samples."""
+    return 1 - F.cosine_similarity(run.reconstruction, run.x, dim=1).mean()
+
+
+def nested(sae: SAE, run: Pass) -> Tensor:
+    """Weighted mean of the levels' mean squared errors [MSAE §3.2]; ValueError for a variant without levels."""
+    if run.levels is None or run.level_weights is None:
+        raise ValueError(
+            f"sae.name={sae.variant} has no nested levels; set loss.nested=0, or choose matryoshka or msae."
+        )
+    return level_errors(run.levels, run.x) @ run.level_weights
+
+
+def sparsity(sae: SAE, run: Pass, decoder_norms: bool = True) -> Tensor:
+    """What the variant penalises (L1 of the codes or of the gate, L0 for jumprelu), a sample and input dimension."""
+    return sae.sparsity(run, decoder_norms) / (run.codes.n_samples * sae.d_in)
+
+
+def gate(sae: SAE, run: Pass) -> Tensor:
+    """Mean squared error of the gate's own reconstruction through the frozen decoder [Gated SAEs §3.2.1]."""
+    if not isinstance(sae, Gated):
+        raise ValueError(f"sae.name={sae.variant} has no gate; set loss.gate=0, or choose gated.")
+    rebuilt = run.extra["gate"].decode(sae.W_dec.detach(), sae.b_pre.detach())
+    return F.mse_loss(rebuilt, run.x)
 
 
 def aux(sae: SAE, run: Pass, k_aux: int | None = None, dead_after: int = 100_000) -> Tensor:
     """AuxK [Gao et al. 2024, §A.2]: the error reconstructed by the ``k_aux`` largest dead latents a sample.
 
-    A latent is dead when it has not fired for ``dead_after`` tokens. ``k_aux`` defaults to d_in / 2.
+    A latent is dead when it has not fired for ``dead_after`` tokens. ``k_aux`` defaults to d_in / 2, and shrinks with
+    the number of dead latents below that.
     Mean squared error relative to the error's own mean square over all ranks, so the term lies near 1 when dead
     latents explain nothing; 0 when none is dead.
     """
     dead = (sae.tokens_since_fired >= dead_after).nonzero().squeeze(1)
     if len(dead) == 0:
-        return run.pre_acts.new_zeros(())
+        return run.x.new_zeros(())
     error = (run.x - run.reconstruction).detach()
-    codes = topk_codes(run.pre_acts.index_select(1, dead), min(k_aux or max(1, sae.d_in // 2), len(dead)))
-    rebuilt = sparse_decode(codes.latents, codes.values, codes.offsets, sae.W_dec.index_select(0, dead))
+    codes = topk_codes(sae.pre_acts(run.x, dead), min(k_aux or max(1, sae.d_in // 2), len(dead)))
+    whole = SparseCodes(dead[codes.latents], codes.values, codes.offsets, sae.d_sae)
+    rebuilt = whole.decode(sae.W_dec)
     return (rebuilt - error).square().mean() / mean_over_ranks(error.square().mean()).clamp_min(1e-12)
 
 
-TERMS: dict[str, LossTerm] = {"reconstruction": reconstruction, "sparsity": sparsity, "aux": aux}
+def orthogonality(sae: SAE, run: Pass) -> Tensor:
+    """Mean squared cosine of different decoder rows, from the [d_in, d_in] Gram matrix: O(d_sae · d_in²)."""
+    W = F.normalize(sae.W_dec, dim=1)
+    squares = (W.T @ W).square().sum() - sae.d_sae
+    return squares / max(1, sae.d_sae * (sae.d_sae - 1))
+
+
+TERMS: dict[str, LossTerm] = {
+    "reconstruction": reconstruction, "absolute": absolute, "cosine": cosine, "nested": nested,
+    "sparsity": sparsity, "gate": gate, "aux": aux, "orthogonality": orthogonality,
+}  # fmt: skip
 
 
 def check_terms(weights: dict[str, float]) -> None:

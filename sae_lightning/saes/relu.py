@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sae_lightning.saes.base import SAE
@@ -14,5 +13,5 @@ class ReLU(SAE):
 
     variant = "relu"
 
-    def activate(self, pre_acts: Tensor) -> SparseCodes:
-        return SparseCodes.select(torch.relu(pre_acts), pre_acts.detach() > 0)
+    def code(self, x: Tensor) -> SparseCodes:
+        return self.positive(x)

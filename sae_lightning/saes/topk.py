@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from sae_lightning.kernels import selection
 from sae_lightning.saes.base import SAE
 from sae_lightning.saes.codes import SparseCodes
-from sae_lightning.saes.normalizer import Normalizer
 
 
 def topk_codes(pre_acts: Tensor, k: int) -> SparseCodes:
-    """Codes with the k largest entries of each row of ``pre_acts`` [N, d_sae], those that are positive."""
-    values, latents = torch.relu(pre_acts).topk(k, dim=1, sorted=False)
+    """Codes with the k largest entries of each row of dense ``pre_acts`` [N, d_sae], those that are positive."""
+    values, latents = torch.relu(pre_acts).topk(k, dim=1)
+    latents, order = latents.sort(dim=1)
+    values = values.gather(1, order)
     positive = values.detach() > 0
     offsets = torch.zeros(len(pre_acts) + 1, dtype=torch.long, device=pre_acts.device)
     torch.cumsum(positive.sum(1), 0, out=offsets[1:])
@@ -22,21 +26,31 @@ def topk_codes(pre_acts: Tensor, k: int) -> SparseCodes:
 class TopK(SAE):
     """The ``k`` largest pre-activations a sample, negative ones dropped [Gao et al. 2024].
 
-    Raises ValueError unless 1 <= k <= d_sae.
+    ``k_now``, which training may anneal from above, is what ``code`` uses. ``inference`` "relu" keeps every
+    positive pre-activation in evaluation [MSAE §3.3], "topk" the k largest.
+
+    Raises ValueError unless 1 <= k <= d_sae is whole.
     """
 
     variant = "topk"
+    k: int
 
-    def __init__(
-        self, d_in: int, d_sae: int, k: int, normalizer: Normalizer | None = None, seed: int | None = None
-    ) -> None:
-        super().__init__(d_in, d_sae, normalizer, seed)
-        if not 1 <= k <= d_sae:
-            raise ValueError(f"k must lie between 1 and d_sae = {d_sae}; got k={k}. Lower k or raise expansion.")
-        self.k = k
+    def __init__(self, d_in: int, d_sae: int, k: int, inference: str = "topk", **options: Any) -> None:
+        super().__init__(d_in, d_sae, **options)
+        if k != int(k) or not 1 <= k <= d_sae:
+            raise ValueError(
+                f"k must be a whole number between 1 and d_sae = {d_sae}; got k={k}. Lower k or raise expansion."
+            )
+        if inference not in ("topk", "relu"):
+            raise ValueError(f"Unknown inference={inference}; choose topk or relu.")
+        self.k, self.k_now, self.inference = int(k), float(k), inference
 
     def settings(self) -> dict[str, object]:
-        return {"k": self.k}
+        chosen: dict[str, object] = {"k": self.k}
+        return chosen | ({"inference": "relu"} if self.inference == "relu" else {}) | super().settings()
 
-    def activate(self, pre_acts: Tensor) -> SparseCodes:
-        return topk_codes(pre_acts, self.k)
+    def code(self, x: Tensor) -> SparseCodes:
+        if not self.training and self.inference == "relu":
+            return self.positive(x)
+        k = round(self.k_now) if self.training else self.k
+        return self.with_gradient(x, selection.topk(x - self.b_pre, self.W_enc, self.b_enc, min(k, self.d_sae)))

@@ -9,18 +9,23 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 TRAINER_KEYS = ("max_epochs", "max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
-SECTIONS = ("data", "backbone", "sae", "loss", "loss_options", "optimizer", "schedule")
-SCALARS = ("expansion", "k", "seed", "batch_size", "dead_after")
+SECTIONS = ("data", "backbone", "sae", "loss", "loss_options", "optimizer", "schedule", "init", "resample")
+SCALARS = ("expansion", "k", "seed", "batch_size", "dead_after", "normalize")
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """The part of the config that determines the SAE: not where things lie, nor loggers, nor the number of devices."""
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     kept = {key: plain.get(key) for key in (*SECTIONS, *SCALARS)}
-    if "k" not in plain["sae"]["settings"]:
+    if not uses_k(plain["sae"]):
         del kept["k"]
     kept["trainer"] = {key: plain["trainer"].get(key) for key in TRAINER_KEYS}
     return kept
+
+
+def uses_k(sae: Any) -> bool:
+    """Whether k matters to the config section ``sae``: as the variant's own setting, or as the L0 it is steered to."""
+    return "k" in sae["settings"] or sae.get("target_l0") is not None
 
 
 def run_hash(cfg: DictConfig) -> str:
@@ -30,5 +35,5 @@ def run_hash(cfg: DictConfig) -> str:
 
 def run_name(cfg: DictConfig) -> str:
     """For example ``batchtopk-dinov2-x8-k16-s42-1a2b3c4d``; without k for a variant that has none."""
-    k = f"-k{cfg.k}" if "k" in cfg.sae.settings else ""
+    k = f"-k{cfg.k}" if uses_k(cfg.sae) else ""
     return f"{cfg.sae.name}-{cfg.backbone.name}-x{cfg.expansion}{k}-s{cfg.seed}-{run_hash(cfg)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning as L
@@ -10,23 +11,28 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from sae_lightning.metrics import FVU, L0, Cosine, Firing
-from sae_lightning.saes import SAE
+from sae_lightning.saes import SAE, Pass
 from sae_lightning.saes.losses import check_terms, loss_terms, total_loss
-from sae_lightning.saes.ranks import any_over_ranks, world_size
+from sae_lightning.saes.ranks import any_over_ranks, mean_over_ranks, world_size
+from sae_lightning.training.optimizer import OPTIMIZERS, UnitRowAdam, build_optimizer
+from sae_lightning.training.schedule import Schedule
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+CONTROL = 0.02  # how fast the sparsity weight follows its target: log-weight a step at L0 twice the target
 
 
 class SAEModule(L.LightningModule):
     """Trains ``sae`` on batches of raw features [B, d_in] with a weighted sum of named loss terms.
 
     ``loss`` maps a term's name to its weight, ``loss_options`` to its keyword arguments; ``optimizer``
-    holds ``name``, ``lr`` and further arguments; ``schedule`` holds ``warmup`` and ``decay``, the shares
-    of all steps in which the learning rate rises from and falls to zero.
+    holds ``name``, ``lr`` and further arguments; ``schedule`` the fields of ``Schedule``. With ``target_l0``
+    the weight of ``sparsity`` is multiplied each step by exp(0.02 · (L0 / target - 1)), the bracket within
+    ±1, so that L0 settles at the target; the multiplier is saved with the checkpoint.
 
     Logs ``train/loss``, ``loss/<term>``, ``train/explained_variance``, ``train/l0``, ``train/dead_share``
-    and the ``val/`` metrics. Raises ValueError for unknown terms or optimisers.
+    and the ``val/`` metrics. Raises ValueError for unknown terms, optimisers or schedules.
     """
+
+    control: Tensor
 
     def __init__(
         self,
@@ -34,8 +40,9 @@ class SAEModule(L.LightningModule):
         loss: dict[str, float],
         loss_options: dict[str, dict[str, Any]] | None = None,
         optimizer: dict[str, Any] | None = None,
-        schedule: dict[str, float] | None = None,
+        schedule: dict[str, Any] | None = None,
         dead_after: int = 100_000,
+        target_l0: float | None = None,
     ) -> None:
         super().__init__()
         check_terms(loss)
@@ -43,11 +50,18 @@ class SAEModule(L.LightningModule):
         self.loss = dict(loss)
         self.loss_options = dict(loss_options or {})
         self.optimizer = dict(optimizer or {"name": "adam", "lr": 1e-3})
-        self.schedule = dict(schedule or {})
+        self.schedule = Schedule.of(schedule)
         self.dead_after = dead_after
-        name = self.optimizer.get("name")
-        if name not in OPTIMIZERS:
-            raise ValueError(f"Unknown optimizer.name={name}; choose one of {', '.join(OPTIMIZERS)}.")
+        self.target_l0 = target_l0
+        if target_l0 is not None and not self.loss.get("sparsity"):
+            raise ValueError(
+                f"target_l0={target_l0} steers the weight of the term sparsity; set loss.sparsity above 0."
+            )
+        if self.optimizer.get("name") not in OPTIMIZERS:
+            raise ValueError(
+                f"Unknown optimizer.name={self.optimizer.get('name')}; choose one of {', '.join(OPTIMIZERS)}."
+            )
+        self.register_buffer("control", torch.ones((), dtype=torch.float64))
         self.scores: dict[str, Metric] = torch.nn.ModuleDict(  # type: ignore[assignment]
             {
                 "fvu": FVU(sae.d_in, center=sae.normalizer.mean),
@@ -59,28 +73,44 @@ class SAEModule(L.LightningModule):
 
     # --- steps ------------------------------------------------------------------------------------
     def training_step(self, features: Tensor, batch_idx: int) -> Tensor:
-        x = self.sae.normalizer.normalize(features)
-        run = self.sae.run(x)
+        step, steps = self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
+        if self.sae.k is not None and hasattr(self.sae, "k_now"):
+            self.sae.k_now = self.schedule.k_at(float(self.sae.k), step, steps)
+        run = self.sae.run(self.sae.normalizer.normalize(features))
         terms = loss_terms(self.sae, run, self.loss, self.loss_options)
-        loss = total_loss(terms, self.loss)
-        fired = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=x.device)
-        fired[run.codes.latents] = True
-        self.sae.count_firing(any_over_ranks(fired), len(x) * world_size())
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._log_step(x, run.reconstruction.detach(), run.codes.latents.numel(), loss.detach(), terms)
+        loss = total_loss(terms, self._weights(step, steps))
+        self.sae.count_firing(any_over_ranks(run.codes.fired()), len(features) * world_size())
+        if self.target_l0 is not None:
+            self._steer(run.codes.nnz / len(features))
+        if (step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._log_step(run, loss.detach(), terms)
         return loss
 
-    def _log_step(self, x: Tensor, rebuilt: Tensor, active: int, loss: Tensor, terms: dict[str, Tensor]) -> None:
+    def _weights(self, step: int, steps: int) -> dict[str, float]:
+        weights = dict(self.loss)
+        if weights.get("sparsity"):
+            weights["sparsity"] *= self.schedule.sparsity_factor(step, steps) * float(self.control)
+        return weights
+
+    def _steer(self, l0: float) -> None:
+        assert self.target_l0 is not None
+        l0 = float(mean_over_ranks(self.control.new_tensor(l0)))
+        self.control *= math.exp(CONTROL * max(-1.0, min(1.0, l0 / self.target_l0 - 1)))
+
+    def _log_step(self, run: Pass, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        x, rebuilt = run.x, run.reconstruction.detach()
         fvu = (rebuilt - x).square().sum() / (x - x.mean(0)).square().sum().clamp_min(1e-12)
         record: dict[str, Any] = {
             "train/loss": loss,
             "train/explained_variance": 1 - fvu,
-            "train/l0": active / len(x),
+            "train/l0": run.codes.nnz / len(x),
             "train/dead_share": (self.sae.tokens_since_fired >= self.dead_after).float().mean(),
         }
         record |= {f"loss/{name}": term.detach() for name, term in terms.items()}
         if hasattr(self.sae, "threshold"):
             record["train/threshold"] = self.sae.threshold
+        if self.target_l0 is not None:
+            record["train/sparsity_weight"] = self.loss["sparsity"] * self.control
         self.log_dict({k: torch.as_tensor(v, dtype=torch.float32) for k, v in record.items()}, sync_dist=True)
         bar = {"ev": record["train/explained_variance"], "l0": torch.tensor(record["train/l0"], dtype=torch.float32)}
         self.log_dict(bar, prog_bar=True, logger=False)
@@ -100,29 +130,22 @@ class SAEModule(L.LightningModule):
             metric.reset()
         self.log_dict(record)  # already reduced over ranks by the metrics
 
-    # --- the decoder's constraint -----------------------------------------------------------------
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.sae.project_decoder_gradient()
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        self.sae.normalize_decoder()
-
     # --- optimiser --------------------------------------------------------------------------------
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clipping by norm is the optimiser's own, in the pass that reads the gradients anyway."""
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if isinstance(inner, UnitRowAdam) and gradient_clip_algorithm in (None, "norm"):
+            inner.clip = gradient_clip_val
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def configure_optimizers(self) -> Any:
-        settings = dict(self.optimizer)
-        build = OPTIMIZERS[settings.pop("name")]
-        if "betas" in settings:
-            settings["betas"] = tuple(settings["betas"])
-        optimizer = build(self.sae.parameters(), **settings)
+        optimizer = build_optimizer(self.sae, **self.optimizer)
         steps = max(1, int(self.trainer.estimated_stepping_batches))
-        warmup = round(self.schedule.get("warmup", 0.0) * steps)
-        decay = round(self.schedule.get("decay", 0.0) * steps)
-
-        def factor(step: int) -> float:
-            rising = (step + 1) / warmup if warmup and step < warmup else 1.0
-            falling = max(0, steps - step) / decay if decay and step > steps - decay else 1.0
-            return min(rising, falling)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.lr_factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import lightning as L
 import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from sae_lightning.features.datamodule import FeatureDataModule
 from sae_lightning.features.extract import ensure_store
@@ -23,12 +25,15 @@ from sae_lightning.features.store import FeatureStore
 from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
 from sae_lightning.saes.artefact import read_cfg, write_json
 from sae_lightning.training.history import History
-from sae_lightning.training.identity import run_hash, run_name
+from sae_lightning.training.identity import run_hash, run_name, uses_k
 from sae_lightning.training.launch import launch_ranks, wants_ranks
 from sae_lightning.training.loggers import build_logger
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.progress import Throughput
+from sae_lightning.training.resample import Resample
+from sae_lightning.training.start import B_PRE, dead_at_start, prepare, warnings_for
 
+THRESHOLDS = ("calibrated", "running_minimum", "running_average")
 VERSIONS = ("torch", "lightning", "timm", "transformers", "numpy")
 
 
@@ -66,8 +71,18 @@ def check(cfg: DictConfig) -> None:
     for name in ("expansion", "batch_size", "seed"):
         if int(cfg[name]) != cfg[name] or cfg[name] < (0 if name == "seed" else 1):
             raise ValueError(f"{name}={cfg[name]} must be a whole number of at least {0 if name == 'seed' else 1}.")
-    if "k" in cfg.sae.settings and cfg.k <= 0:
+    if uses_k(cfg.sae) and cfg.k <= 0:
         raise ValueError(f"k={cfg.k} must be positive: it is the number of active latents a token.")
+    choices = {"normalize": ("standard", "none"), "init.b_pre": B_PRE}
+    if cfg.sae.name.startswith(("batchtopk", "matryoshka")) and "threshold" in cfg.sae:
+        choices["sae.threshold"] = THRESHOLDS
+    for name, known in choices.items():
+        if OmegaConf.select(cfg, name) not in known:
+            raise ValueError(f"Unknown {name}={OmegaConf.select(cfg, name)}; choose one of {', '.join(known)}.")
+    if cfg.sae.get("threshold") == "calibrated" and cfg.sae.settings.get("k_per") == "batch":
+        raise ValueError(
+            "sae.threshold=calibrated needs k a sample; with k_per=batch set sae.threshold=running_average."
+        )
     devices, accelerator = cfg.trainer.devices, str(cfg.trainer.accelerator)
     available = torch.cuda.device_count()
     if accelerator in ("gpu", "cuda") and isinstance(devices, int) and devices > available:
@@ -88,6 +103,8 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     )
     throughput = Throughput(data)
     callbacks = [checkpoint, History(folder / "history.csv"), throughput, *build_callbacks(cfg)]
+    if cfg.resample.every:
+        callbacks.insert(0, Resample(cfg.resample.every, cfg.dead_after, cfg.resample.until))
     settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     if settings["strategy"] == "auto" and wants_ranks(cfg):
         settings["strategy"] = "ddp"
@@ -102,6 +119,10 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     start = time.monotonic()
     if last.is_file():
         print(f"{folder.name}: resuming from its last checkpoint.", flush=True)
+    elif trainer.is_global_zero:
+        dead = dead_at_start(module.sae, stores["train"])
+        for sentence in warnings_for(stores["train"], dead, cfg.normalize, cfg.init.b_pre):
+            print(f"{folder.name}: warning: {sentence}", flush=True)
     trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -133,15 +154,17 @@ def quiet() -> None:
 
 def build_module(cfg: DictConfig, store: FeatureStore) -> SAEModule:
     """The module for ``cfg`` on the features of ``store``; ValueError when k does not fit d_sae."""
-    normalizer = Normalizer(store.d_in, store.mean, store.std)
+    normalizer = Normalizer(store.d_in, store.mean, store.std) if cfg.normalize == "standard" else None
     settings: dict[str, Any] = OmegaConf.to_container(cfg.sae.settings, resolve=True)  # type: ignore[assignment]
     sae = VARIANTS[cfg.sae.name](
         store.d_in, int(cfg.expansion) * store.d_in, normalizer=normalizer, seed=cfg.seed, **settings
     )
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    prepare(sae, store, cfg.init.b_pre, cfg.sae.get("target_l0"))
     return SAEModule(
-        sae, plain["loss"], plain["loss_options"], plain["optimizer"], plain["schedule"], plain["dead_after"]
-    )
+        sae, plain["loss"], plain["loss_options"], plain["optimizer"], plain["schedule"], plain["dead_after"],
+        target_l0=cfg.sae.get("target_l0"),
+    )  # fmt: skip
 
 
 def build_callbacks(cfg: DictConfig) -> list[L.Callback]:
@@ -152,22 +175,35 @@ def build_callbacks(cfg: DictConfig) -> list[L.Callback]:
 
 
 def calibrate(cfg: DictConfig, module: SAEModule, store: FeatureStore) -> None:
-    """Set BatchTopK's inference threshold on the val split (ViSAEBench Table 1)."""
-    if not (cfg.sae.get("calibrate") and isinstance(module.sae, BatchTopK)):
+    """Set BatchTopK's inference threshold: on the val split (ViSAEBench Table 1), or as training's running minimum."""
+    sae, choice = module.sae, cfg.sae.get("threshold")
+    if not isinstance(sae, BatchTopK) or choice == "running_average":
         return
-    images = max(1, 8192 // store.n_patches)
-    starts = range(0, len(store), images)
-    batches = (store.patches(slice(i, i + images)).reshape(-1, store.d_in) for i in starts)
-    module.sae.calibrate(batches, store.n_tokens)
+    if choice == "running_minimum":
+        sae.use_lowest()
+    else:
+        sae.calibrate(StoreTokens(store), store.n_tokens)
+
+
+class StoreTokens:
+    """Raw features [n, d_in] of a store in order, anew each time it is iterated."""
+
+    def __init__(self, store: FeatureStore, tokens: int = 8192) -> None:
+        self.store, self.images = store, max(1, tokens // store.n_patches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, len(self.store), self.images):
+            yield self.store.patches(slice(start, start + self.images)).reshape(-1, self.store.d_in)
 
 
 def record(cfg: DictConfig, stores: dict[str, FeatureStore]) -> dict[str, Any]:
     """What ``cfg.json`` says beside the SAE itself."""
     store = stores["train"]
     return {
-        "name": run_name(cfg), "hash": run_hash(cfg), "k": cfg.k if "k" in cfg.sae.settings else None,
+        "name": run_name(cfg), "hash": run_hash(cfg), "k": cfg.k if uses_k(cfg.sae) else None,
         "expansion": cfg.expansion, "seed": cfg.seed, "backbone": store.backbone, "layer": store.layer,
-        "data": store.data, "store": {split: s.fingerprint for split, s in stores.items()},
+        "data": store.data, "severity": store.manifest.severity,
+        "store": {split: s.fingerprint for split, s in stores.items()},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
         "config": OmegaConf.to_container(cfg, resolve=True),
     }  # fmt: skip

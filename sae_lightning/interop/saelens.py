@@ -1,0 +1,186 @@
+"""The layout of SAELens 6: ``cfg.json`` and ``sae_weights.safetensors`` in one folder.
+
+Its ``SAE.load_from_disk`` reads what ``save`` writes. As SAELens does itself, a BatchTopK or Matryoshka SAE is written
+as ``jumprelu`` with one threshold for all latents, and the metadata say how it was trained; ``load`` reads that back.
+``load`` also takes the checkpoints of an unfinished training and files from before SAELens 6.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_lightning.interop import (
+    Weights,
+    build,
+    check_shapes,
+    entry,
+    fold,
+    fractions,
+    inference_variant,
+    move_offset,
+    read_json,
+    read_tensors,
+    rename,
+    restore,
+    widths,
+)
+from sae_lightning.saes import SAE, Normalizer
+from sae_lightning.saes.artefact import write_json
+
+FORMAT = "6.54.0"  # the version of SAELens whose layout this is
+PLAIN = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+JUMPRELU = PLAIN | {"threshold": "threshold"}
+GATED = {"W_enc": "W_enc.T", "W_dec": "W_dec", "b_dec": "b_dec", "b_gate": "b_gate", "b_mag": "b_enc", "r_mag": "r_mag"}
+# our variant: their architecture for inference
+ARCHITECTURES = {
+    "relu": "standard",
+    "topk": "topk",
+    "batchtopk": "jumprelu",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "matryoshka": "jumprelu",
+}
+NAMES = {"standard": PLAIN, "topk": PLAIN, "jumprelu": JUMPRELU, "gated": GATED}
+# architectures that only a training checkpoint has, and the variants they are here
+TRAINING = {"batchtopk": "batchtopk", "matryoshka_batchtopk": "matryoshka"}
+
+
+def save(sae: SAE, folder: str | Path) -> None:
+    """Write ``sae_weights.safetensors`` and ``cfg.json``.
+
+    Raises ValueError for a variant that SAELens has no architecture for, and for an ``input_norm`` of another kind
+    than SAELens' constant_norm_rescale.
+    """
+    variant = inference_variant(sae, ARCHITECTURES, "SAELens")
+    architecture = ARCHITECTURES[variant]
+    weights = fold(sae, unit_norm=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(rename(weights, NAMES[architecture]), folder / "sae_weights.safetensors")
+    cfg = {"architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu"}
+    norm = "none" if sae.input_norm == "none" else "constant_norm_rescale"
+    cfg |= {"apply_b_dec_to_input": True, "normalize_activations": norm, "reshape_activations": "none"}
+    if architecture == "topk":
+        cfg |= {"k": sae.settings()["k"], "rescale_acts_by_decoder_norm": False}
+    write_json(folder / "cfg.json", cfg | {"metadata": {"sae_lens_version": FORMAT} | _training(sae, variant)})
+
+
+def _training(sae: SAE, variant: str) -> dict[str, Any]:
+    """Metadata in SAELens' words for the variants whose inference architecture is another."""
+    if variant not in TRAINING.values():
+        return {}
+    details = {"k": sae.settings()["k"]} | ({"matryoshka_widths": widths(sae)} if variant == "matryoshka" else {})
+    name = next(name for name, ours in TRAINING.items() if ours == variant)
+    return {"training_architecture": name, "training_architecture_details": details}
+
+
+def load(folder: str | Path) -> SAE:
+    """The SAE in ``folder``, in evaluation mode.
+
+    FileNotFoundError or ValueError says which file is missing, what does not fit, or which option cannot be
+    represented: inputs in layer norm, whitened or reshaped, and architectures without a counterpart here.
+    """
+    folder = Path(folder)
+    path, weights_path = folder / "cfg.json", folder / "sae_weights.safetensors"
+    cfg = _modern(read_json(path), path)
+    d_in, d_sae = entry(cfg, "d_in", path), entry(cfg, "d_sae", path)
+    normalizer = _normalizer(cfg, folder, d_in)
+    tensors = _inference_tensors(cfg, read_tensors(weights_path), weights_path)
+    architecture = "jumprelu" if cfg["architecture"] in TRAINING else cfg["architecture"]
+    weights = restore(tensors, NAMES[architecture], weights_path)
+    check_shapes(weights, weights_path, d_in, d_sae)
+    if _rescales(cfg):
+        weights = _unit_decoder(weights)
+    if not cfg["apply_b_dec_to_input"]:
+        weights = move_offset(weights, +1)
+    variant, settings = _variant(cfg, weights, path)
+    if cfg.get("normalize_activations") == "constant_norm_rescale":
+        settings["input_norm"] = "unit"
+    return build(variant, weights, normalizer, **settings)
+
+
+def _modern(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
+    """``cfg`` in the words of SAELens 6. Raises ValueError for what no SAE here can do."""
+    defaults: dict[str, Any] = {"architecture": "standard", "apply_b_dec_to_input": True}
+    cfg = defaults | cfg
+    activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
+    if activation == "topk":
+        cfg |= {"architecture": "topk", "k": entry(cfg.get("activation_fn_kwargs") or {}, "k", path)}
+    elif activation != "relu":
+        raise ValueError(f"{path} asks for the activation '{activation}'; this package reads relu and topk.")
+    known = [*NAMES, *TRAINING]
+    if cfg["architecture"] not in known:
+        raise ValueError(f"{path} is of the architecture '{cfg['architecture']}'; known ones: {', '.join(known)}.")
+    if cfg.get("reshape_activations") not in (None, "none"):
+        raise ValueError(
+            f"{path} has reshape_activations='{cfg['reshape_activations']}'; SAEs here take features that are one "
+            "vector each. Set it to 'none' and flatten the features before encoding."
+        )
+    return cfg
+
+
+def _normalizer(cfg: dict[str, Any], folder: Path, d_in: int) -> Normalizer:
+    """What SAELens does to the input. Its one fixed factor can be represented, if it is on disk."""
+    how = cfg.get("normalize_activations")
+    if how in (None, False, "none", "constant_norm_rescale"):
+        return Normalizer(d_in)
+    if how not in (True, "expected_average_only_in"):
+        raise ValueError(
+            f"{folder / 'cfg.json'} has normalize_activations='{how}', which SAEs here cannot do; they can do 'none', "
+            "'expected_average_only_in' and 'constant_norm_rescale'. SAELens folds a whitening into the weights when "
+            "its training ends."
+        )
+    scaler = folder / "activation_scaler.json"
+    factor = read_json(scaler).get("scaling_factor") if scaler.is_file() else None
+    if not factor:
+        raise ValueError(
+            f"{folder / 'cfg.json'} has normalize_activations='{how}', but no activation_scaler.json with the factor "
+            "lies beside it. Fold the factor in first: sae.fold_activation_norm_scaling_factor(factor) in SAELens."
+        )
+    return Normalizer(d_in, std=1 / factor)
+
+
+def _inference_tensors(cfg: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors with the names they have after training."""
+    scale = tensors.get("scaling_factor")
+    if scale is not None and not bool((scale == 1).all()):
+        raise ValueError(f"{path} has a finetuned scaling_factor, which SAEs here lack; fold it into W_dec first.")
+    if "log_threshold" in tensors:
+        return tensors | {"threshold": tensors["log_threshold"].float().exp()}
+    if cfg["architecture"] in TRAINING:
+        return tensors | {"threshold": entry(tensors, "topk_threshold", path).float().repeat(cfg["d_sae"])}
+    return tensors
+
+
+def _rescales(cfg: dict[str, Any]) -> bool:
+    """Whether codes are counted in units of the decoder's norms; SAELens' default depends on the class."""
+    default = cfg["architecture"] in TRAINING
+    return cfg["architecture"] in ("topk", *TRAINING) and cfg.get("rescale_acts_by_decoder_norm", default)
+
+
+def _unit_decoder(weights: Weights) -> Weights:
+    """Decoder rows of unit norm, the encoder scaled instead, as SAELens does when it saves for inference."""
+    norms = weights["W_dec"].norm(dim=1, keepdim=True).clamp_min(1e-8)
+    scaled = {"W_enc": weights["W_enc"] * norms, "b_enc": weights["b_enc"] * norms.squeeze(1)}
+    return weights | scaled | {"W_dec": weights["W_dec"] / norms}
+
+
+def _variant(cfg: dict[str, Any], weights: Weights, path: Path) -> tuple[str, dict[str, Any]]:
+    """Our variant and its settings."""
+    architecture = cfg["architecture"]
+    if architecture == "topk":
+        return "topk", {"k": entry(cfg, "k", path)}
+    metadata = cfg.get("metadata") or {}
+    trained, details = architecture, cfg
+    if architecture == "jumprelu":
+        trained, details = metadata.get("training_architecture"), metadata.get("training_architecture_details") or {}
+    if trained in TRAINING and "k" in details and bool((weights["threshold"] == weights["threshold"][0]).all()):
+        if trained == "batchtopk":
+            return "batchtopk", {"k": details["k"]}
+        if details.get("matryoshka_widths"):
+            return "matryoshka", {"k": details["k"], "fractions": fractions(details["matryoshka_widths"], cfg["d_sae"])}
+    return {"standard": "relu", "gated": "gated"}.get(architecture, "jumprelu"), {}

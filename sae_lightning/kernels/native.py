@@ -1,0 +1,151 @@
+"""``native.c`` on float32 CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lightning.kernels import scratch
+from sae_lightning.kernels.build import load_native
+
+
+def available(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels serve these tensors: float32 on the CPU, and a compiler was there."""
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and load_native() is not None
+
+
+def _argument(value: Any) -> Any:
+    if value is None:
+        return ctypes.c_void_p(None)
+    if isinstance(value, Tensor):
+        assert value.is_contiguous()
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_int(int(value)) if isinstance(value, bool) else ctypes.c_int64(value)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    library = load_native()
+    assert library is not None
+    getattr(library, name)(*map(_argument, arguments))
+
+
+def decode(latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """[N, d]: ``bias`` plus the sum of ``values[e] * W[latents[e]]`` over each row's entries."""
+    out = W.new_empty(len(offsets) - 1, W.shape[1])
+    _call("decode_rows", latents, values, offsets, W, bias, out, W.shape[1], len(out))
+    return out
+
+
+def exact(latents: Tensor, offsets: Tensor, x: Tensor, W: Tensor, bias: Tensor) -> Tensor:
+    """[nnz]: pre-activations ``x[row] · W[latent] + bias[latent]`` of the listed entries alone."""
+    values = x.new_empty(len(latents))
+    _call("exact_rows", latents, offsets, x, W, bias, values, x.shape[1], len(x))
+    return values
+
+
+def by_latent(latents: Tensor, offsets: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries sorted by latent: ``starts`` [d_sae + 1], ``order`` [nnz] (entry) and ``rows`` [nnz] of each place."""
+    starts = torch.empty(d_sae + 1, dtype=torch.long)
+    order, rows = torch.empty_like(latents), torch.empty_like(latents)
+    _call("sort_by_latent", latents, offsets, len(offsets) - 1, d_sae, starts, order, rows)
+    return starts, order, rows
+
+
+def decode_backward(latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``decode``: of W [d_sae, d] and of values [nnz], reading each row of ``grad`` once an entry."""
+    grad_W, grad_values = scratch.empty(tuple(W.shape), W), torch.empty_like(values)
+    _call(
+        "decode_backward", *by_latent(latents, offsets, len(W)), values, W, grad, grad_W, grad_values, W.shape[1],
+        len(W),
+    )  # fmt: skip
+    return grad_W, grad_values
+
+
+def scatter(latents: Tensor, values: Tensor, offsets: Tensor, x: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
+    """[d_sae, d] sums of ``values[e] * x[row]`` over each latent's entries, and [d_sae] sums of values."""
+    out, total = scratch.empty((d_sae, x.shape[1]), x), x.new_empty(d_sae)
+    _call("scatter_rows", *by_latent(latents, offsets, d_sae), values, x, out, total, x.shape[1], d_sae)
+    return out, total
+
+
+def to_bf16(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A bfloat16 copy of ``W`` [n, d], its rows' norms [n] and the norms [n] of what rounding took from them."""
+    out = scratch.empty(tuple(W.shape), W.new_empty(0, dtype=torch.bfloat16))
+    norms, errors = W.new_empty(len(W)), W.new_empty(len(W))
+    _call("to_bf16", W, out, norms, errors, W.shape[1], len(W))
+    return out, norms, errors
+
+
+def above(
+    pre: Tensor, bias: Tensor, cuts: Tensor, slack: Tensor | None, norms: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, values and offsets of the entries of ``pre + bias`` at or above their latent's cut.
+
+    ``pre`` [n, d_sae] float32 or bfloat16; ``cuts`` [d_sae], lowered by ``slack[row] * norms[latent]`` where given.
+    """
+    n, d_sae = pre.shape
+    half = pre.dtype == torch.bfloat16
+    offsets = torch.zeros(n + 1, dtype=torch.long)
+    counts = torch.empty(n, dtype=torch.long)
+    _call("count_above", pre, half, bias, d_sae, cuts, slack, norms, counts, n)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    latents = torch.empty(int(offsets[-1]), dtype=torch.long)
+    values = bias.new_empty(len(latents))
+    _call("fill_above", pre, half, bias, d_sae, cuts, slack, norms, offsets, latents, values, n)
+    return latents, values, offsets
+
+
+def topk(
+    pre: Tensor, bias: Tensor, k: int, slack: Tensor | None, relative: float, norms: Tensor | None, x: Tensor, W: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest positive entries of each row: latents and values [n, k] (filled from the left), counts [n]."""
+    n, d_sae = pre.shape
+    latents, counts = torch.empty(n, k, dtype=torch.long), torch.empty(n, dtype=torch.long)
+    values = bias.new_empty(n, k)
+    widest = float(norms.max()) if norms is not None else 0.0
+    _call(
+        "topk_rows", pre, pre.dtype == torch.bfloat16, bias, d_sae, k, slack, float(relative), norms, widest,
+        x, W, W.shape[1], latents, values, counts, n,
+    )  # fmt: skip
+    return latents, values, counts
+
+
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of ``values`` [n], a scalar tensor."""
+    out = values.new_empty(())
+    _call("select_kth", values.clone(), len(values), k, out)
+    return out
+
+
+def squared_norm(grad: Tensor, rows: Tensor | None) -> float:
+    """|grad|² in float64; without each row's part along ``rows`` (of unit norm) where given. ``grad`` [n, d] or [n]."""
+    n, d = (len(grad), grad.shape[1]) if grad.ndim == 2 else (1, grad.numel())
+    out = torch.zeros((), dtype=torch.float64)
+    _call("squared_norm", grad, rows, d, out, n)
+    return float(out)
+
+
+def adam(
+    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, *, scale: float, lr: float, step: int, betas: tuple[float, float],
+    eps: float, weight_decay: float, decoupled: bool, unit: bool,
+) -> None:  # fmt: skip
+    """One Adam (AdamW where ``decoupled``) step of ``p`` in place; ``unit`` keeps its rows at unit norm."""
+    n, d = (len(p), p.shape[1]) if p.ndim == 2 else (1, p.numel())
+    step_size, root = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5
+    shrink, decay = (1 - lr * weight_decay, 0.0) if decoupled else (1.0, weight_decay)
+    _call(
+        "adam_rows", p, grad, m, v, d, float(scale), float(step_size), float(root), float(betas[0]), float(betas[1]),
+        float(eps), float(shrink), float(decay), unit, n,
+    )  # fmt: skip
+
+
+def rank_groups(values: Tensor, offsets: Tensor, ks: Tensor) -> Tensor:
+    """As ``grouping.rank_groups``."""
+    group = torch.empty(len(values), dtype=torch.long)
+    _call("rank_groups", values, offsets, ks, len(ks), group, len(offsets) - 1)
+    return group

@@ -1,0 +1,141 @@
+"""The two sparse products with their gradients: values from the encoder's rows, reconstructions from the decoder's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sae_lightning.kernels import scratch
+from sae_lightning.kernels.dispatch import choose
+
+
+def _density(latents: Tensor, n: int, d_sae: int) -> float:
+    return len(latents) / max(1, n * d_sae)
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(latents, values, offsets, W)
+        kernels = choose(values, W, density=_density(latents, len(offsets) - 1, len(W)))
+        return kernels.decode(latents, values.contiguous(), offsets, W.detach(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        latents, values, offsets, W = ctx.saved_tensors
+        kernels = choose(values, W, density=_density(latents, len(offsets) - 1, len(W)))
+        grad = grad.contiguous()
+        grad_W, grad_values = kernels.decode_backward(latents, values.contiguous(), offsets, W, grad)
+        return None, grad_values, None, grad_W, grad.sum(0) if ctx.needs_input_grad[4] else None
+
+
+class _NestedDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, bias: Tensor, h: int) -> Tensor:
+        ctx.save_for_backward(latents, values, offsets, W)
+        ctx.h = h
+        out = choose(values, W).decode(latents, values.contiguous(), offsets, W.detach(), None)
+        out = out.view(-1, h, W.shape[1])
+        out[:, 0] += bias
+        for level in range(1, h):
+            out[:, level] += out[:, level - 1]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        latents, values, offsets, W = ctx.saved_tensors
+        out = scratch.empty(tuple(grad.shape), grad)
+        out[:, -1] = grad[:, -1]
+        for level in range(ctx.h - 2, -1, -1):
+            torch.add(grad[:, level], out[:, level + 1], out=out[:, level])
+        flat = out.view(-1, W.shape[1])
+        grad_W, grad_values = choose(values, W).decode_backward(latents, values.contiguous(), offsets, W, flat)
+        return None, grad_values, None, grad_W, out[:, 0].sum(0), None
+
+
+class _LevelErrors(torch.autograd.Function):
+    """Mean squared error of each level, without keeping the differences."""
+
+    @staticmethod
+    def forward(ctx: Any, levels: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(levels, x)
+        errors = [(levels[:, level] - x).square().mean() for level in range(levels.shape[1])]
+        return torch.stack(errors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        levels, x = ctx.saved_tensors
+        out = scratch.empty(tuple(levels.shape), levels)
+        for level, scale in enumerate((2 / x.numel() * grad).unbind()):
+            torch.sub(levels[:, level], x, out=out[:, level])
+            out[:, level] *= scale
+        return out, None
+
+
+class _PreActs(torch.autograd.Function):
+    """Attaches the gradient to values that a selection has already computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, b_pre: Tensor, W: Tensor, b_enc: Tensor, latents: Tensor, offsets: Tensor, values: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, b_pre, W, latents, offsets)
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, b_pre, W, latents, offsets = ctx.saved_tensors
+        kernels = choose(x, W, density=_density(latents, len(x), len(W)))
+        grad = grad.to(W.dtype).contiguous()
+        grad_W, grad_b = kernels.scatter(latents, grad, offsets, x - b_pre, len(W))
+        grad_x = kernels.decode(latents, grad, offsets, W, None) if ctx.needs_input_grad[0] else None
+        grad_pre = -(grad_b @ W) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_pre, grad_W, grad_b, None, None, None
+
+
+def sparse_decode(latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Sum of ``values[e] * W[latents[e]]`` over each row's entries plus ``bias``: [N, d].
+
+    ``latents`` [nnz] int64, ``values`` [nnz], ``offsets`` [N + 1] int64, ``W`` [d_sae, d], ``bias`` [d].
+    Cost O(nnz * d) forward and backward; differentiable once, in values, W and bias.
+    """
+    return _Decode.apply(latents, values.to(W.dtype), offsets, W, bias)
+
+
+def nested_decode(latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, bias: Tensor, h: int) -> Tensor:
+    """Reconstructions [N, h, d] at h granularities from one decode of entries sorted by (sample, group).
+
+    ``offsets`` [N · h + 1] counts every group of every sample; level l sums the groups 0 .. l, plus ``bias``.
+    Each entry is decoded once, into its group's part, and the parts are added up; the gradient of an entry is
+    that of all levels from its group on, added up the other way.
+    """
+    return _NestedDecode.apply(latents, values.to(W.dtype), offsets, W, bias, h)
+
+
+def level_errors(levels: Tensor, x: Tensor) -> Tensor:
+    """Mean squared error [h] of reconstructions ``levels`` [N, h, d] of ``x`` [N, d]; gradient for ``levels`` only."""
+    return _LevelErrors.apply(levels, x)
+
+
+def sparse_pre_acts(
+    x: Tensor, b_pre: Tensor, W: Tensor, b_enc: Tensor, latents: Tensor, offsets: Tensor, values: Tensor | None = None
+) -> Tensor:
+    """The listed entries of ``(x - b_pre) Wᵀ + b_enc``, [nnz], differentiable once in the first four arguments.
+
+    ``x`` [N, d], ``b_pre`` [d], ``W`` [d_sae, d], ``b_enc`` [d_sae]; ``values`` [nnz] are taken as the entries
+    where a selection has computed them already.
+    """
+    if values is None:
+        with torch.no_grad():
+            kernels = choose(x, W, density=_density(latents, len(x), len(W)))
+            values = kernels.exact(latents, offsets, (x - b_pre).contiguous(), W, b_enc)
+    if not torch.is_grad_enabled():
+        return values
+    return _PreActs.apply(x, b_pre, W, b_enc, latents, offsets, values)

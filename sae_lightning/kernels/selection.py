@@ -1,0 +1,191 @@
+"""Which latents are active: the encoder's dense product and the choice among its entries, without the whole matrix.
+
+The product runs over a few hundred rows at a time, and each part is reduced to its active entries while it
+is still in the cache. Where the processor multiplies bfloat16 quickly, candidates come from a bfloat16
+product with a bound on its error, and only they are computed again in float32; the selection and its
+values are then those of the float32 product. All functions are without gradient; ``sparse_pre_acts``
+attaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sae_lightning.kernels import native, portable, scratch
+
+PART = 1 << 22  # entries of the product that are held at once
+SPARSE_BELOW = 0.05  # share of candidates up to which computing them again beats a float32 product
+
+Entries = tuple[Tensor, Tensor, Tensor]  # latents [nnz], values [nnz], offsets [N + 1]
+
+
+@cache
+def fast_bf16() -> bool:
+    """Whether this CPU has bfloat16 (or tile) instructions, so that such a product takes a third of float32's time."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+@dataclass
+class Rows:
+    """One part of the product: ``pre`` [n, d_sae] without the bias, its rows of ``x``, and its error bounds."""
+
+    start: int
+    pre: Tensor
+    x: Tensor
+    slack: Tensor | None  # [n]: an entry's error is at most slack[row] * norms[latent] + 2^-8 |entry|
+
+
+@dataclass
+class Product:
+    """``x Wᵀ`` in parts. ``x`` [N, d], ``W`` [d_sae, d]; ``margin`` is the error of the type's own rounding."""
+
+    x: Tensor
+    W: Tensor
+    low: bool  # in bfloat16
+    norms: Tensor | None = None
+    margin: float = 0.0
+
+    def rows(self) -> Iterator[Rows]:
+        x, W, slack = self.x, self.W, None
+        if self.low:
+            if self.margin:
+                x, x_norms, x_lost = native.to_bf16(self.x)
+                W, self.norms, W_lost = native.to_bf16(self.W)
+                worst = (W_lost / self.norms.clamp_min(1e-30)).max() + self.x.shape[1] * 2.0**-23
+                slack = 1.01 * (x_lost + x_norms * worst) + 1e-30
+            else:
+                x, W = self.x.bfloat16(), self.W.bfloat16()
+        n = max(64, PART // len(W))
+        buffer: Tensor | None = None
+        for start in range(0, len(x), n):
+            part = x[start : start + n]
+            if x.device.type == "cpu" and x.dtype != torch.bfloat16:
+                pre = _cpu_product(part, W)
+            else:
+                if buffer is None or len(buffer) != len(part):
+                    buffer = scratch.empty((len(part), len(W)), x)
+                pre = torch.mm(part, W.T, out=buffer)
+            yield Rows(start, pre, self.x[start : start + n], None if slack is None else slack[start : start + n])
+
+
+def _cpu_product(x: Tensor, W: Tensor) -> Tensor:
+    """x Wᵀ; through oneDNN for float32, which on processors that are not Intel's is twice as fast as MKL."""
+    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, W, None, "none", [], "")
+    return x @ W.T
+
+
+def product(x: Tensor, W: Tensor, exact: bool = False) -> Product:
+    """The product for ``x`` [N, d] and ``W`` [d_sae, d]: in bfloat16 under autocast, else exact in their own type.
+
+    ``exact`` forbids the way through bfloat16 candidates.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        return Product(x, W, low=True)
+    if not exact and native.available(x, W) and fast_bf16():
+        return Product(x, W, low=True, margin=2.0**-8)
+    return Product(x, W, low=False)
+
+
+@torch.no_grad()
+def topk(x: Tensor, W: Tensor, bias: Tensor, k: int) -> Entries:
+    """The k largest positive entries of each row of ``x Wᵀ + bias``, fewer where fewer are positive.
+
+    ``x`` [N, d], ``W`` [d_sae, d], ``bias`` [d_sae]. Latents ascend within a row; of equal entries those of
+    lower latents come first on the CPU's kernels, any elsewhere.
+    """
+    kernels = native.available(x, W)
+    x, W, parts = x.contiguous(), W.detach(), []
+    made = product(x, W)
+    for rows in made.rows():
+        if kernels:
+            parts.append(native.topk(rows.pre, bias, k, rows.slack, made.margin, made.norms, rows.x, W))
+        else:
+            parts.append(portable.topk(rows.pre, bias, k))
+    latents, values, counts = (torch.cat(some) for some in zip(*parts, strict=True))
+    offsets = torch.zeros(len(x) + 1, dtype=torch.long, device=x.device)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    if int(offsets[-1]) == latents.numel():
+        return latents.flatten(), values.flatten(), offsets
+    filled = torch.arange(k, device=x.device) < counts[:, None]
+    return latents[filled], values[filled], offsets
+
+
+@torch.no_grad()
+def above(x: Tensor, W: Tensor, bias: Tensor, cuts: Tensor) -> Entries:
+    """The entries of ``x Wᵀ + bias`` that are greater than their latent's cut (``cuts`` [d_sae] or a scalar)."""
+    x, W = x.contiguous(), W.detach()
+    cuts = cuts.to(bias.dtype).expand(len(W)).contiguous()
+    entries = _above(x, W, bias, cuts, exact=False)
+    if entries is None:
+        entries = _above(x, W, bias, cuts, exact=True)
+    assert entries is not None
+    return entries
+
+
+def _above(x: Tensor, W: Tensor, bias: Tensor, cuts: Tensor, exact: bool) -> Entries | None:
+    """As ``above``; None where there are too many candidates for computing them one by one."""
+    made = product(x, W, exact)
+    scan = native.above if native.available(x, W) else portable.above
+    parts: list[Entries] = []
+    for rows in made.rows():
+        # an entry above its cut has rounded to at least cut - slack * norm - margin * |entry|
+        lowered = cuts if rows.slack is None else cuts - 1.02 * made.margin * cuts.abs()
+        latents, values, offsets = scan(rows.pre, bias, lowered, rows.slack, made.norms)
+        if rows.slack is not None:
+            if len(latents) > SPARSE_BELOW * rows.pre.numel():
+                return None
+            values = native.exact(latents, offsets, rows.x, W, bias)
+        parts.append(keep((latents, values, offsets), values > cuts[latents]))
+    return join(parts)
+
+
+@torch.no_grad()
+def largest(x: Tensor, W: Tensor, bias: Tensor, budget: int, guess: Tensor) -> Entries:
+    """Candidates for the ``budget`` largest positive entries of ``x Wᵀ + bias``: all of those, and some more.
+
+    With fewer positive entries than ``budget``, all positive ones. Exact for any ``guess`` [scalar]; one a
+    little below the smallest of them spares the search among all entries. 0 takes a guess from a few rows.
+    """
+    floor = guess.to(bias.dtype).clamp_min(0)
+    if float(floor) == 0:
+        some = x[:: max(1, len(x) // 256)]
+        values = (some @ W.T + bias).flatten()
+        floor = 0.9 * kth_largest(values, max(1, round(budget * len(some) / len(x)))).clamp_min(0)
+    for share in (1.0, 0.7, 0.4, 0.0):
+        entries = above(x, W, bias, share * floor)
+        if len(entries[0]) >= budget or float(floor) == 0:
+            break
+    return entries
+
+
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of ``values`` [n], a scalar tensor."""
+    return (native if native.available(values) else portable).kth_largest(values.contiguous(), k)
+
+
+def keep(entries: Entries, mask: Tensor) -> Entries:
+    """The entries where ``mask`` [nnz] holds."""
+    latents, values, offsets = entries
+    kept = torch.zeros(len(mask) + 1, dtype=torch.long, device=mask.device)
+    torch.cumsum(mask, 0, out=kept[1:])
+    return latents[mask], values[mask], kept[offsets]
+
+
+def join(parts: list[Entries]) -> Entries:
+    """The entries of consecutive rows as one."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = [0]
+    for latents, _, _ in parts:
+        starts.append(starts[-1] + len(latents))
+    offsets = [p[2][:-1] + start for p, start in zip(parts, starts, strict=False)]
+    end = torch.tensor([starts[-1]], device=offsets[0].device)
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([*offsets, end])

@@ -1,0 +1,86 @@
+"""Before the first step: where b_pre and thresholds start, and whether the features fit the normaliser."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_lightning.features.store import FeatureStore
+from sae_lightning.saes import SAE, JumpReLU
+
+SAMPLE = 8192  # tokens
+SEVERE = 10.0  # γ from which outlier dimensions keep most latents from ever firing
+B_PRE = ("mean", "geometric_median", "zero")
+
+
+def sample(store: FeatureStore, tokens: int = SAMPLE) -> Tensor:
+    """About ``tokens`` raw features [n, d_in] of evenly spaced images."""
+    step = max(1, len(store) * store.n_patches // tokens)
+    images = torch.arange(0, len(store), step)
+    return torch.cat([store.patches(slice(int(i), int(i) + 1)).reshape(-1, store.d_in).float() for i in images])
+
+
+def geometric_median(x: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point [d] with the least sum of distances to the rows of ``x`` [N, d], by Weiszfeld's iteration."""
+    point = x.mean(0)
+    for _ in range(steps):
+        weights = 1 / (x - point).norm(dim=1).clamp_min(1e-8)
+        moved = (weights[:, None] * x).sum(0) / weights.sum()
+        if float((moved - point).norm()) < tolerance * (1 + float(point.norm())):
+            return moved
+        point = moved
+    return point
+
+
+@torch.no_grad()
+def prepare(sae: SAE, store: FeatureStore, b_pre: str, l0: float | None) -> None:
+    """Set ``b_pre`` (to the data's mean, geometric median, or the origin of raw features) and JumpReLU's thresholds.
+
+    ``l0`` is the number of active latents a sample that the thresholds are to start at. ValueError for an
+    unknown choice.
+    """
+    if b_pre not in B_PRE:
+        raise ValueError(f"Unknown init.b_pre={b_pre}; choose one of {', '.join(B_PRE)}.")
+    needs = b_pre == "geometric_median" or (isinstance(sae, JumpReLU) and l0)
+    x = sae.normalizer.normalize(sample(store)) if needs else torch.zeros(0)
+    if b_pre == "geometric_median":
+        sae.b_pre.copy_(geometric_median(x))
+    elif b_pre == "zero":
+        sae.b_pre.copy_(-sae.normalizer.mean / sae.normalizer.std)
+    else:
+        sae.b_pre.copy_((store.mean - sae.normalizer.mean) / sae.normalizer.std)
+    if isinstance(sae, JumpReLU) and l0:
+        sae.start_at(x, l0)
+
+
+@torch.no_grad()
+def dead_at_start(sae: SAE, store: FeatureStore) -> float:
+    """Share of latents that fire on no token of a sample of the store, with the weights as they are."""
+    was_training = sae.training
+    sae.train(isinstance(sae, torch.nn.Module) and sae.k is not None)
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool)
+    before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
+    for part in sample(store).split(2048):
+        fired |= sae.code(sae.normalizer.normalize(part)).fired()
+    for name, buffer in sae.named_buffers():
+        buffer.copy_(before[name])
+    sae.train(was_training)
+    return 1 - float(fired.float().mean())
+
+
+def warnings_for(store: FeatureStore, dead: float, normalize: str, b_pre: str) -> list[str]:
+    """Sentences about a start that will leave most latents dead, with what to set."""
+    if dead <= 0.5:
+        return []
+    gamma = store.manifest.severity
+    cause = (
+        f"The store's severity γ = ‖μ‖/‖σ‖ is {gamma:.1f}: single dimensions lie far off zero, and latents that point "
+        "away from them never fire. "
+        if gamma > SEVERE
+        else ""
+    )
+    advice = []
+    if normalize == "none" or b_pre == "zero":
+        advice.append("normalize=standard or init.b_pre=mean (or geometric_median)")
+    advice.append("resample.every=500, or loss.aux=0.03125")
+    return [f"{dead:.0%} of the latents fire on no token of a sample before training. {cause}Set {'; '.join(advice)}."]
