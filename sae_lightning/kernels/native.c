@@ -210,7 +210,8 @@ void to_bf16(const float *W, uint16_t *out, float *norms, float *errors, i64 d, 
 
 /* ---- selection ------------------------------------------------------------------------------------------------
  * A pre-activation known as value with an error of at most slack lies in [value - slack, value + slack]. slack of
- * entry (row, latent) is row_slack[row] * norms[latent] + relative * |value|; all zero where values are exact.
+ * entry (row, latent) is row_slack[row] * norms[latent] + relative * |value - bias|, of which |value| + |bias| is a
+ * bound; all zero where values are exact.
  */
 enum { BLOCK = 64 };
 
@@ -340,6 +341,11 @@ static float kth_largest(float *a, i64 n, i64 k) {
 
 void select_kth(float *values, i64 n, i64 k, float *out) { *out = kth_largest(values, n, k); }
 
+static inline float error_of(float value, i64 latent, const float *bias, const float *norms, float slack,
+                             float relative) {
+    return slack * norms[latent] + 1.02f * relative * (fabsf(value) + fabsf(bias[latent]));
+}
+
 /* The k largest positive entries of each row, ascending by latent; of equal ones those of lower latents first.
  * latents and values are [rows, k], counts [rows] says how many there are. With slack, candidates that could
  * belong to the k largest get their exact value <x[row], W[latent]> + bias first. */
@@ -347,6 +353,8 @@ void topk_rows(const void *pre, int is_bf16, const float *bias, i64 d_sae, i64 k
                float relative, const float *norms, float widest, const float *x, const float *W, i64 d, i64 *latents,
                float *values, i64 *counts, i64 n_rows) {
     const i64 width = is_bf16 ? 2 : 4;
+    float tallest = 0;
+    for (i64 l = 0; l < d_sae; l++) tallest = fabsf(bias[l]) > tallest ? fabsf(bias[l]) : tallest;
 #pragma omp parallel
     {
     i64 *found = malloc(d_sae * sizeof(i64));
@@ -356,7 +364,7 @@ void topk_rows(const void *pre, int is_bf16, const float *bias, i64 d_sae, i64 k
     for (i64 i = 0; i < n_rows; i++) {
         const char *row = (const char *)pre + i * d_sae * width;
         const float slack = row_slack ? row_slack[i] : 0;
-        const float bottom = row_slack ? -slack * widest : 0; /* below it no entry can be positive */
+        const float bottom = row_slack ? -slack * widest - 1.02f * relative * tallest : 0; /* below it no entry can be positive */
         i64 n = 0;
         float lowest = 0, cut = guess;
         if (cut == INFINITY) { /* first row: start from its largest value */
@@ -374,12 +382,12 @@ void topk_rows(const void *pre, int is_bf16, const float *bias, i64 d_sae, i64 k
             lowest = 0;
             if (n >= k) { /* at least k entries have exact values of lowest or more */
                 for (i64 c = 0; c < n; c++)
-                    scratch[c] = near[c] - (row_slack ? slack * norms[found[c]] + relative * fabsf(near[c]) : 0);
+                    scratch[c] = near[c] - (row_slack ? error_of(near[c], found[c], bias, norms, slack, relative) : 0);
                 lowest = kth_largest(scratch, n, k);
                 if (lowest < 0) lowest = 0;
             }
             if (cut == bottom) break;
-            const float need = row_slack ? lowest - slack * widest - relative * fabsf(lowest) : lowest;
+            const float need = row_slack ? lowest - slack * widest - 1.02f * relative * (lowest + tallest) : lowest;
             if (n >= k && cut <= need) break;
             cut = n >= k ? need : (cut > 0 ? 0.8f * cut - 1e-6f : bottom);
         }
@@ -387,8 +395,7 @@ void topk_rows(const void *pre, int is_bf16, const float *bias, i64 d_sae, i64 k
         i64 kept = 0;
         if (row_slack) {
             for (i64 c = 0; c < n; c++) {
-                const float upper = near[c] + slack * norms[found[c]] + relative * fabsf(near[c]);
-                if (upper >= lowest) found[kept++] = found[c];
+                if (near[c] + error_of(near[c], found[c], bias, norms, slack, relative) >= lowest) found[kept++] = found[c];
             }
             exact_row(found, kept, x + i * d, W, bias, near, d);
         } else kept = n;

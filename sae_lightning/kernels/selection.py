@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from sae_lightning.kernels import native, portable, scratch
 
 PART = 1 << 22  # entries of the product that are held at once
+SAMPLE, GUESS = 64, 0.95  # rows that tell where a cut lies, and the share of it from which entries are looked at
 SPARSE_BELOW = 0.05  # share of candidates up to which computing them again beats a float32 product
 
 Entries = tuple[Tensor, Tensor, Tensor]  # latents [nnz], values [nnz], offsets [N + 1]
@@ -38,7 +39,7 @@ class Rows:
     start: int
     pre: Tensor
     x: Tensor
-    slack: Tensor | None  # [n]: an entry's error is at most slack[row] * norms[latent] + 2^-8 |entry|
+    slack: Tensor | None  # [n]: an entry's error is at most slack[row] * norms[latent] + 2^-8 |entry - bias|
 
 
 @dataclass
@@ -48,30 +49,38 @@ class Product:
     x: Tensor
     W: Tensor
     low: bool  # in bfloat16
-    norms: Tensor | None = None
     margin: float = 0.0
 
+    @cached_property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """x and W in the product's type, the norms [d_sae] of W's rows and the slack [N] of x's (see ``Rows``)."""
+        if not self.low:
+            return self.x, self.W, None, None
+        if not self.margin:
+            return self.x.bfloat16(), self.W.bfloat16(), None, None
+        x, x_norms, x_lost = native.to_bf16(self.x)
+        W, norms, W_lost = native.to_bf16(self.W)
+        worst = (W_lost / norms.clamp_min(1e-30)).max() + self.x.shape[1] * 2.0**-23
+        return x, W, norms, 1.01 * (x_lost + x_norms * worst) + 1e-30
+
     def rows(self) -> Iterator[Rows]:
-        x, W, slack = self.x, self.W, None
-        if self.low:
-            if self.margin:
-                x, x_norms, x_lost = native.to_bf16(self.x)
-                W, self.norms, W_lost = native.to_bf16(self.W)
-                worst = (W_lost / self.norms.clamp_min(1e-30)).max() + self.x.shape[1] * 2.0**-23
-                slack = 1.01 * (x_lost + x_norms * worst) + 1e-30
-            else:
-                x, W = self.x.bfloat16(), self.W.bfloat16()
+        x, W, _, slack = self.operands
         n = max(64, PART // len(W))
         buffer: Tensor | None = None
         for start in range(0, len(x), n):
             part = x[start : start + n]
-            if x.device.type == "cpu" and x.dtype != torch.bfloat16:
+            if x.device.type == "cpu" and not self.low:
                 pre = _cpu_product(part, W)
             else:
                 if buffer is None or len(buffer) != len(part):
                     buffer = scratch.empty((len(part), len(W)), x)
                 pre = torch.mm(part, W.T, out=buffer)
             yield Rows(start, pre, self.x[start : start + n], None if slack is None else slack[start : start + n])
+
+    def sample(self, n: int) -> Tensor:
+        """About ``n`` rows of the product, evenly spaced, [n', d_sae] float32 or wider."""
+        x, W, _, _ = self.operands
+        return (x[:: max(1, len(x) // n)] @ W.T).to(self.x.dtype)
 
 
 def _cpu_product(x: Tensor, W: Tensor) -> Tensor:
@@ -106,7 +115,7 @@ def topk(x: Tensor, W: Tensor, bias: Tensor, k: int) -> Entries:
     made = product(x, W)
     for rows in made.rows():
         if kernels:
-            parts.append(native.topk(rows.pre, bias, k, rows.slack, made.margin, made.norms, rows.x, W))
+            parts.append(native.topk(rows.pre, bias, k, rows.slack, made.margin, made.operands[2], rows.x, W))
         else:
             parts.append(portable.topk(rows.pre, bias, k))
     latents, values, counts = (torch.cat(some) for some in zip(*parts, strict=True))
@@ -121,48 +130,52 @@ def topk(x: Tensor, W: Tensor, bias: Tensor, k: int) -> Entries:
 @torch.no_grad()
 def above(x: Tensor, W: Tensor, bias: Tensor, cuts: Tensor) -> Entries:
     """The entries of ``x Wᵀ + bias`` that are greater than their latent's cut (``cuts`` [d_sae] or a scalar)."""
-    x, W = x.contiguous(), W.detach()
-    cuts = cuts.to(bias.dtype).expand(len(W)).contiguous()
-    entries = _above(x, W, bias, cuts, exact=False)
+    return _above(product(x.contiguous(), W.detach()), bias, cuts)
+
+
+def _above(made: Product, bias: Tensor, cuts: Tensor) -> Entries:
+    cuts = cuts.to(bias.dtype).expand(len(made.W)).contiguous()
+    entries = _few_above(made, bias, cuts)
     if entries is None:
-        entries = _above(x, W, bias, cuts, exact=True)
+        entries = _few_above(product(made.x, made.W, exact=True), bias, cuts)
     assert entries is not None
     return entries
 
 
-def _above(x: Tensor, W: Tensor, bias: Tensor, cuts: Tensor, exact: bool) -> Entries | None:
+def _few_above(made: Product, bias: Tensor, cuts: Tensor) -> Entries | None:
     """As ``above``; None where there are too many candidates for computing them one by one."""
-    made = product(x, W, exact)
-    scan = native.above if native.available(x, W) else portable.above
+    scan = native.above if native.available(made.x, made.W) else portable.above
+    norms = made.operands[2]
     parts: list[Entries] = []
     for rows in made.rows():
-        # an entry above its cut has rounded to at least cut - slack * norm - margin * |entry|
-        lowered = cuts if rows.slack is None else cuts - 1.02 * made.margin * cuts.abs()
-        latents, values, offsets = scan(rows.pre, bias, lowered, rows.slack, made.norms)
+        # an entry above its cut has rounded to at least cut - slack * norm - margin * |cut - bias|
+        lowered = cuts if rows.slack is None else cuts - 1.02 * made.margin * (cuts - bias).abs()
+        latents, values, offsets = scan(rows.pre, bias, lowered, rows.slack, norms)
         if rows.slack is not None:
             if len(latents) > SPARSE_BELOW * rows.pre.numel():
                 return None
-            values = native.exact(latents, offsets, rows.x, W, bias)
+            values = native.exact(latents, offsets, rows.x, made.W, bias)
         parts.append(keep((latents, values, offsets), values > cuts[latents]))
     return join(parts)
 
 
 @torch.no_grad()
-def largest(x: Tensor, W: Tensor, bias: Tensor, budget: int, guess: Tensor) -> Entries:
+def largest(x: Tensor, W: Tensor, bias: Tensor, budget: int) -> Entries:
     """Candidates for the ``budget`` largest positive entries of ``x Wᵀ + bias``: all of those, and some more.
 
-    With fewer positive entries than ``budget``, all positive ones. Exact for any ``guess`` [scalar]; one a
-    little below the smallest of them spares the search among all entries. 0 takes a guess from a few rows.
+    With fewer positive entries than ``budget``, all positive ones. A few rows tell about where the cut lies, and
+    only entries above that are looked at; should they be too few, the search goes on lower.
     """
-    floor = guess.to(bias.dtype).clamp_min(0)
-    if float(floor) == 0:
-        some = x[:: max(1, len(x) // 256)]
-        values = (some @ W.T + bias).flatten()
-        floor = 0.9 * kth_largest(values, max(1, round(budget * len(some) / len(x)))).clamp_min(0)
-    for share in (1.0, 0.7, 0.4, 0.0):
-        entries = above(x, W, bias, share * floor)
+    made = product(x.contiguous(), W.detach())
+    some = made.sample(SAMPLE) + bias
+    share = max(1, round(budget * len(some) / len(x)))
+    high = some[some > some.std()]
+    floor = kth_largest(high if len(high) > share else some.flatten(), min(share, some.numel())).clamp_min(0)
+    entries = _above(made, bias, GUESS * floor)
+    for lower in (0.7, 0.4, 0.0):
         if len(entries[0]) >= budget or float(floor) == 0:
             break
+        entries = _above(made, bias, lower * floor)
     return entries
 
 

@@ -15,8 +15,6 @@ from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.input_norm import input_norm
 from sae_lightning.saes.ranks import world_size
 
-GUESS = 0.93  # share of the running threshold above which the next batch's cut is sought first
-
 
 class BatchTopK(SAE):
     """The ``k * N`` largest pre-activations of the global batch (all DDP ranks) [Bussmann et al. 2024].
@@ -70,7 +68,7 @@ class BatchTopK(SAE):
         """The entries among the largest of the global batch, and the smallest of them (a scalar)."""
         world = world_size()
         budget = self.budget(len(x) * world)
-        found = selection.largest(x - self.b_pre, self.W_enc, self.b_enc, budget, GUESS * self.threshold)
+        found = selection.largest(x - self.b_pre, self.W_enc, self.b_enc, budget)
         candidates = found[1]
         if world > 1:
             mine = candidates

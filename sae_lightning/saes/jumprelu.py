@@ -136,6 +136,6 @@ class JumpReLU(SAE):
         """Set all thresholds to the value that leaves ``l0`` active latents a sample on normalised ``x`` [N, d_in]."""
         x, _ = input_norm(self.input_norm, x)
         budget = min(max(1, round(l0 * len(x))), len(x) * self.d_sae)
-        values = selection.largest(x - self.b_pre, self.W_enc, self.b_enc, budget, x.new_zeros(()))[1]
+        values = selection.largest(x - self.b_pre, self.W_enc, self.b_enc, budget)[1]
         cut = selection.kth_largest(values, min(budget, len(values)))
         self.log_threshold.fill_(float(cut.clamp_min(1e-3).log()))
