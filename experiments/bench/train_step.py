@@ -89,11 +89,15 @@ def measure(what: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="TopK and BatchTopK at x16, k 64, batch 2048, without memory")
+    parser.add_argument(
+        "--quick", action="store_true", help="TopK and BatchTopK at x16, k 64, batch 2048, without memory"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--variants", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--precisions", nargs="+", choices=["32", "bf16"], default=["32", "bf16"])
-    parser.add_argument("--all-shapes", action="store_true", help="every expansion, k and batch, not only x16 k64 B2048")
+    parser.add_argument(
+        "--all-shapes", action="store_true", help="every expansion, k and batch, not only x16 k64 B2048"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)

@@ -94,7 +94,7 @@ class _PreActs(torch.autograd.Function):
         x, b_pre, W, latents, offsets = ctx.saved_tensors
         kernels = choose(x, W, density=_density(latents, len(x), len(W)))
         grad = grad.to(W.dtype).contiguous()
-        grad_W, grad_b = kernels.scatter(latents, grad, offsets, x - b_pre, len(W))
+        grad_W, grad_b = kernels.scatter(latents, grad, offsets, (x - b_pre).contiguous(), len(W))
         grad_x = kernels.decode(latents, grad, offsets, W, None) if ctx.needs_input_grad[0] else None
         grad_pre = -(grad_b @ W) if ctx.needs_input_grad[1] else None
         return grad_x, grad_pre, grad_W, grad_b, None, None, None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_lightning.kernels import native, portable, scratch
 
-PART = 1 << 22  # entries of the product that are held at once
+PART = {"cpu": 1 << 22, "cuda": 1 << 27}  # entries of the product that are held at once: a cache's worth, or 512 MB
 SAMPLE, GUESS = 64, 0.95  # rows that tell where a cut lies, and the share of it from which entries are looked at
 SPARSE_BELOW = 0.05  # share of candidates up to which computing them again beats a float32 product
 
@@ -65,7 +65,7 @@ class Product:
 
     def rows(self) -> Iterator[Rows]:
         x, W, _, slack = self.operands
-        n = max(64, PART // len(W))
+        n = max(64, PART.get(x.device.type, 1 << 27) // len(W))
         buffer: Tensor | None = None
         for start in range(0, len(x), n):
             part = x[start : start + n]
@@ -189,7 +189,8 @@ def keep(entries: Entries, mask: Tensor) -> Entries:
     latents, values, offsets = entries
     kept = torch.zeros(len(mask) + 1, dtype=torch.long, device=mask.device)
     torch.cumsum(mask, 0, out=kept[1:])
-    return latents[mask], values[mask], kept[offsets]
+    places = mask.nonzero().squeeze(1)
+    return latents[places], values[places], kept[offsets]
 
 
 def join(parts: list[Entries]) -> Entries:

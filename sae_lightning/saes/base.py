@@ -171,3 +171,16 @@ class SAE(nn.Module):
         from sae_lightning.saes.artefact import load
 
         return load(Path(folder))
+
+    @staticmethod
+    def from_pretrained(name: str | Path, revision: str | None = None) -> SAE:
+        """The SAE in a folder or in a repository of the model hub ("org/name"), in evaluation mode."""
+        from sae_lightning.saes.hub import from_pretrained
+
+        return from_pretrained(name, revision)
+
+    def push_to_hub(self, repo_id: str, private: bool = False, **record: object) -> str:
+        """Upload the SAE with a card; ``record`` is added to its ``cfg.json``. Returns the commit's address."""
+        from sae_lightning.saes.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, private, record)

@@ -11,13 +11,14 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from sae_lightning.metrics import FVU, L0, Cosine, Firing
-from sae_lightning.saes import SAE, Pass
+from sae_lightning.saes import SAE, JumpReLU, Pass
 from sae_lightning.saes.losses import check_terms, loss_terms, total_loss
 from sae_lightning.saes.ranks import any_over_ranks, mean_over_ranks, world_size
 from sae_lightning.training.optimizer import OPTIMIZERS, UnitRowAdam, build_optimizer
 from sae_lightning.training.schedule import Schedule
 
 CONTROL = 0.02  # how fast the sparsity weight follows its target: log-weight a step at L0 twice the target
+FOLLOW = 0.1  # share of all steps in which JumpReLU's thresholds are set, not learnt
 
 
 class SAEModule(L.LightningModule):
@@ -25,8 +26,8 @@ class SAEModule(L.LightningModule):
 
     ``loss`` maps a term's name to its weight, ``loss_options`` to its keyword arguments; ``optimizer``
     holds ``name``, ``lr`` and further arguments; ``schedule`` the fields of ``Schedule``. With ``target_l0``
-    the weight of ``sparsity`` is multiplied each step by exp(0.02 · (L0 / target - 1)), the bracket within
-    ±1, so that L0 settles at the target; the multiplier is saved with the checkpoint.
+    the weight of ``sparsity`` is steered (see ``_steer``) so that L0 settles there; a JumpReLU's thresholds
+    simply follow it for the first tenth of all steps, while the encoder changes fastest.
 
     Logs ``train/loss``, ``loss/<term>``, ``train/explained_variance``, ``train/l0``, ``train/dead_share``
     and the ``val/`` metrics. Raises ValueError for unknown terms, optimisers or schedules.
@@ -76,26 +77,43 @@ class SAEModule(L.LightningModule):
         step, steps = self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
         if self.sae.k is not None and hasattr(self.sae, "k_now"):
             self.sae.k_now = self.schedule.k_at(float(self.sae.k), step, steps)
-        run = self.sae.run(self.sae.normalizer.normalize(features))
+        x = self.sae.normalizer.normalize(features)
+        if self.target_l0 and isinstance(self.sae, JumpReLU) and step < FOLLOW * steps:
+            self.sae.start_at(x, self.target_l0)
+            self.sae.log_threshold.data.copy_(mean_over_ranks(self.sae.log_threshold))
+        run = self.sae.run(x)
         terms = loss_terms(self.sae, run, self.loss, self.loss_options)
-        loss = total_loss(terms, self._weights(step, steps))
+        l0 = run.codes.nnz / len(features)
+        loss = total_loss(terms, self._weights(step, steps, self._steer(l0)))
         self.sae.count_firing(any_over_ranks(run.codes.fired()), len(features) * world_size())
-        if self.target_l0 is not None:
-            self._steer(run.codes.nnz / len(features))
         if (step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_step(run, loss.detach(), terms)
         return loss
 
-    def _weights(self, step: int, steps: int) -> dict[str, float]:
+    def _weights(self, step: int, steps: int, steering: float) -> dict[str, float]:
         weights = dict(self.loss)
         if weights.get("sparsity"):
-            weights["sparsity"] *= self.schedule.sparsity_factor(step, steps) * float(self.control)
+            weights["sparsity"] *= self.schedule.sparsity_factor(step, steps) * steering
         return weights
 
-    def _steer(self, l0: float) -> None:
-        assert self.target_l0 is not None
-        l0 = float(mean_over_ranks(self.control.new_tensor(l0)))
-        self.control *= math.exp(CONTROL * max(-1.0, min(1.0, l0 / self.target_l0 - 1)))
+    def _steer(self, l0: float) -> float:
+        """What ``sparsity``'s weight is multiplied by at ``l0`` active latents a sample: control + off, where
+        off = L0 / target - 1 within ±1.
+
+        ``control`` grows each step by the factor exp(0.02 · off) and is saved with the checkpoint; it settles where
+        L0 stays at the target, while the second part answers at once. For JumpReLU it grows by a term instead,
+        0.02 · off · max(1, |control|), and may turn negative: the straight-through gradient then lowers thresholds,
+        which nothing else does for a latent that has fallen silent.
+        """
+        if self.target_l0 is None:
+            return 1.0
+        off = float(mean_over_ranks(self.control.new_tensor(l0))) / self.target_l0 - 1
+        off = max(-1.0, min(1.0, off))
+        if isinstance(self.sae, JumpReLU):
+            self.control += CONTROL * off * max(1.0, abs(float(self.control)))
+            return float(self.control) + off
+        self.control *= math.exp(CONTROL * off)
+        return max(0.0, float(self.control) + off)
 
     def _log_step(self, run: Pass, loss: Tensor, terms: dict[str, Tensor]) -> None:
         x, rebuilt = run.x, run.reconstruction.detach()

@@ -1,162 +1,278 @@
-"""Activations of every variant against slow references, and what the base class promises."""
+"""Every variant's training loss, gradients and evaluation against dense references, and what the base promises."""
+
+import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer, ReLU, TopK
-from sae_lightning.saes.batchtopk import largest
+from sae_lightning.kernels import native, selection
+from sae_lightning.saes import MSAE, VARIANTS, BatchTopK, DenseCodes, JumpReLU, Matryoshka, Normalizer, ReLU, TopK
+from sae_lightning.saes.losses import loss_terms, total_loss
+from tests.saes import dense
 
-D_IN, D_SAE, K = 12, 40, 5
+D_IN, D_SAE, K, N = 12, 40, 5, 60
 
-
-def build(variant: str, **kwargs):
-    settings = {} if variant == "relu" else {"k": K}
-    return VARIANTS[variant](D_IN, D_SAE, seed=0, **settings, **kwargs)
-
-
-def features(n: int = 64, seed: int = 1) -> torch.Tensor:
-    return torch.randn(n, D_IN, generator=torch.Generator().manual_seed(seed))
-
-
-def dense_pre_acts(sae, x):
-    return (x - sae.b_pre) @ sae.W_enc + sae.b_enc
-
-
-def test_relu_keeps_every_positive_pre_activation():
-    sae, x = build("relu"), features()
-    expected = torch.relu(dense_pre_acts(sae, x))
-    torch.testing.assert_close(sae.run(x).codes.to_dense(), expected)
-
-
-def test_topk_keeps_the_k_largest_positive_of_each_row():
-    sae, x = build("topk"), features()
-    pre = dense_pre_acts(sae, x)
-    expected = torch.zeros_like(pre)
-    for i, row in enumerate(pre):
-        for j in row.argsort(descending=True)[:K]:
-            expected[i, j] = max(row[j], 0.0)
-    torch.testing.assert_close(sae.run(x).codes.to_dense(), expected)
-
-
-def test_topk_drops_negative_entries_among_the_k_largest():
-    sae = build("topk")
-    codes = sae.activate(torch.full((3, D_SAE), -1.0).index_fill(1, torch.tensor([7]), 2.0))
-    assert codes.counts().tolist() == [1, 1, 1]
-    assert codes.latents.tolist() == [7, 7, 7]
+CASES = {
+    "relu, many active": ("relu", {}, 0.0),
+    "relu, few active": ("relu", {}, -3.0),
+    "relu tied": ("relu", {"tied": True}, -3.0),
+    "relu, layer": ("relu", {"input_norm": "layer"}, 0.0),
+    "topk": ("topk", {"k": K}, 0.0),
+    "topk of all": ("topk", {"k": D_SAE}, 0.0),
+    "topk, few positive": ("topk", {"k": K}, -2.0),
+    "topk tied, unit": ("topk", {"k": K, "tied": True, "input_norm": "unit"}, 0.0),
+    "batchtopk": ("batchtopk", {"k": K}, 0.0),
+    "batchtopk, fraction": ("batchtopk", {"k": 2.25, "input_norm": "layer"}, 0.0),
+    "batchtopk, k a batch": ("batchtopk", {"k": 70, "k_per": "batch", "tied": True}, 0.0),
+    "batchtopk, few positive": ("batchtopk", {"k": K}, -2.0),
+    "jumprelu, rectangle": ("jumprelu", {"bandwidth": 0.2}, 0.0),
+    "jumprelu, gaussian": ("jumprelu", {"bandwidth": 0.05, "kernel_name": "gaussian"}, 0.0),
+    "jumprelu, silverman": ("jumprelu", {"bandwidth": 0.015, "kernel_name": "silverman", "tied": True}, 0.0),
+    "jumprelu, his rule": ("jumprelu", {"bandwidth": "silverman", "input_norm": "unit"}, 0.0),
+    "jumprelu, narrow": ("jumprelu", {"bandwidth": 1e-3}, -0.5),
+    "gated, many active": ("gated", {}, 0.0),
+    "gated, few active": ("gated", {"input_norm": "layer"}, -3.0),
+    "gated tied": ("gated", {"tied": True}, -3.0),
+    "matryoshka": ("matryoshka", {"k": K}, 0.0),
+    "matryoshka, sampled": ("matryoshka", {"k": 2.5, "sampled": 4, "input_norm": "unit"}, 0.0),
+    "matryoshka_topk": ("matryoshka_topk", {"k": K, "fractions": [0.1, 0.5, 1], "tied": True}, 0.0),
+    "msae": ("msae", {"k": 3}, 0.0),
+    "msae, reverse": ("msae", {"k": 2, "ks": [2, 5, 11], "weighting": "reverse", "input_norm": "layer"}, 0.0),
+    "msae, capped": ("msae", {"k": 2, "soft_cap": 1.5, "tied": True}, -0.5),
+    "msae, few levels": ("msae", {"k": 4, "ks": [4], "soft_cap": 3.0}, -3.0),
+}  # fmt: skip
 
 
-def test_batchtopk_keeps_the_largest_of_the_whole_batch_in_training():
-    sae, x = build("batchtopk").train(), features()
-    pre = dense_pre_acts(sae, x)
-    cut = pre.flatten().sort(descending=True).values[K * len(x) - 1]
-    expected = torch.where(pre >= cut, pre, torch.zeros_like(pre))
-    codes = sae.run(x).codes
-    torch.testing.assert_close(codes.to_dense(), expected)
-    assert codes.counts().sum() == K * len(x)
-    assert codes.counts().float().std() > 0  # samples share the budget unevenly
+def options(variant: str) -> dict:
+    return {} if variant in ("relu", "jumprelu", "gated") else {"k": K}
 
 
-@pytest.mark.parametrize("k", [0.5, 2.25, 3])
-def test_batchtopk_takes_fractions_of_a_latent_a_sample(k):
-    sae = BatchTopK(D_IN, D_SAE, k, seed=0).train()
-    assert len(sae.run(features(40)).codes.latents) == round(40 * k)
+def build(variant: str, **more):
+    return VARIANTS[variant](D_IN, D_SAE, **{"seed": 0} | options(variant) | more)
 
 
-@settings(deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 60), st.floats(-2, 6))
-def test_largest_is_exact_for_any_guess(seed, count, guess):
-    values = torch.randn(50, generator=torch.Generator().manual_seed(seed))
-    expected = values[values > 0].sort(descending=True).values[:count]
-    got = largest(values, count, torch.tensor(guess)).sort(descending=True).values
-    assert torch.equal(got, expected)
+@torch.no_grad()
+def perturbed(sae, shift: float = 0.0, seed: int = 3):
+    """``sae`` with parameters as if after some training; ``shift`` moves the pre-activations."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in sae.named_parameters():
+        p += (0.3 if name.startswith("W") else 0.1) * torch.randn(p.shape, generator=generator)
+        if name in ("b_enc", "b_gate"):
+            p += shift
+        if name == "log_threshold":
+            p.copy_(0.7 + 0.2 * torch.rand(p.shape, generator=generator)).log_()
+    return sae
 
 
-def test_calibrated_threshold_gives_k_active_latents_and_is_independent_of_batches():
-    x = features(300)
-    sae = build("batchtopk")
-    threshold = sae.calibrate(x.split(37), len(x))
-    assert build("batchtopk").calibrate([x], len(x)) == pytest.approx(threshold)
-    sae.eval()
-    together = sae.encode(x)
-    assert together.counts().float().mean() == pytest.approx(K, abs=0.01)
-    alone = torch.cat([sae.encode(row).to_dense() for row in x])
-    torch.testing.assert_close(alone, together.to_dense())
+def features(n: int = N, seed: int = 1, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(n, D_IN, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def test_calibrate_refuses_a_wrong_number_of_samples():
-    with pytest.raises(ValueError, match="promised 10"):
-        build("batchtopk").calibrate([features(9)], 10)
+def weights_for(variant: str) -> dict[str, float]:
+    weights = {"reconstruction": 1.0, "sparsity": 0.3}
+    if variant in ("matryoshka", "matryoshka_topk", "msae"):
+        weights["nested"] = 0.7
+    return weights | ({"gate": 0.5} if variant == "gated" else {})
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", CASES)
+def test_training_loss_and_all_gradients_equal_the_papers_formulas(case, dtype):
+    variant, settings, shift = CASES[case]
+    sae = perturbed(VARIANTS[variant](D_IN, D_SAE, seed=0, **settings), shift).to(dtype).train()
+    truth, x, weights = copy.deepcopy(sae).double(), features(dtype=dtype), weights_for(variant)
+    got = total_loss(loss_terms(sae, sae.run(x), weights), weights)
+    expected = dense.loss(truth, x.double(), weights)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=0)
+    got.backward()
+    expected.backward()
+    for (name, p), (_, q) in zip(sae.named_parameters(), truth.named_parameters(), strict=True):
+        wanted = torch.zeros_like(q) if q.grad is None else q.grad
+        atol = tolerance * float(wanted.abs().max())
+        torch.testing.assert_close(
+            p.grad.double(), wanted, rtol=tolerance, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("low", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_codes_are_the_same_by_bfloat16_candidates(case, low, monkeypatch):
+    monkeypatch.setattr(selection, "fast_bf16", lambda: low)
+    variant, settings, shift = CASES[case]
+    sae = perturbed(VARIANTS[variant](D_IN, D_SAE, seed=0, **settings), shift).train()
+    expected = dense.codes_of(sae, dense.normed(sae.input_norm, features()))
+    torch.testing.assert_close(sae.run(features()).codes.to_dense(), expected)
+
+
+@pytest.mark.parametrize(("shift", "kind"), [(0.0, DenseCodes), (-3.0, None)])
+@pytest.mark.parametrize("variant", ["relu", "gated"])
+def test_many_active_latents_are_held_as_a_matrix(variant, shift, kind):
+    assert isinstance(perturbed(build(variant), shift).run(features()).codes, DenseCodes) == (kind is not None)
+
+
+# --- evaluation -------------------------------------------------------------------------------------
+EVALUATED = [*VARIANTS, "topk relu"]
+
+
+def evaluated(name: str):
+    """A variant with calibrated thresholds, in evaluation."""
+    sae = perturbed(build("topk", inference="relu") if name == "topk relu" else build(name), -0.3)
+    if isinstance(sae, BatchTopK):
+        sae.calibrate([features()], N)
+    return sae.eval()
+
+
+def evaluation_codes(sae, x: torch.Tensor) -> torch.Tensor:
+    """Dense codes of one variant in evaluation, from its definition."""
+    pre = dense.pre_acts(sae, x)
+    if isinstance(sae, BatchTopK):
+        return pre * (pre > sae.threshold)
+    if isinstance(sae, JumpReLU):
+        return pre * (pre > sae.log_threshold.exp())
+    if isinstance(sae, TopK) and sae.inference == "topk":
+        return dense.largest_of_rows(pre, K)
+    return dense.codes_of(sae, x) if sae.variant == "gated" else torch.relu(pre)
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_codes_follow_their_definition(name):
+    sae, x = evaluated(name), features(seed=5)
+    torch.testing.assert_close(sae.encode(x).to_dense(), evaluation_codes(sae, x))
+    torch.testing.assert_close(sae.run(x).codes.to_dense(), evaluation_codes(sae, x))
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_codes_do_not_depend_on_the_batch(name):
+    sae, x = evaluated(name), features(seed=5)
+    before = {key: value.clone() for key, value in sae.state_dict().items()}
+    together = sae.encode(x).to_dense()
+    torch.testing.assert_close(torch.cat([sae.encode(row).to_dense() for row in x]), together)
+    torch.testing.assert_close(sae.encode(x.flip(0)).to_dense().flip(0), together)
+    assert all(torch.equal(value, before[key]) for key, value in sae.state_dict().items())
+
+
+@pytest.mark.parametrize("variant", ["matryoshka", "matryoshka_topk", "msae"])
+def test_the_last_level_is_the_reconstruction(variant):
+    for sae in (evaluated(variant), evaluated(variant).train()):
+        run = sae.run(features())
+        torch.testing.assert_close(run.reconstruction, run.codes.decode(sae.W_dec, sae.b_pre))
+        assert torch.equal(run.levels[:, -1], run.reconstruction)
+        torch.testing.assert_close(run.level_weights.sum(), torch.tensor(1.0))
+
+
+# --- raw features -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_encode_flattens_leading_dimensions_and_forward_restores_them(variant):
-    sae = build(variant).eval()
-    images = features(6 * 4).reshape(6, 4, D_IN)
+    sae = evaluated(variant)
+    images = features(6 * 4).reshape(2, 3, 4, D_IN)
     assert sae.encode(images).n_samples == 24
-    assert sae(images).shape == images.shape
-    torch.testing.assert_close(sae(images).reshape(24, D_IN), sae(images.reshape(24, D_IN)))
+    assert sae.encode(images[0, 0, 0]).n_samples == 1
+    torch.testing.assert_close(sae(images), sae(images.reshape(24, D_IN)).reshape(images.shape))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_raw_features_are_normalised_inside(variant):
     raw = features() * 7 + 3
-    normalizer = Normalizer(D_IN, raw.mean(0), raw.std())
-    inside, outside = build(variant, normalizer=normalizer).eval(), build(variant).eval()
+    sae = evaluated(variant)
+    outside = copy.deepcopy(sae)
+    sae.normalizer = Normalizer(D_IN, raw.mean(0), raw.std())
     x = (raw - raw.mean(0)) / raw.std()
-    torch.testing.assert_close(inside(raw), outside(x) * raw.std() + raw.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae(raw), outside(x) * raw.std() + raw.mean(0), rtol=1e-4, atol=1e-4)
+    assert sae(raw.half()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["layer", "unit"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_initialisation_ties_encoder_to_unit_norm_decoder(variant):
-    sae = build(variant)
+def test_an_input_norm_is_taken_before_the_encoder_and_given_back_after_the_decoder(variant, kind):
+    sae = evaluated(variant)
+    sae.input_norm, plain = kind, copy.deepcopy(sae)
+    raw = features() * torch.linspace(0.1, 9, N)[:, None] + 4
+    rebuilt = plain.run(dense.normed(kind, raw)).reconstruction
+    shift = raw.mean(1, keepdim=True) if kind == "layer" else 0
+    scale = (raw - shift).square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(sae(raw), rebuilt * scale + shift, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae.encode(raw).to_dense(), sae.encode(3 * raw).to_dense(), rtol=1e-4, atol=1e-4)
+
+
+# --- construction and counters ----------------------------------------------------------------------
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_encoder_starts_as_the_unit_norm_decoder(variant, tied):
+    sae = build(variant, tied=tied)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
-    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    assert torch.equal(sae.W_enc, sae.W_dec)
+    assert (sae.W_enc is sae.W_dec) == tied
     assert torch.equal(sae.W_dec, build(variant).W_dec)  # the seed decides
+    assert not torch.equal(sae.W_dec, build(variant, seed=1).W_dec)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_equal_those_of_dense_codes(variant):
-    sae, x = build(variant).train(), features()
-    (sae.run(x).reconstruction - x).square().mean().backward()
-    got = {name: p.grad.clone() for name, p in sae.named_parameters()}
-    sae.zero_grad()
-    pre = dense_pre_acts(sae, x)
-    active = sae.run(x).codes.to_dense().detach() > 0
-    ((torch.where(active, pre, 0.0) @ sae.W_dec + sae.b_pre - x).square().mean()).backward()
-    for name, p in sae.named_parameters():
-        torch.testing.assert_close(got[name], p.grad, msg=name)
-
-
-def test_projected_decoder_gradient_is_orthogonal_to_its_row():
-    sae, x = build("topk"), features()
-    (sae.run(x).reconstruction - x).square().mean().backward()
-    sae.project_decoder_gradient()
-    along = (sae.W_dec.grad * sae.W_dec).sum(1)
-    torch.testing.assert_close(along, torch.zeros(D_SAE), atol=1e-7, rtol=0)
+def test_normalize_decoder_scales_rows_to_unit_norm_and_keeps_their_directions():
+    sae = build("relu")
+    before = sae.W_dec.detach().clone()
+    sae.W_dec.data *= torch.linspace(0.2, 5, D_SAE)[:, None]
+    sae.normalize_decoder()
+    torch.testing.assert_close(sae.W_dec.detach(), before)
 
 
 def test_dead_latent_counters_follow_firing():
     sae = build("topk")
-    fired = sae.run(features(8)).codes.to_dense().sum(0) > 0
+    fired = sae.run(features(8)).codes.fired()
     sae.count_firing(fired, 8)
-    assert (sae.tokens_since_fired[fired] == 0).all()
-    assert (sae.tokens_since_fired[~fired] == 8).all()
+    sae.count_firing(torch.zeros_like(fired), 5)
+    assert torch.equal(sae.tokens_since_fired, torch.where(fired, 5, 13))
+
+
+def test_pre_acts_of_some_latents_are_columns_of_all():
+    sae, x = perturbed(build("relu")), features()
+    some = torch.tensor([3, 0, 17])
+    torch.testing.assert_close(sae.pre_acts(x, some), dense.pre_acts(sae, x)[:, some])
+    torch.testing.assert_close(sae.pre_acts(x), dense.pre_acts(sae, x))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_without_compiled_kernels_gives_the_same_gradients(variant, monkeypatch):
+    sae, x, weights = perturbed(build(variant), -0.3).train(), features(), weights_for(variant)
+    grads = []
+    for _ in range(2):
+        total_loss(loss_terms(sae, sae.run(x), weights), weights).backward()
+        grads.append([p.grad.clone() for p in sae.parameters()])
+        sae.zero_grad()
+        monkeypatch.setattr(native, "available", lambda *tensors: False)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: TopK(D_IN, D_SAE, 0), "k must lie"),
+        (lambda: TopK(D_IN, D_SAE, 0), "k must be a whole number between 1 and"),
+        (lambda: TopK(D_IN, D_SAE, 2.5), "whole number"),
         (lambda: TopK(D_IN, D_SAE, D_SAE + 1), "raise expansion"),
-        (lambda: BatchTopK(D_IN, D_SAE, -1), "k must lie"),
+        (lambda: TopK(D_IN, D_SAE, 3, inference="all"), "Unknown inference=all"),
+        (lambda: BatchTopK(D_IN, D_SAE, -1), "k must lie above 0"),
+        (lambda: BatchTopK(D_IN, D_SAE, 0, k_per="batch"), "k must be positive"),
+        (lambda: BatchTopK(D_IN, D_SAE, 1, k_per="epoch"), "choose sample or batch"),
+        (lambda: JumpReLU(D_IN, D_SAE, kernel_name="box"), "choose one of rectangle"),
+        (lambda: JumpReLU(D_IN, D_SAE, bandwidth=0), "bandwidth must be a positive number or silverman"),
+        (lambda: JumpReLU(D_IN, D_SAE, bandwidth="wide"), "bandwidth must be a positive number or silverman"),
+        (lambda: JumpReLU(D_IN, D_SAE, threshold=0.0), "threshold must be positive"),
+        (lambda: Matryoshka(D_IN, D_SAE, K, fractions=[0.5, 0.2, 1]), "must ascend to 1"),
+        (lambda: Matryoshka(D_IN, D_SAE, K, fractions=[0.2, 0.5]), "must ascend to 1"),
+        (lambda: Matryoshka(D_IN, D_SAE, K, fractions=[0.01, 1]), "at least one"),
+        (lambda: Matryoshka(D_IN, D_SAE, K, fractions=[]), "must ascend to 1"),
+        (lambda: Matryoshka(D_IN, D_SAE, K, sampled=-1), "number of prefixes"),
+        (lambda: MSAE(D_IN, D_SAE, 0), "whole number between 1"),
+        (lambda: MSAE(D_IN, D_SAE, 2, ks=[4, 2]), "must ascend"),
+        (lambda: MSAE(D_IN, D_SAE, 2, ks=[2, D_SAE + 1]), "must ascend"),
+        (lambda: MSAE(D_IN, D_SAE, 2, weighting="odd"), "choose uniform or reverse"),
+        (lambda: MSAE(D_IN, D_SAE, 2, soft_cap=0), "soft_cap must be positive"),
         (lambda: ReLU(0, 4), "at least 1"),
+        (lambda: ReLU(D_IN, D_SAE, input_norm="batch"), "choose one of none, layer, unit"),
         (lambda: Normalizer(D_IN, torch.zeros(D_IN), 0.0), "positive deviation"),
         (lambda: Normalizer(D_IN, torch.full((D_IN,), torch.nan)), "finite mean"),
         (lambda: build("topk").encode(torch.zeros(2, D_IN + 1)), "another backbone or layer"),
     ],
-)
+)  # fmt: skip
 def test_impossible_settings_fail_with_a_sentence(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
