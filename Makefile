@@ -3,38 +3,53 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
+PEERS  := $(VENV)/.peers
 
-.PHONY: help install demo test check lint types format clean
+.PHONY: help install demo test check lint types format clean bench
 
 help:
 	@echo "make demo    train SAEs on the bundled pictures, score them, write reports/report.html"
 	@echo "make test    run all tests"
+	@echo "make bench   time training steps against other packages"
 	@echo "make check   lint, types and tests"
 	@echo "make format  sort imports and format"
 	@echo "make clean   remove stores, runs and reports (not .venv)"
 
 install: $(READY)
 
+define INSTALL
+if command -v uv >/dev/null 2>&1; then UV=uv; \
+elif $(PY) -m pip install -q uv >/dev/null 2>&1; then UV=$(VENV)/bin/uv; \
+else UV=; fi; \
+if [ -n "$$UV" ]; then $$UV pip install -q --python $(PY) -c constraints.txt $(1); \
+else $(PY) -m pip install -q -c constraints.txt $(1); fi
+endef
+
 # uv from the path, else from inside the new environment, else plain pip
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 …"; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@if command -v uv >/dev/null 2>&1; then UV=uv; \
-	  elif $(PY) -m pip install -q uv >/dev/null 2>&1; then UV=$(VENV)/bin/uv; \
-	  else UV=; fi; \
-	  echo "Installing into $(VENV) …"; \
-	  if [ -n "$$UV" ]; then $$UV pip install -q --python $(PY) -c constraints.txt -e '.[dev]'; \
-	  else $(PY) -m pip install -q -c constraints.txt -e '.[dev]'; fi
+	@echo "Installing into $(VENV) …"
+	@$(call INSTALL,-e '.[dev]')
 	@touch $(READY)
+
+# other SAE packages, which the tests of the converters and the benchmarks run
+$(PEERS): $(READY)
+	@echo "Installing the packages that tests compare with …"
+	@$(call INSTALL,-e '.[dev,peers]')
+	@touch $(PEERS)
 
 demo: $(READY)
 	$(PY) train.py -m +experiment=demo
 	$(PY) evaluate.py
 	$(PY) report.py
 
-test: $(READY)
+test: $(PEERS)
 	$(PY) -m pytest
+
+bench: $(PEERS)
+	$(PY) -m experiments.bench.train_step --memory --json reports/bench/train_step.json
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

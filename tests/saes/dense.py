@@ -90,9 +90,8 @@ def levels_of(sae: SAE, codes: Tensor) -> tuple[list[Tensor], list[float]]:
         )
     else:
         lengths = [torch.arange(sae.d_sae) < end for end in sae.prefixes()]
-        parts, weights = [codes * kept for kept in lengths], [1.0] * len(lengths)
-    shares = (torch.tensor(weights) / sum(weights)).tolist()  # float32, as the variants hold them
-    return [part @ sae.W_dec + sae.b_pre for part in parts], shares
+        parts, weights = [codes * kept for kept in lengths], torch.ones(len(lengths), dtype=codes.dtype)
+    return [part @ sae.W_dec + sae.b_pre for part in parts], (weights / weights.sum()).tolist()
 
 
 def loss(sae: SAE, x: Tensor, weights: dict[str, float]) -> Tensor:

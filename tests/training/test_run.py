@@ -10,11 +10,15 @@ from sae_lightning.features.extract import ensure_store
 from sae_lightning.metrics import FVU, L0
 from sae_lightning.saes import SAE
 from sae_lightning.training.run import train
+from tests.conftest import CONF
 
 
-@pytest.mark.parametrize("variant", ["batchtopk", "topk", "relu"])
+CHOICES = sorted(path.stem for path in (CONF / "sae").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("variant", CHOICES)
 def test_the_artefact_gives_the_logged_scores_from_raw_features(variant, config):
-    cfg = config(f"sae={variant}")
+    cfg = config(f"sae={variant}", "backbone=deit")
     folder = train(cfg)
     result = json.loads((folder / "result.json").read_text())
     sae, store = SAE.load(folder), ensure_store(cfg, "val")
@@ -25,7 +29,7 @@ def test_the_artefact_gives_the_logged_scores_from_raw_features(variant, config)
     l0.update(codes)
     assert result["val"]["explained_variance"] == pytest.approx(float(fvu.compute()["explained_variance"]), abs=1e-4)
     assert result["val"]["l0"] == pytest.approx(float(l0.compute()["l0"]), abs=1e-3)
-    if variant != "relu":
+    if variant in ("topk", "batchtopk", "matryoshka"):
         assert result["val"]["l0"] == pytest.approx(8, abs=0.1)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.d_sae))
     made = json.loads((folder / "cfg.json").read_text())
@@ -56,15 +60,22 @@ def test_a_finished_run_is_skipped_and_another_setting_is_another_run(config, ca
     assert train(config("trainer.devices=1", "logger=csv")) == folder  # neither changes the result
 
 
-def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(config, tmp_path, capsys):
-    whole = SAE.load(train(config(f"paths.runs={tmp_path / 'whole'}")))
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [*CHOICES, "annealed"])
+def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(variant, config, tmp_path, capsys):
+    special = [
+        "sae=topk", "schedule.k_from=20", "schedule.k_share=0.6", "schedule.warmup=0.2", "schedule.shape=cosine",
+        "resample.every=3", "dead_after=300",
+    ]  # fmt: skip
+    choice = special if variant == "annealed" else [f"sae={variant}"]
+    whole = SAE.load(train(config(*choice, f"paths.runs={tmp_path / 'whole'}")))
     with pytest.raises(RuntimeError, match="power went out"):
-        train(config("+callbacks.crash={_target_: tests.training.crash.Crash, epoch: 2}"))
-    folder = train(config())
+        train(config(*choice, "+callbacks.crash={_target_: tests.training.crash.Crash, epoch: 2}"))
+    folder = train(config(*choice))
     assert "resuming from its last checkpoint" in capsys.readouterr().out
     resumed = SAE.load(folder)
     for name, tensor in whole.state_dict().items():
-        torch.testing.assert_close(resumed.state_dict()[name], tensor, msg=name)
+        assert torch.equal(resumed.state_dict()[name], tensor), name
     with (folder / "history.csv").open() as file:
         steps = [int(r["step"]) for r in csv.DictReader(file)]
     assert steps == sorted(steps)
@@ -81,6 +92,15 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(config, tmp_p
         (["expansion=0"], "expansion=0"),
         (["batch_size=100"], "multiple of the 8 lanes"),
         (["optimizer.name=sgdx"], "optimizer.name=sgdx"),
+        (["schedule.shape=square"], "schedule.shape=square"),
+        (["schedule.warmup=2"], "schedule.warmup=2"),
+        (["normalize=whiten"], "Unknown normalize=whiten"),
+        (["init.b_pre=median"], "geometric_median"),
+        (["sae.threshold=guessed"], "running_minimum"),
+        (["+sae.settings.k_per=batch"], "running_average"),
+        (["sae=topk", "+loss.nested=1"], "has no nested levels"),
+        (["sae=topk", "+sae.target_l0=3"], "set loss.sparsity above 0"),
+        (["resample.every=-1"], "resample.every=-1"),
         (["+loss.sparkle=1.0"], "Unknown loss term"),
         (["trainer.accelerator=gpu", "trainer.devices=64"], "GPUs are visible"),
         (["logger.kind=paper"], "logger.kind=paper"),
