@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sae_lightning.kernels import selection
 from sae_lightning.saes.base import SAE
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.input_norm import input_norm
-from sae_lightning.saes.ranks import world_size
+from sae_lightning.saes.ranks import kth_largest_over_ranks, world_size
 
 
 class BatchTopK(SAE):
@@ -66,23 +65,9 @@ class BatchTopK(SAE):
     @torch.no_grad()
     def _batch_entries(self, x: Tensor) -> tuple[selection.Entries, Tensor]:
         """The entries among the largest of the global batch, and the smallest of them (a scalar)."""
-        world = world_size()
-        budget = self.budget(len(x) * world)
+        budget = self.budget(len(x) * world_size())
         found = selection.largest(x - self.b_pre, self.W_enc, self.b_enc, budget)
-        candidates = found[1]
-        if world > 1:
-            mine = candidates
-            if len(mine) > budget:
-                mine = mine[mine >= selection.kth_largest(mine, budget)][:budget]
-            padded = candidates.new_zeros(budget)
-            padded[: len(mine)] = mine
-            gathered = candidates.new_empty(world * budget)
-            dist.all_gather_into_tensor(gathered, padded)
-            candidates = gathered[gathered > 0]
-        if len(candidates) < budget:  # fewer positive entries than the budget: all of them stay
-            cut = candidates.min() if len(candidates) else candidates.new_tensor(float("inf"))
-        else:
-            cut = selection.kth_largest(candidates, budget)
+        cut = kth_largest_over_ranks(found[1], budget)  # with fewer positive entries all of them stay
         return selection.keep(found, found[1] >= cut), cut
 
     @torch.no_grad()

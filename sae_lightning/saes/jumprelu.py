@@ -12,6 +12,7 @@ from sae_lightning.kernels import selection
 from sae_lightning.saes.base import PROBE, SAE, Pass
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.input_norm import input_norm
+from sae_lightning.saes.ranks import kth_largest_over_ranks, world_size
 
 REACH = {"rectangle": 0.5, "gaussian": 6.5, "silverman": 30.0}  # bandwidths beyond which a kernel is below 1e-9
 
@@ -133,9 +134,13 @@ class JumpReLU(SAE):
 
     @torch.no_grad()
     def start_at(self, x: Tensor, l0: float) -> None:
-        """Set all thresholds to the value that leaves ``l0`` active latents a sample on normalised ``x`` [N, d_in]."""
+        """Set all thresholds to the value that leaves ``l0`` active latents a sample on normalised ``x`` [N, d_in].
+
+        Under DDP ``x`` is a rank's part, and the value is that for the parts of all ranks.
+        """
         x, _ = input_norm(self.input_norm, x)
-        budget = min(max(1, round(l0 * len(x))), len(x) * self.d_sae)
+        budget = min(max(1, round(l0 * len(x) * world_size())), len(x) * self.d_sae)
         values = selection.largest(x - self.b_pre, self.W_enc, self.b_enc, budget)[1]
-        cut = selection.kth_largest(values, min(budget, len(values)))
-        self.log_threshold.fill_(float(cut.clamp_min(1e-3).log()))
+        cut = kth_largest_over_ranks(values, budget)
+        if bool(cut.isfinite()):
+            self.log_threshold.fill_(float(cut.clamp_min(1e-3).log()))

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sae_lightning.kernels import selection
+
 
 def world_size() -> int:
     """Ranks that train together; 1 without DDP."""
@@ -34,3 +36,22 @@ def any_over_ranks(mask: Tensor) -> Tensor:
     marks = mask.float()
     dist.all_reduce(marks, op=dist.ReduceOp.MAX)
     return marks > 0
+
+
+@torch.no_grad()
+def kth_largest_over_ranks(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of all ranks' ``values`` [n], of each rank the k largest at least; the least of all if fewer.
+
+    A scalar; infinity where no rank has any. Every rank sends its k largest.
+    """
+    if world_size() > 1:
+        if len(values) > k:
+            values = values[values >= selection.kth_largest(values, k)][:k]
+        padded = values.new_full((k,), float("-inf"))
+        padded[: len(values)] = values
+        gathered = values.new_empty(world_size() * k)
+        dist.all_gather_into_tensor(gathered, padded)
+        values = gathered[gathered.isfinite()]
+    if len(values) < k:
+        return values.min() if len(values) else values.new_tensor(float("inf"))
+    return selection.kth_largest(values, k)

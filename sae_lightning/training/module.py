@@ -80,7 +80,6 @@ class SAEModule(L.LightningModule):
         x = self.sae.normalizer.normalize(features)
         if self.target_l0 and isinstance(self.sae, JumpReLU) and step < FOLLOW * steps:
             self.sae.start_at(x, self.target_l0)
-            self.sae.log_threshold.data.copy_(mean_over_ranks(self.sae.log_threshold))
         run = self.sae.run(x)
         terms = loss_terms(self.sae, run, self.loss, self.loss_options)
         l0 = run.codes.nnz / len(features)
