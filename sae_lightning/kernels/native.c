@@ -10,6 +10,8 @@
 
 typedef int64_t i64;
 
+enum { FEW = 1 << 21 }; /* multiplications (about) that are done sooner by one thread than by waking the others */
+
 #if defined(__GNUC__)
 #define PREFETCH(p) __builtin_prefetch(p)
 #else
@@ -27,7 +29,7 @@ static inline float dot(const float *a, const float *b, i64 d) {
 void decode_rows(const i64 *latents, const float *values, const i64 *offsets, const float *W, const float *bias,
                  float *out, i64 d, i64 n) {
     const i64 last = offsets[n];
-#pragma omp parallel for schedule(dynamic, 32)
+#pragma omp parallel for schedule(dynamic, 32) if (offsets[n] * d > FEW)
     for (i64 i = 0; i < n; i++) {
         float *o = out + i * d;
         if (bias) memcpy(o, bias, d * sizeof(float));
@@ -83,7 +85,7 @@ static void exact_row(const i64 *latents, i64 n, const float *x, const float *W,
 
 void exact_rows(const i64 *latents, const i64 *offsets, const float *x, const float *W, const float *bias,
                 float *values, i64 d, i64 n) {
-#pragma omp parallel for schedule(dynamic, 32)
+#pragma omp parallel for schedule(dynamic, 32) if (offsets[n] * d > FEW)
     for (i64 i = 0; i < n; i++)
         exact_row(latents + offsets[i], offsets[i + 1] - offsets[i], x + i * d, W, bias, values + offsets[i], d);
 }
@@ -109,7 +111,7 @@ void sort_by_latent(const i64 *latents, const i64 *offsets, i64 n_rows, i64 d_sa
 /* ---- backward of decode, one latent after another: its row's gradient and the values' gradient at once -------- */
 void decode_backward(const i64 *starts, const i64 *order, const i64 *rows, const float *values, const float *W,
                      const float *G, float *grad_W, float *grad_values, i64 d, i64 n) {
-#pragma omp parallel for schedule(dynamic, 64)
+#pragma omp parallel for schedule(dynamic, 64) if (starts[n] * d > FEW)
     for (i64 l = 0; l < n; l++) {
         const float *w = W + l * d;
         float *restrict gw = grad_W + l * d;
@@ -151,7 +153,7 @@ void decode_backward(const i64 *starts, const i64 *order, const i64 *rows, const
 /* ---- out[l] = sum of values[e] * X[row] over latent l's entries, total[l] = sum of values[e] ------------------ */
 void scatter_rows(const i64 *starts, const i64 *order, const i64 *rows, const float *values, const float *X,
                   float *out, float *total, i64 d, i64 n) {
-#pragma omp parallel for schedule(dynamic, 64)
+#pragma omp parallel for schedule(dynamic, 64) if (starts[n] * d > FEW)
     for (i64 l = 0; l < n; l++) {
         float *restrict o = out + l * d, sum = 0;
         i64 t = starts[l];
@@ -191,7 +193,7 @@ static inline float widen(uint16_t half) {
 }
 
 void to_bf16(const float *W, uint16_t *out, float *norms, float *errors, i64 d, i64 n) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n * d > FEW)
     for (i64 i = 0; i < n; i++) {
         const float *w = W + i * d;
         uint16_t *o = out + i * d;
@@ -281,7 +283,7 @@ static i64 scan(const void *row, int is_bf16, const float *bias, i64 d_sae, floa
 void count_above(const void *pre, int is_bf16, const float *bias, i64 d_sae, const float *cuts,
                  const float *row_slack, const float *norms, i64 *counts, i64 n_rows) {
     const i64 width = is_bf16 ? 2 : 4;
-#pragma omp parallel for schedule(dynamic, 16)
+#pragma omp parallel for schedule(dynamic, 16) if (n_rows * d_sae > FEW)
     for (i64 i = 0; i < n_rows; i++) {
         const char *row = (const char *)pre + i * d_sae * width;
         const float margin = row_slack ? row_slack[i] : 0;
@@ -308,7 +310,7 @@ void fill_above(const void *pre, int is_bf16, const float *bias, i64 d_sae, cons
                 const float *row_slack, const float *norms, const i64 *offsets, i64 *latents, float *values,
                 i64 n_rows) {
     const i64 width = is_bf16 ? 2 : 4;
-#pragma omp parallel for schedule(dynamic, 16)
+#pragma omp parallel for schedule(dynamic, 16) if (n_rows * d_sae > FEW)
     for (i64 i = 0; i < n_rows; i++)
         scan((const char *)pre + i * d_sae * width, is_bf16, bias, d_sae, 0, cuts,
              row_slack ? row_slack[i] : 0, norms, latents + offsets[i], values + offsets[i],
@@ -355,7 +357,7 @@ void topk_rows(const void *pre, int is_bf16, const float *bias, i64 d_sae, i64 k
     const i64 width = is_bf16 ? 2 : 4;
     float tallest = 0;
     for (i64 l = 0; l < d_sae; l++) tallest = fabsf(bias[l]) > tallest ? fabsf(bias[l]) : tallest;
-#pragma omp parallel
+#pragma omp parallel if (n_rows * d_sae > FEW)
     {
     i64 *found = malloc(d_sae * sizeof(i64));
     float *near = malloc(d_sae * sizeof(float)), *scratch = malloc(d_sae * sizeof(float));
@@ -376,8 +378,9 @@ void topk_rows(const void *pre, int is_bf16, const float *bias, i64 d_sae, i64 k
             }
             cut = 0.7f * most;
         }
-        for (;;) {
-            if (!(cut > bottom)) cut = bottom;
+        for (int tries = 0;; tries++) { /* a value that is not finite would never be bracketed */
+            const int last = !(cut > bottom) || tries == 100;
+            if (last) cut = bottom;
             n = scan(row, is_bf16, bias, d_sae, cut, NULL, 0, norms, found, near, d_sae);
             lowest = 0;
             if (n >= k) { /* at least k entries have exact values of lowest or more */
@@ -386,7 +389,7 @@ void topk_rows(const void *pre, int is_bf16, const float *bias, i64 d_sae, i64 k
                 lowest = kth_largest(scratch, n, k);
                 if (lowest < 0) lowest = 0;
             }
-            if (cut == bottom) break;
+            if (last) break;
             const float need = row_slack ? lowest - slack * widest - 1.02f * relative * (lowest + tallest) : lowest;
             if (n >= k && cut <= need) break;
             cut = n >= k ? need : (cut > 0 ? 0.8f * cut - 1e-6f : bottom);
@@ -426,7 +429,7 @@ void topk_rows(const void *pre, int is_bf16, const float *bias, i64 d_sae, i64 k
 /* Sum of |g|^2, without each row's part along p where p is given (the part that the unit norm undoes). */
 void squared_norm(const float *g, const float *p, i64 d, double *out, i64 n) {
     double sum = 0;
-#pragma omp parallel for schedule(static) reduction(+ : sum)
+#pragma omp parallel for schedule(static) reduction(+ : sum) if (n * d > FEW)
     for (i64 i = 0; i < n; i++) {
         double square = dot(g + i * d, g + i * d, d);
         if (p) {
@@ -444,7 +447,7 @@ void squared_norm(const float *g, const float *p, i64 d, double *out, i64 n) {
 void adam_rows(float *p, const float *g, float *m, float *v, i64 d, float scale, float step_size, float root,
                float beta1, float beta2, float eps, float shrink, float decay, int unit, i64 n) {
     const float inverse = 1 / root;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n * d > FEW)
     for (i64 i = 0; i < n; i++) {
         float *pi = p + i * d, *mi = m + i * d, *vi = v + i * d;
         const float *gi = g + i * d;
@@ -471,7 +474,7 @@ void adam_rows(float *p, const float *g, float *m, float *v, i64 d, float scale,
 
 /* ---- groups by rank: group[e] = g where entry e is among its row's ks[g] largest, but not its ks[g - 1] -------- */
 void rank_groups(const float *values, const i64 *offsets, const i64 *ks, i64 h, i64 *group, i64 n_rows) {
-#pragma omp parallel for schedule(dynamic, 16)
+#pragma omp parallel for schedule(dynamic, 16) if (offsets[n_rows] > FEW / 64)
     for (i64 i = 0; i < n_rows; i++) {
         const i64 first = offsets[i], n = offsets[i + 1] - first;
         float *scratch = malloc((n + 1) * sizeof(float)), *least = malloc(h * sizeof(float));

@@ -69,6 +69,8 @@ def load(folder: Path) -> SAE:
         raise ArtefactError(f"{weights} cannot be read ({error}); it is truncated or not safetensors.") from error
     sae = VARIANTS[cfg["variant"]](cfg["d_in"], cfg["d_sae"], **cfg["sae"])
     if cfg["schema"] == 1:
+        if "W_enc" not in tensors:
+            raise ArtefactError(f"{weights} does not fit its cfg.json: it has no W_enc.")
         tensors["W_enc"] = tensors["W_enc"].T.contiguous()
         tensors = {name: tensor for name, tensor in sae.state_dict().items() if name == "lowest"} | tensors
     if sae.tied and "W_dec" in tensors:

@@ -131,7 +131,9 @@ class SAE(nn.Module):
                 "Is it from another backbone or layer?"
             )
         x, frame = input_norm(self.input_norm, self.normalizer.normalize(features.reshape(-1, self.d_in)))
-        codes = self.code(x)
+        codes = (
+            self.code(x) if len(x) else SparseCodes.select(x.new_zeros(0, self.d_sae), x.new_zeros(0, self.d_sae) > 0)
+        )
         codes.frame = frame
         return codes
 

@@ -107,21 +107,26 @@ class JumpReLU(SAE):
         if not self.training:
             codes = self.code(x)
             return Pass(x, codes, codes.decode(self.W_dec, self.b_pre))
-        codes, near = self._training_codes(x)
-        return Pass(x, codes, codes.decode(self.W_dec, self.b_pre), extra={"near": near})
+        codes, near, values = self._training_codes(x)
+        # entries just below their threshold are 0, but their gradient is half of the threshold's
+        whole = SparseCodes(near.latents, values, near.offsets, self.d_sae)
+        return Pass(x, codes, whole.decode(self.W_dec, self.b_pre), extra={"near": near})
 
-    def _training_codes(self, x: Tensor) -> tuple[SparseCodes, SparseCodes]:
-        """The codes, and all entries (``values`` = pre-activations) that are active or within the kernel's reach."""
+    def _training_codes(self, x: Tensor) -> tuple[SparseCodes, SparseCodes, Tensor]:
+        """The codes, the positive entries that are active or in the kernel's reach, and their values after JumpReLU.
+
+        The second's own ``values`` are pre-activations.
+        """
         width = self._width(x)
         cuts = (self.log_threshold.detach().exp() - REACH[self.kernel_name] * width).clamp_min(0)
         near = self.with_gradient(x, selection.above(x - self.b_pre, self.W_enc, self.b_enc, cuts))
         theta = self.log_threshold.exp()[near.latents]
         values = _Jump.apply(near.values, theta, self.kernel_name, width)
-        return near.where(near.values.detach() > theta.detach(), values), near
+        return near.where(near.values.detach() > theta.detach(), values), near, values
 
     def sparsity(self, run: Pass, decoder_norms: bool = True) -> Tensor:
         """L0 of the batch, summed over samples, with the straight-through gradient for the thresholds."""
-        near = run.extra["near"]
+        near = run.extra.get("near", run.codes)
         theta = self.log_threshold.exp()[near.latents]
         return _Step.apply(near.values, theta, self.kernel_name, self._width(run.x)).sum()
 

@@ -51,14 +51,17 @@ class _Prefixes(SAE):
     def prefixes(self) -> Tensor:
         """The ends of this step's prefixes, [h] int64 ascending to d_sae.
 
-        With ``sampled``, that many lengths are drawn a step, short ones more often (density ~ length^-1.5), by a
-        generator seeded with the number of draws so far, which is saved: a resumed run draws what it would have.
+        With ``sampled``, that many lengths are drawn a step, short ones more often (density ~ length^-1.5) and the
+        whole dictionary always among them, by a generator seeded with the number of draws so far, which is saved: a
+        resumed run draws what it would have.
         """
         if not self.sampled:
             return self.ends  # type: ignore[return-value]
+        if self.sampled == 1:
+            return self.ends[-1:]  # type: ignore[index, no-any-return]
         generator = torch.Generator().manual_seed(7919 * int(self.draws) + 17)
         lengths = torch.arange(1, self.d_sae, dtype=torch.double).pow_(-1.5)
-        drawn = torch.multinomial(lengths, min(self.sampled, self.d_sae) - 1 or 1, generator=generator) + 1
+        drawn = torch.multinomial(lengths, min(self.sampled, self.d_sae) - 1, generator=generator) + 1
         return torch.cat([drawn.unique(), torch.tensor([self.d_sae])]).to(self.W_dec.device)
 
     def run(self, x: Tensor) -> Pass:

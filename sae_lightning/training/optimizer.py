@@ -35,6 +35,13 @@ class UnitRowAdam(torch.optim.AdamW):
         for group in self.param_groups:
             group["decoupled_weight_decay"] = decoupled
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """AdamW's own sets the decay of every group to decoupled, whatever was saved."""
+        decoupled = [group.get("decoupled_weight_decay") for group in state["param_groups"]]
+        super().__setstate__(state)
+        for group, was in zip(self.param_groups, decoupled, strict=True):
+            group["decoupled_weight_decay"] = bool(was)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = None
@@ -55,7 +62,7 @@ class UnitRowAdam(torch.optim.AdamW):
         for p, group in params:
             if group["unit"]:
                 p.grad.sub_((p.grad * p).sum(1, keepdim=True) * p)
-        norms = torch.stack([p.grad.float().square().sum() for p, _ in params]) if params else None
+        norms = torch.stack([p.grad.double().square().sum() for p, _ in params]) if params else None
         scale = 1.0 if norms is None else self._clip_scale([float(norms.sum())])
         if scale < 1:
             torch._foreach_mul_([p.grad for p, _ in params], scale)

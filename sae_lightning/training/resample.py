@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sae_lightning.saes import SAE
+from sae_lightning.saes import SAE, JumpReLU
 from sae_lightning.saes.input_norm import input_norm
 from sae_lightning.saes.ranks import world_size
 
@@ -78,6 +78,9 @@ def resample(
         if hasattr(sae, name):
             getattr(sae, name)[dead] = 0
             fresh.append((getattr(sae, name), dead))
+    if isinstance(sae, JumpReLU) and bool(living.any()):
+        sae.log_threshold[dead] = sae.log_threshold[living].mean()
+        fresh.append((sae.log_threshold, dead))
     for parameter, rows in fresh if optimizer is not None else []:
         for value in optimizer.state[parameter].values():  # type: ignore[union-attr]
             if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.saes import SAE, JumpReLU
+from sae_lightning.saes.input_norm import input_norm
 
 SAMPLE = 8192  # tokens
 SEVERE = 10.0  # γ from which outlier dimensions keep most latents from ever firing
@@ -21,11 +22,21 @@ def sample(store: FeatureStore, tokens: int = SAMPLE) -> Tensor:
 
 
 def geometric_median(x: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """The point [d] with the least sum of distances to the rows of ``x`` [N, d], by Weiszfeld's iteration."""
+    """The point [d] with the least sum of distances to the rows of ``x`` [N, d].
+
+    Weiszfeld's iteration, with Vardi and Zhang's step away from a row that the point lies on.
+    """
     point = x.mean(0)
     for _ in range(steps):
-        weights = 1 / (x - point).norm(dim=1).clamp_min(1e-8)
-        moved = (weights[:, None] * x).sum(0) / weights.sum()
+        distance = (x - point).norm(dim=1)
+        here = distance < 1e-9
+        weights = torch.where(here, 0, 1 / distance.clamp_min(1e-9))
+        if float(weights.sum()) == 0:
+            return point
+        target = (weights[:, None] * x).sum(0) / weights.sum()
+        pull = float((weights.sum() * (target - point)).norm())
+        stay = min(1.0, float(here.sum()) / pull) if pull > 0 else 1.0
+        moved = (1 - stay) * target + stay * point
         if float((moved - point).norm()) < tolerance * (1 + float(point.norm())):
             return moved
         point = moved
@@ -42,11 +53,15 @@ def prepare(sae: SAE, store: FeatureStore, b_pre: str, l0: float | None) -> None
     if b_pre not in B_PRE:
         raise ValueError(f"Unknown init.b_pre={b_pre}; choose one of {', '.join(B_PRE)}.")
     needs = b_pre == "geometric_median" or (isinstance(sae, JumpReLU) and l0)
+    needs = needs or sae.input_norm != "none"
     x = sae.normalizer.normalize(sample(store)) if needs else torch.zeros(0)
+    normed, _ = input_norm(sae.input_norm, x) if needs else (x, None)
     if b_pre == "geometric_median":
-        sae.b_pre.copy_(geometric_median(x))
+        sae.b_pre.copy_(geometric_median(normed))
     elif b_pre == "zero":
-        sae.b_pre.copy_(-sae.normalizer.mean / sae.normalizer.std)
+        sae.b_pre.copy_(-sae.normalizer.mean / sae.normalizer.std if sae.input_norm == "none" else 0 * sae.b_pre)
+    elif sae.input_norm != "none":
+        sae.b_pre.copy_(normed.mean(0))
     else:
         sae.b_pre.copy_((store.mean - sae.normalizer.mean) / sae.normalizer.std)
     if isinstance(sae, JumpReLU) and l0:
@@ -57,11 +72,11 @@ def prepare(sae: SAE, store: FeatureStore, b_pre: str, l0: float | None) -> None
 def dead_at_start(sae: SAE, store: FeatureStore) -> float:
     """Share of latents that fire on no token of a sample of the store, with the weights as they are."""
     was_training = sae.training
-    sae.train(isinstance(sae, torch.nn.Module) and sae.k is not None)
+    sae.train(sae.k is not None)
     fired = torch.zeros(sae.d_sae, dtype=torch.bool)
     before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
     for part in sample(store).split(2048):
-        fired |= sae.code(sae.normalizer.normalize(part)).fired()
+        fired |= sae.run(sae.normalizer.normalize(part)).codes.fired()
     for name, buffer in sae.named_buffers():
         buffer.copy_(before[name])
     sae.train(was_training)

@@ -74,6 +74,13 @@ def test_groups_nest_into_the_topk_of_each_row(dtype):
         assert torch.equal(group <= level, top)
 
 
+def test_rank_groups_shared_among_threads(dtype):
+    values = torch.rand(400, 150, generator=torch.Generator().manual_seed(0)).to(dtype)
+    got = rank_groups(values.flatten(), torch.arange(401) * 150, torch.tensor([3, 20, 90])).view(400, 150)
+    rank = values.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    assert torch.equal(got, (rank >= 3).long() + (rank >= 20))
+
+
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(st.lists(st.integers(0, 3), max_size=12), min_size=1, max_size=6), st.sampled_from(["native", "portable"])

@@ -171,6 +171,26 @@ def test_products_agree_with_dense_ones_for_any_shape(n, d_sae, d, share, way, s
         assert_same(sparse_pre_acts(*sparse, latents, offsets), expected, sparse, dense, values)
 
 
+@pytest.mark.parametrize("name", ["portable", "native"])
+def test_products_shared_among_threads_are_dense_ones(name):
+    if name == "native" and not native.available(torch.zeros(1)):
+        pytest.skip("there is no C compiler here")
+    active = torch.rand(301, 700, generator=torch.Generator().manual_seed(0)) < 0.06
+    active[7] = True  # one long row, and one latent of every sample
+    active[:, 5] = True
+    latents, values, offsets = entries(active)
+    dense = leaves(torch.float64, values, normal(700, 257, seed=2), normal(257, seed=3))
+    sparse = leaves(torch.float32, *dense)
+    with forced(name):
+        out = sparse_decode(latents, sparse[0], offsets, sparse[1], sparse[2])
+        expected = dense_of(dense[0], active) @ dense[1] + dense[2]
+        assert_same(out, expected, sparse, dense, normal(301, 257, seed=4))
+        dense = leaves(torch.float64, normal(301, 257, seed=5), dense[2], dense[1], normal(700, seed=6))
+        sparse = leaves(torch.float32, *dense)
+        expected = ((dense[0] - dense[1]) @ dense[2].T + dense[3])[active]
+        assert_same(sparse_pre_acts(*sparse, latents, offsets), expected, sparse, dense, values)
+
+
 def test_gradients_that_are_kept_are_not_overwritten_by_later_ones():
     latents, values, offsets = entries(pattern("a tenth"))
     values, W = values.float(), torch.randn(D_SAE, 20_000, requires_grad=True)  # large enough for shared memory

@@ -186,6 +186,22 @@ def test_largest_takes_all_positive_entries_for_a_budget_beyond_the_number_of_en
 
 
 @pytest.mark.parametrize("low", [True, False])
+def test_selections_shared_among_threads_are_the_same(low, monkeypatch):
+    use("float32 by bfloat16" if low else "float32", monkeypatch)
+    monkeypatch.undo()  # parts of their usual size
+    monkeypatch.setattr(selection, "fast_bf16", lambda: low)
+    *tensors, k = usual(n=520, d_sae=4099, d=520)
+    x, W, bias = (t.float() for t in tensors)
+    pre, error = truth(x, W, bias)
+    top, bottom = (pre + error).topk(k).values[:, -1:], (pre - error).topk(k).values[:, -1:]
+    assert_selected(selection.topk(x, W, bias, k), pre, error, pre - error > top, pre + error >= bottom)
+    cut = torch.tensor(2.2)
+    assert_selected(selection.above(x, W, bias, cut), pre, error, pre - error > cut, pre + error > cut)
+    least = (pre + error).flatten().topk(k * 520).values[-1]
+    assert_selected(selection.largest(x, W, bias, k * 520), pre, error, pre - error > least, pre > -error)
+
+
+@pytest.mark.parametrize("low", [True, False])
 def test_of_equal_entries_topk_takes_the_lower_latents(low, monkeypatch):
     use("bfloat16 float32" if low else "float32", monkeypatch)
     whole = torch.randint(-2, 3, (300, 6), generator=torch.Generator().manual_seed(0)).float()

@@ -85,9 +85,7 @@ def levels_of(sae: SAE, codes: Tensor) -> tuple[list[Tensor], list[float]]:
     """Reconstructions of a nested variant, coarse to fine, and their weights."""
     if sae.variant == "msae":
         parts = [largest_of_rows(codes, int(k)) for k in sae.ks]
-        weights = (
-            [1.0] * len(parts) if sae.weighting == "uniform" else [float(len(parts) - i) for i in range(len(parts))]
-        )
+        weights = torch.ones(len(parts)) if sae.weighting == "uniform" else torch.arange(len(parts), 0, -1.0)
     else:
         lengths = [torch.arange(sae.d_sae) < end for end in sae.prefixes()]
         parts, weights = [codes * kept for kept in lengths], torch.ones(len(lengths), dtype=codes.dtype)

@@ -114,7 +114,7 @@ def test_a_threshold_moves_by_the_error_of_entries_on_both_sides_of_it(name):
 
 def test_silvermans_rule_follows_the_batch():
     sae, x = JumpReLU(D_IN, D_SAE, bandwidth="silverman", seed=0), features(100)
-    expected = 1.06 * float(dense.pre_acts(sae, x).std()) * 100**-0.2
+    expected = 1.06 * float(dense.pre_acts(sae, x).detach().std()) * 100**-0.2
     assert sae._width(x) == pytest.approx(expected, rel=1e-5)
     assert sae._width(3 * x) == pytest.approx(3 * expected, rel=1e-5)
 

@@ -12,7 +12,6 @@ from sae_lightning.saes import SAE
 from sae_lightning.training.run import train
 from tests.conftest import CONF
 
-
 CHOICES = sorted(path.stem for path in (CONF / "sae").glob("*.yaml"))
 
 
