@@ -96,23 +96,20 @@ class SAEModule(L.LightningModule):
         return weights
 
     def _steer(self, l0: float) -> float:
-        """What ``sparsity``'s weight is multiplied by at ``l0`` active latents a sample: control + off, where
-        off = L0 / target - 1 within ±1.
+        """What ``sparsity``'s weight is multiplied by at ``l0`` active latents a sample.
 
-        ``control`` grows each step by the factor exp(0.02 · off) and is saved with the checkpoint; it settles where
-        L0 stays at the target, while the second part answers at once. For JumpReLU it grows by a term instead,
-        0.02 · off · max(1, |control|), and may turn negative: the straight-through gradient then lowers thresholds,
-        which nothing else does for a latent that has fallen silent.
+        With off = L0 / target - 1 within ±1, it is control + off, at least 0. ``control`` grows each step by the
+        factor exp(0.02 · off) and is saved with the checkpoint: it settles where L0 stays at the target, while the
+        second part answers at once. For JumpReLU it is control + 5 · off and may turn negative: the straight-through
+        gradient then lowers thresholds, which little else does for a latent that has fallen silent.
         """
         if self.target_l0 is None:
             return 1.0
         off = float(mean_over_ranks(self.control.new_tensor(l0))) / self.target_l0 - 1
         off = max(-1.0, min(1.0, off))
-        if isinstance(self.sae, JumpReLU):
-            self.control += CONTROL * off * max(1.0, abs(float(self.control)))
-            return float(self.control) + off
         self.control *= math.exp(CONTROL * off)
-        return max(0.0, float(self.control) + off)
+        control = float(self.control)
+        return control + 5 * off if isinstance(self.sae, JumpReLU) else max(0.0, control + off)
 
     def _log_step(self, run: Pass, loss: Tensor, terms: dict[str, Tensor]) -> None:
         x, rebuilt = run.x, run.reconstruction.detach()
