@@ -23,7 +23,6 @@ from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, pr
 
 D_IN = 768
 SHAPES = {"expansion": (8, 16, 32), "k": (32, 64, 256), "batch": (2048, 8192)}
-HEADLINE = (16, 64, 2048)  # expansion, k, batch
 
 
 def contenders(variant: str, with_peers: bool) -> dict[str, Builder]:
@@ -95,9 +94,9 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--variants", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--precisions", nargs="+", choices=["32", "bf16"], default=["32", "bf16"])
-    parser.add_argument(
-        "--all-shapes", action="store_true", help="every expansion, k and batch, not only x16 k64 B2048"
-    )
+    parser.add_argument("--all-shapes", action="store_true", help="expansion 8 16 32, k 32 64 256, batch 2048 8192")
+    for name, usual in (("expansion", 16), ("k", 64), ("batch", 2048)):
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=[usual], help=f"default {usual}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
@@ -112,7 +111,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.quick:
         args.variants, args.precisions, args.repeats, args.warmup = ["topk", "batchtopk"], ["32"], 3, 1
-    shapes = list(product(*SHAPES.values())) if args.all_shapes else [HEADLINE]
+    shapes = list(product(*(SHAPES.values() if args.all_shapes else (args.expansion, args.k, args.batch))))
     cases = list(product(args.variants, shapes, args.precisions))
     rows: list[Row] = []
     with Progress(transient=True) as progress:

@@ -22,6 +22,8 @@ PART = {"cpu": 1 << 22, "cuda": 1 << 27}  # entries of the product that are held
 SAMPLE, GUESS = 64, 0.95  # rows that tell where a cut lies, and the share of it from which entries are looked at
 SPARSE_BELOW = 0.05  # share of candidates up to which computing them again beats a float32 product
 
+_one_dnn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
 Entries = tuple[Tensor, Tensor, Tensor]  # latents [nnz], values [nnz], offsets [N + 1]
 
 
@@ -85,8 +87,8 @@ class Product:
 
 def _cpu_product(x: Tensor, W: Tensor) -> Tensor:
     """x Wᵀ; through oneDNN for float32, which on processors that are not Intel's is twice as fast as MKL."""
-    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, W, None, "none", [], "")
+    if x.dtype == torch.float32 and _one_dnn is not None and torch.backends.mkldnn.is_available():
+        return _one_dnn(x, W, None, "none", [], "")
     return x @ W.T
 
 

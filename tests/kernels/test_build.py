@@ -1,0 +1,46 @@
+"""The C file is compiled once, and nothing depends on it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import torch
+from sae_lightning.kernels import native
+from sae_lightning.saes import TopK
+sae = TopK(16, 64, k=4, seed=0)
+x = torch.randn(100, 16, generator=torch.Generator().manual_seed(0))
+run = sae.run(x)
+(run.reconstruction - x).square().mean().backward()
+print(native.available(x), f"{float(sae.W_enc.grad.norm()):.5f}")
+"""
+
+
+def run(tmp_path, **environment):
+    known = dict(os.environ, PYTHONPATH=str(ROOT), SAE_LIGHTNING_CACHE=str(tmp_path / "cache"))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=known | environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split(), done.stderr
+
+
+@pytest.mark.slow
+def test_training_without_a_compiler_gives_the_same_gradients_and_says_why_it_is_slow(tmp_path):
+    with_it, _ = run(tmp_path)
+    libraries = list((tmp_path / "cache").glob("native-*.so"))
+    if with_it[0] == "False":
+        pytest.skip("there is no C compiler here")
+    assert len(libraries) == 1
+    compiled = libraries[0].stat().st_mtime_ns
+    without, said = run(tmp_path, CC="/bin/false")
+    assert without == ["False", with_it[1]]
+    assert "Install a C compiler" in said
+    off, said = run(tmp_path, SAE_LIGHTNING_NATIVE="0")
+    assert off == ["False", with_it[1]]
+    assert "compiler" not in said
+    assert run(tmp_path)[0] == with_it
+    assert libraries[0].stat().st_mtime_ns == compiled  # not built again
