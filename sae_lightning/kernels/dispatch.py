@@ -13,7 +13,7 @@ from sae_lightning.kernels import triton as on_triton
 MODULES: dict[str, ModuleType] = {
     "reference": reference, "portable": portable, "native": native, "triton": on_triton,
 }  # fmt: skip
-DENSE_FROM = {"native": 0.20, "triton": 0.10, "portable": 0.10, "reference": 0.0}  # docs/decisions.md
+DENSE_FROM = {"native": 0.35, "triton": 0.10, "portable": 0.01, "reference": 0.0}  # docs/decisions.md
 _forced: list[str] = []
 
 
