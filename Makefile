@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 # other SAE packages, which the tests of the converters and the benchmarks run
 $(PEERS): $(READY)
 	@echo "Installing the packages that tests compare with …"
-	@$(call INSTALL,-e '.[dev,peers]')
+	@$(call INSTALL,-e '.[peers]')
 	@touch $(PEERS)
 
 demo: $(READY)
