@@ -88,9 +88,7 @@ def measure(what: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="TopK and BatchTopK at x16, k 64, batch 2048, without memory"
-    )
+    parser.add_argument("--quick", action="store_true", help="TopK and BatchTopK in float32 at a small shape")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--variants", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--precisions", nargs="+", choices=["32", "bf16"], default=["32", "bf16"])
@@ -110,7 +108,8 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     if args.quick:
-        args.variants, args.precisions, args.repeats, args.warmup = ["topk", "batchtopk"], ["32"], 3, 1
+        args.variants, args.precisions, args.repeats, args.warmup = ["topk", "batchtopk"], ["32"], 2, 1
+        args.expansion, args.k, args.batch, args.all_shapes = [8], [64], [1024], False
     shapes = list(product(*(SHAPES.values() if args.all_shapes else (args.expansion, args.k, args.batch))))
     cases = list(product(args.variants, shapes, args.precisions))
     rows: list[Row] = []
