@@ -1,4 +1,4 @@
-"""Compiling ``native.c`` once for this processor, with whatever C compiler there is; the package works without one."""
+"""Compiling the C files in ``csrc`` once for this processor, with any C compiler; the package works without one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-std=gnu11"]
 
 
@@ -40,8 +40,9 @@ def _compile(compiler: str, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
+        files = [str(path) for path in SOURCES if path.suffix == ".c"]
         for threads in ("-fopenmp", "-fopenmp-simd"):
-            command = [*compiler.split(), *FLAGS, threads, "-o", str(built), str(SOURCE), "-lm"]
+            command = [*compiler.split(), *FLAGS, threads, "-o", str(built), *files, "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 os.replace(built, library)
@@ -67,7 +68,7 @@ def load_native() -> ctypes.CDLL | None:
     if os.environ.get("SAE_LIGHTNING_NATIVE") == "0" or sys.platform == "win32":
         return None
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    made_from = "\n".join([SOURCE.read_text(), *FLAGS, _processor(), compiler or ""])
+    made_from = "\n".join([*(path.read_text() for path in SOURCES), *FLAGS, _processor(), compiler or ""])
     library = cache_folder() / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
         if not library.is_file():

@@ -1,4 +1,4 @@
-"""``native.c`` on float32 CPU tensors."""
+"""The C functions of ``csrc`` on float32 CPU tensors."""
 
 from __future__ import annotations
 
