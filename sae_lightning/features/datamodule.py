@@ -209,13 +209,13 @@ class FeatureDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         world = world_size()
-        return DataLoader(_InOrder(self.val, self.batch_size // world, rank(), world), batch_size=None)
+        return DataLoader(InOrder(self.val, self.batch_size // world, rank(), world), batch_size=None)
 
 
-class _InOrder(IterableDataset):
-    """Tokens in the store's order, whole images, dealt to the ranks batch by batch."""
+class InOrder(IterableDataset):
+    """About ``tokens`` raw features [n, d_in] a batch in the store's order, whole images, dealt to the ranks."""
 
-    def __init__(self, store: FeatureStore, tokens: int, rank: int, world: int) -> None:
+    def __init__(self, store: FeatureStore, tokens: int, rank: int = 0, world: int = 1) -> None:
         self.store, self.images = store, max(1, tokens // store.n_patches)
         self.starts = range(rank * self.images, len(store), world * self.images)
 

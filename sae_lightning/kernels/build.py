@@ -74,7 +74,6 @@ def load_native() -> ctypes.CDLL | None:
         if not library.is_file():
             if compiler is None:
                 raise OSError("there is no C compiler (cc) on the path")
-            library.parent.mkdir(parents=True, exist_ok=True)
             _compile(compiler, library)
         _share_threads()
         return ctypes.CDLL(str(library))

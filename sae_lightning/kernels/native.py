@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_lightning.kernels import scratch
 from sae_lightning.kernels.build import load_native
+from sae_lightning.kernels.portable import offsets_of
 
 
 def available(*tensors: Tensor) -> bool:
@@ -90,10 +91,9 @@ def above(
     """
     n, d_sae = pre.shape
     half = pre.dtype == torch.bfloat16
-    offsets = torch.zeros(n + 1, dtype=torch.long)
     counts = torch.empty(n, dtype=torch.long)
     _call("count_above", pre, half, bias, d_sae, cuts, slack, norms, counts, n)
-    torch.cumsum(counts, 0, out=offsets[1:])
+    offsets = offsets_of(counts)
     latents = torch.empty(int(offsets[-1]), dtype=torch.long)
     values = bias.new_empty(len(latents))
     _call("fill_above", pre, half, bias, d_sae, cuts, slack, norms, offsets, latents, values, n)

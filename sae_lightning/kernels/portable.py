@@ -18,6 +18,13 @@ def rows_of(offsets: Tensor, nnz: int) -> Tensor:
     return torch.repeat_interleave(rows, offsets.diff(), output_size=nnz)
 
 
+def offsets_of(counts: Tensor) -> Tensor:
+    """Where each group of entries starts and the last one ends, [n + 1] int64, from how many each has, [n]."""
+    offsets = torch.zeros(len(counts) + 1, dtype=torch.long, device=counts.device)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return offsets
+
+
 def decode(latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     """[N, d]: ``bias`` plus the sum of ``values[e] * W[latents[e]]`` over each row's entries."""
     out = F.embedding_bag(latents, W, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
@@ -38,8 +45,7 @@ def _dots(rows: Tensor, latents: Tensor, x: Tensor, W: Tensor) -> Tensor:
 def by_latent(latents: Tensor, offsets: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     """Entries sorted by latent: ``starts`` [d_sae + 1], ``order`` [nnz] (entry) and ``rows`` [nnz] of each place."""
     order = torch.argsort(latents, stable=True)
-    starts = torch.zeros(d_sae + 1, dtype=torch.long, device=latents.device)
-    torch.cumsum(torch.bincount(latents, minlength=d_sae), 0, out=starts[1:])
+    starts = offsets_of(torch.bincount(latents, minlength=d_sae))
     return starts, order, rows_of(offsets, len(latents))[order]
 
 
@@ -66,9 +72,7 @@ def above(
     pre = pre.to(bias.dtype) + bias
     limit = cuts if slack is None or norms is None else cuts - slack[:, None] * norms
     rows, latents = (pre >= limit).nonzero(as_tuple=True)
-    offsets = torch.zeros(len(pre) + 1, dtype=torch.long, device=pre.device)
-    torch.cumsum(torch.bincount(rows, minlength=len(pre)), 0, out=offsets[1:])
-    return latents, pre[rows, latents], offsets
+    return latents, pre[rows, latents], offsets_of(torch.bincount(rows, minlength=len(pre)))
 
 
 def topk(pre: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

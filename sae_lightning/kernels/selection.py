@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.kernels import native, portable, scratch
+from sae_lightning.kernels.portable import offsets_of
 
 PART = {"cpu": 1 << 22, "cuda": 1 << 27}  # entries of the product that are held at once: a cache's worth, or 512 MB
 SAMPLE, GUESS = 64, 0.95  # rows that tell where a cut lies, and the share of it from which entries are looked at
@@ -38,7 +39,6 @@ def fast_bf16() -> bool:
 class Rows:
     """One part of the product: ``pre`` [n, d_sae] without the bias, its rows of ``x``, and its error bounds."""
 
-    start: int
     pre: Tensor
     x: Tensor
     slack: Tensor | None  # [n]: an entry's error is at most slack[row] * norms[latent] + 2^-8 |entry - bias|
@@ -77,7 +77,7 @@ class Product:
                 if buffer is None or len(buffer) != len(part):
                     buffer = scratch.empty((len(part), len(W)), x)
                 pre = torch.mm(part, W.T, out=buffer)
-            yield Rows(start, pre, self.x[start : start + n], None if slack is None else slack[start : start + n])
+            yield Rows(pre, self.x[start : start + n], None if slack is None else slack[start : start + n])
 
     def sample(self, n: int) -> Tensor:
         """About ``n`` rows of the product, evenly spaced, [n', d_sae] float32 or wider."""
@@ -121,11 +121,15 @@ def topk(x: Tensor, W: Tensor, bias: Tensor, k: int) -> Entries:
         else:
             parts.append(portable.topk(rows.pre, bias, k))
     latents, values, counts = (torch.cat(some) for some in zip(*parts, strict=True))
-    offsets = torch.zeros(len(x) + 1, dtype=torch.long, device=x.device)
-    torch.cumsum(counts, 0, out=offsets[1:])
+    return packed(latents, values, counts)
+
+
+def packed(latents: Tensor, values: Tensor, counts: Tensor) -> Entries:
+    """The entries of ``latents`` and ``values`` [N, k], of which each row's first ``counts`` [N] are filled."""
+    offsets = offsets_of(counts)
     if int(offsets[-1]) == latents.numel():
         return latents.flatten(), values.flatten(), offsets
-    filled = torch.arange(k, device=x.device) < counts[:, None]
+    filled = torch.arange(latents.shape[1], device=latents.device) < counts[:, None]
     return latents[filled], values[filled], offsets
 
 
@@ -189,10 +193,8 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
 def keep(entries: Entries, mask: Tensor) -> Entries:
     """The entries where ``mask`` [nnz] holds."""
     latents, values, offsets = entries
-    kept = torch.zeros(len(mask) + 1, dtype=torch.long, device=mask.device)
-    torch.cumsum(mask, 0, out=kept[1:])
     places = mask.nonzero().squeeze(1)
-    return latents[places], values[places], kept[offsets]
+    return latents[places], values[places], offsets_of(mask)[offsets]
 
 
 def join(parts: list[Entries]) -> Entries:

@@ -101,7 +101,10 @@ class SAE(nn.Module):
 
     def run(self, x: Tensor) -> Pass:
         """Encode and decode normalised features [N, d_in]; ``Pass.x`` is them after ``input_norm``."""
-        x, _ = input_norm(self.input_norm, x)
+        return self.reconstruct(input_norm(self.input_norm, x)[0])
+
+    def reconstruct(self, x: Tensor) -> Pass:
+        """The pass over features [N, d_in] that ``input_norm`` has been applied to."""
         codes = self.code(x)
         return Pass(x, codes, codes.decode(self.W_dec, self.b_pre))
 
@@ -131,9 +134,8 @@ class SAE(nn.Module):
                 "Is it from another backbone or layer?"
             )
         x, frame = input_norm(self.input_norm, self.normalizer.normalize(features.reshape(-1, self.d_in)))
-        codes = (
-            self.code(x) if len(x) else SparseCodes.select(x.new_zeros(0, self.d_sae), x.new_zeros(0, self.d_sae) > 0)
-        )
+        nothing = x.new_zeros(0, self.d_sae)
+        codes = self.code(x) if len(x) else SparseCodes.select(nothing, nothing > 0)
         codes.frame = frame
         return codes
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from sae_lightning.kernels import sparse_decode
-from sae_lightning.kernels.portable import rows_of
+from sae_lightning.kernels.grouping import rank_groups
+from sae_lightning.kernels.portable import offsets_of, rows_of
+from sae_lightning.kernels.selection import keep
 
 Frame = tuple[Tensor, Tensor]  # shift and scale [N, 1] that an input norm took from each sample
 
@@ -71,25 +73,18 @@ class SparseCodes:
     def where(self, mask: Tensor, values: Tensor | None = None) -> SparseCodes:
         """The entries where ``mask`` [nnz] holds, with new ``values`` [nnz] if given."""
         values = self.values if values is None else values
-        kept = torch.zeros(self.nnz + 1, dtype=torch.long, device=mask.device)
-        torch.cumsum(mask, 0, out=kept[1:])
-        return SparseCodes(self.latents[mask], values[mask], kept[self.offsets], self.d_sae, self.frame)
+        return SparseCodes(*keep((self.latents, values, self.offsets), mask), self.d_sae, self.frame)
 
     def top(self, k: int) -> SparseCodes:
         """The ``k`` largest entries of each sample, of equal ones the lower latents (progressive recovery)."""
-        order = torch.argsort(self.values.detach(), descending=True, stable=True)
-        order = order[torch.argsort(self.rows()[order], stable=True)]
-        place = torch.arange(self.nnz, device=order.device) - self.offsets[:-1].repeat_interleave(self.counts())
-        mask = torch.zeros(self.nnz, dtype=torch.bool, device=order.device)
-        mask[order] = place < k
-        return self.where(mask)
+        ks = torch.tensor([k, k + 1], device=self.offsets.device)
+        return self.where(rank_groups(self.values.detach(), self.offsets, ks) == 0)
 
     @staticmethod
     def select(pre_acts: Tensor, active: Tensor) -> SparseCodes:
         """The entries of dense ``pre_acts`` [N, d_sae] where the mask ``active`` holds, differentiable in them."""
         rows, latents = active.nonzero(as_tuple=True)
-        offsets = torch.zeros(len(pre_acts) + 1, dtype=torch.long, device=rows.device)
-        torch.cumsum(torch.bincount(rows, minlength=len(pre_acts)), 0, out=offsets[1:])
+        offsets = offsets_of(torch.bincount(rows, minlength=len(pre_acts)))
         return SparseCodes(latents, pre_acts[rows, latents], offsets, pre_acts.shape[1])
 
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from sae_lightning.saes.base import SAE, Pass
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
-from sae_lightning.saes.input_norm import input_norm
 
 
 class Gated(SAE):
@@ -29,8 +28,7 @@ class Gated(SAE):
     def code(self, x: Tensor) -> SparseCodes:
         return self._magnitudes(self.positive(x, self.b_gate))
 
-    def run(self, x: Tensor) -> Pass:
-        x, _ = input_norm(self.input_norm, x)
+    def reconstruct(self, x: Tensor) -> Pass:
         gate = self.positive(x, self.b_gate)
         codes = self._magnitudes(gate)
         return Pass(x, codes, codes.decode(self.W_dec, self.b_pre), extra={"gate": gate})

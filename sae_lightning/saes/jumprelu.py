@@ -102,11 +102,9 @@ class JumpReLU(SAE):
             return self.with_gradient(x, selection.above(x - self.b_pre, self.W_enc, self.b_enc, cuts))
         return self._training_codes(x)[0]
 
-    def run(self, x: Tensor) -> Pass:
-        x, _ = input_norm(self.input_norm, x)
+    def reconstruct(self, x: Tensor) -> Pass:
         if not self.training:
-            codes = self.code(x)
-            return Pass(x, codes, codes.decode(self.W_dec, self.b_pre))
+            return super().reconstruct(x)
         codes, near, values = self._training_codes(x)
         # entries just below their threshold are 0, but their gradient is half of the threshold's
         whole = SparseCodes(near.latents, values, near.offsets, self.d_sae)

@@ -11,7 +11,6 @@ from sae_lightning.kernels import nested_decode
 from sae_lightning.kernels.grouping import grouped
 from sae_lightning.saes.base import SAE, Pass
 from sae_lightning.saes.batchtopk import BatchTopK
-from sae_lightning.saes.input_norm import input_norm
 from sae_lightning.saes.topk import TopK
 
 FRACTIONS = (0.0625, 0.1875, 0.4375, 1.0)
@@ -64,8 +63,7 @@ class _Prefixes(SAE):
         drawn = torch.multinomial(lengths, min(self.sampled, self.d_sae) - 1, generator=generator) + 1
         return torch.cat([drawn.unique(), torch.tensor([self.d_sae])]).to(self.W_dec.device)
 
-    def run(self, x: Tensor) -> Pass:
-        x, _ = input_norm(self.input_norm, x)
+    def reconstruct(self, x: Tensor) -> Pass:
         codes = self.code(x)
         ends = self.prefixes()
         if self.training:

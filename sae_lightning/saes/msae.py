@@ -11,7 +11,6 @@ from sae_lightning.kernels import nested_decode, selection
 from sae_lightning.kernels.grouping import grouped, rank_groups
 from sae_lightning.saes.base import SAE, Pass
 from sae_lightning.saes.codes import SparseCodes
-from sae_lightning.saes.input_norm import input_norm
 
 
 def powers_of_two(first: int, d_sae: int) -> list[int]:
@@ -78,8 +77,7 @@ class MSAE(SAE):
         cap = self.soft_cap
         return codes if cap is None else codes.map(lambda values, _: cap * torch.tanh(values / cap))
 
-    def run(self, x: Tensor) -> Pass:
-        x, _ = input_norm(self.input_norm, x)
+    def reconstruct(self, x: Tensor) -> Pass:
         codes = self.code(x)
         h = len(self.ks)
         group = rank_groups(codes.values.detach(), codes.offsets, self.ks)

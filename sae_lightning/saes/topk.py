@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sae_lightning.kernels import selection
+from sae_lightning.kernels import portable, selection
 from sae_lightning.saes.base import SAE
 from sae_lightning.saes.codes import SparseCodes
 
 
 def topk_codes(pre_acts: Tensor, k: int) -> SparseCodes:
     """Codes with the k largest entries of each row of dense ``pre_acts`` [N, d_sae], those that are positive."""
-    values, latents = torch.relu(pre_acts).topk(k, dim=1)
-    latents, order = latents.sort(dim=1)
-    values = values.gather(1, order)
-    positive = values.detach() > 0
-    offsets = torch.zeros(len(pre_acts) + 1, dtype=torch.long, device=pre_acts.device)
-    torch.cumsum(positive.sum(1), 0, out=offsets[1:])
-    return SparseCodes(latents[positive], values[positive], offsets, pre_acts.shape[1])
+    chosen = portable.topk(pre_acts, pre_acts.new_zeros(()), k)
+    return SparseCodes(*selection.packed(*chosen), pre_acts.shape[1])
 
 
 class TopK(SAE):

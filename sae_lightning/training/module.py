@@ -14,7 +14,7 @@ from sae_lightning.metrics import FVU, L0, Cosine, Firing
 from sae_lightning.saes import SAE, JumpReLU, Pass
 from sae_lightning.saes.losses import check_terms, loss_terms, total_loss
 from sae_lightning.saes.ranks import any_over_ranks, mean_over_ranks, world_size
-from sae_lightning.training.optimizer import OPTIMIZERS, UnitRowAdam, build_optimizer
+from sae_lightning.training.optimizer import UnitRowAdam, build_optimizer, check_name
 from sae_lightning.training.schedule import Schedule
 
 CONTROL = 0.02  # how fast the sparsity weight follows its target: log-weight a step at L0 twice the target
@@ -58,10 +58,7 @@ class SAEModule(L.LightningModule):
             raise ValueError(
                 f"target_l0={target_l0} steers the weight of the term sparsity; set loss.sparsity above 0."
             )
-        if self.optimizer.get("name") not in OPTIMIZERS:
-            raise ValueError(
-                f"Unknown optimizer.name={self.optimizer.get('name')}; choose one of {', '.join(OPTIMIZERS)}."
-            )
+        check_name(self.optimizer.get("name"))
         self.register_buffer("control", torch.ones((), dtype=torch.float64))
         self.scores: dict[str, Metric] = torch.nn.ModuleDict(  # type: ignore[assignment]
             {
@@ -82,8 +79,7 @@ class SAEModule(L.LightningModule):
             self.sae.start_at(x, self.target_l0)
         run = self.sae.run(x)
         terms = loss_terms(self.sae, run, self.loss, self.loss_options)
-        l0 = run.codes.nnz / len(features)
-        loss = total_loss(terms, self._weights(step, steps, self._steer(l0)))
+        loss = total_loss(terms, self._weights(step, steps, self._steer(run)))
         self.sae.count_firing(any_over_ranks(run.codes.fired()), len(features) * world_size())
         if (step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_step(run, loss.detach(), terms)
@@ -95,8 +91,8 @@ class SAEModule(L.LightningModule):
             weights["sparsity"] *= self.schedule.sparsity_factor(step, steps) * steering
         return weights
 
-    def _steer(self, l0: float) -> float:
-        """What ``sparsity``'s weight is multiplied by at ``l0`` active latents a sample.
+    def _steer(self, run: Pass) -> float:
+        """What ``sparsity``'s weight is multiplied by after a pass with L0 active latents a sample.
 
         With off = L0 / target - 1 within ±1, it is control + off, at least 0. ``control`` grows each step by the
         factor exp(0.02 · off) and is saved with the checkpoint: it settles where L0 stays at the target, while the
@@ -105,7 +101,8 @@ class SAEModule(L.LightningModule):
         """
         if self.target_l0 is None:
             return 1.0
-        off = float(mean_over_ranks(self.control.new_tensor(l0))) / self.target_l0 - 1
+        l0 = self.control.new_tensor(run.codes.nnz / len(run.x))
+        off = float(mean_over_ranks(l0)) / self.target_l0 - 1
         off = max(-1.0, min(1.0, off))
         self.control *= math.exp(CONTROL * off)
         control = float(self.control)

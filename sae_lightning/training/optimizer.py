@@ -89,10 +89,15 @@ class UnitRowAdam(torch.optim.AdamW):
         )  # fmt: skip
 
 
-def build_optimizer(sae: SAE, name: str = "adam", lr: float = 1e-3, **settings: Any) -> UnitRowAdam:
-    """The optimiser ``name`` (adam or adamw) for ``sae``, with its decoder rows at unit norm."""
+def check_name(name: str | None) -> None:
+    """ValueError for a name that is no optimiser."""
     if name not in OPTIMIZERS:
         raise ValueError(f"Unknown optimizer.name={name}; choose one of {', '.join(OPTIMIZERS)}.")
+
+
+def build_optimizer(sae: SAE, name: str = "adam", lr: float = 1e-3, **settings: Any) -> UnitRowAdam:
+    """The optimiser ``name`` (adam or adamw) for ``sae``, with its decoder rows at unit norm."""
+    check_name(name)
     if "betas" in settings:
         settings["betas"] = tuple(settings["betas"])
     rest: list[nn.Parameter] = [p for p in sae.parameters() if p is not sae.W_dec]

@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ import lightning as L
 import torch
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
-from sae_lightning.features.datamodule import FeatureDataModule
+from sae_lightning.features.datamodule import FeatureDataModule, InOrder
 from sae_lightning.features.extract import ensure_store
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
@@ -183,18 +181,7 @@ def calibrate(cfg: DictConfig, module: SAEModule, store: FeatureStore) -> None:
     if choice == "running_minimum":
         sae.use_lowest()
     else:
-        sae.calibrate(StoreTokens(store), store.n_tokens)
-
-
-class StoreTokens:
-    """Raw features [n, d_in] of a store in order, anew each time it is iterated."""
-
-    def __init__(self, store: FeatureStore, tokens: int = 8192) -> None:
-        self.store, self.images = store, max(1, tokens // store.n_patches)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for start in range(0, len(self.store), self.images):
-            yield self.store.patches(slice(start, start + self.images)).reshape(-1, self.store.d_in)
+        sae.calibrate(InOrder(store, 8192), store.n_tokens)
 
 
 def record(cfg: DictConfig, stores: dict[str, FeatureStore]) -> dict[str, Any]:

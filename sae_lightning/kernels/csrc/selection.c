@@ -262,7 +262,7 @@ void rank_groups(const float *values, const i64 *offsets, const i64 *ks, i64 h, 
             least[g] = -INFINITY;
             if (ks[g] < left) {
                 left = ks[g];
-                least[g] = kth_largest(scratch, g == h - 1 || ks[g + 1] > n ? n : ks[g + 1], left);
+                least[g] = left ? kth_largest(scratch, g == h - 1 || ks[g + 1] > n ? n : ks[g + 1], left) : INFINITY;
                 quota[g] = left;
                 for (i64 e = 0; e < left; e++) quota[g] -= scratch[e] > least[g];
             }
