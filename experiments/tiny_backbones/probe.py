@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.tiny_backbones.cifar import CLASS_NAMES, Cifar, load, normalise
-from sae_lightning.backbones import Backbone, TextTower, load_backbone
+from sae_lightning.backbones import Backbone, Tap, load_backbone
 from sae_lightning.backbones.tiny import TINY_NAMES
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "backbone"
@@ -28,13 +28,17 @@ OUT = Path(__file__).with_name("probes.json")
 
 
 def features(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
-    """Max- and mean-pooled patch tokens of the default layer and the pooled output, each [N, 128]."""
-    parts: dict[str, list[Tensor]] = {"max": [], "mean": [], "pooled": []}
+    """Max- and mean-pooled patch tokens of the default layer, and embeddings if there are some, each [N, 128]."""
+    patch, embedding = Tap("patch", backbone.layer), Tap("embedding")
+    taps = [patch, embedding] if embedding.kind in backbone.kinds else [patch]
+    parts: dict[str, list[Tensor]] = {}
     for batch in tqdm(images.split(500), desc=backbone.title, leave=False):
-        out = backbone.forward_features(normalise(batch))
-        parts["max"].append(out["patch"].amax(1))
-        parts["mean"].append(out["patch"].mean(1))
-        parts["pooled"].append(out["pooled"])
+        out = backbone.forward_features(normalise(batch), taps)
+        found = {"max": out[patch].amax(1), "mean": out[patch].mean(1)}
+        if embedding in out:
+            found["embedding"] = out[embedding]
+        for name, tensor in found.items():
+            parts.setdefault(name, []).append(tensor)
     return {name: torch.cat(part) for name, part in parts.items()}
 
 
@@ -44,11 +48,11 @@ def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
     return float(probe.fit(train.numpy(), train_labels.numpy()).score(test.numpy(), test_labels.numpy()))
 
 
-def zero_shot(name: str, pooled: Tensor, labels: Tensor) -> float:
+def zero_shot(backbone: Backbone, embeddings: Tensor, labels: Tensor) -> float:
     """Accuracy of the nearest prompt "a photo of a <class>"."""
-    tower = TextTower(name)
     prompts = [f"a photo of {'an' if c[0] in 'aeiou' else 'a'} {c}" for c in CLASS_NAMES]
-    guess = (tower.encode_images(pooled) @ tower.encode(prompts).T).argmax(1)
+    texts = torch.nn.functional.normalize(backbone.encode_text(prompts), dim=-1)
+    guess = (embeddings @ texts.T).argmax(1)
     return float((guess == labels).float().mean())
 
 
@@ -57,13 +61,12 @@ def probe(name: str, train: Cifar, test: Cifar) -> dict[str, float]:
     cfg = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")) | {"size": "tiny"}
     row: dict[str, float] = {}
     for kind in ("trained", "random"):
-        torch.manual_seed(0)
-        backbone = load_backbone(cfg, pretrained=kind == "trained")
+        backbone = load_backbone(cfg | {"tiny": cfg["tiny"] | {"pretrained": kind == "trained"}})
         a, b = features(backbone, train.images), features(backbone, test.images)
         for pool in ("max", "mean"):
             row[f"{kind}_{pool}"] = accuracy(a[pool], train.labels, b[pool], test.labels)
-        if kind == "trained" and name in ("clip", "siglip"):
-            row["zero_shot"] = zero_shot(name, b["pooled"], test.labels)
+        if kind == "trained" and "embedding" in b:
+            row["zero_shot"] = zero_shot(backbone, b["embedding"], test.labels)
     return row
 
 

@@ -1,38 +1,45 @@
-"""Vision encoders: the bundled tiny ones and the published ones, behind one interface."""
+"""Vision encoders: the bundled tiny ones and any of timm and transformers, behind one interface."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from sae_lightning.backbones.base import Backbone, BackboneError, default_layer
-from sae_lightning.backbones.bundled import TextTower, file_digest, load_tiny
-from sae_lightning.backbones.published import load_timm, load_transformers
+from sae_lightning.backbones.base import Backbone
+from sae_lightning.backbones.bundled import load_tiny, tiny_identity
+from sae_lightning.backbones.errors import BackboneError
+from sae_lightning.backbones.layers import default_layer
+from sae_lightning.backbones.names import folder_name
+from sae_lightning.backbones.settings import check_size, published
+from sae_lightning.backbones.taps import KINDS, Tap
+from sae_lightning.backbones.timm_models import load_timm
+from sae_lightning.backbones.transformers_models import load_transformers
+from sae_lightning.backbones.weights import digest
 
 
-def load_backbone(cfg: Mapping[str, Any], pretrained: bool = True) -> Backbone:
+def load_backbone(cfg: Mapping[str, Any]) -> Backbone:
     """The backbone of the config node ``cfg``: ``size`` tiny or published, the latter by ``published.library``.
 
-    Raises BackboneError with a sentence for an unknown size or library, and for weights that cannot be had.
+    Raises BackboneError with a sentence for settings that are unknown or contradict each other, and for
+    weights that cannot be had.
     """
-    if cfg["size"] == "tiny":
-        return load_tiny(cfg, pretrained)
-    if cfg["size"] != "published":
-        raise BackboneError(f"Unknown backbone.size={cfg['size']}; choose tiny or published.")
-    library = cfg["published"]["library"]
-    if library == "timm":
-        return load_timm(cfg, pretrained)
-    if library == "transformers":
-        return load_transformers(cfg, pretrained)
-    raise BackboneError(f"Unknown backbone.published.library={library}; choose timm or transformers.")
+    if check_size(cfg["size"]) == "tiny":
+        return load_tiny(cfg)
+    return load_timm(cfg) if published(cfg).library == "timm" else load_transformers(cfg)
 
 
 def identity(cfg: Mapping[str, Any]) -> str:
-    """What determines the backbone's features, without loading it: the weights' digest or the model's id."""
-    if cfg["size"] == "tiny":
-        return f"tiny:{cfg['name']}:{file_digest(cfg['name'])}"
-    wanted = cfg["published"]
-    return f"{wanted['library']}:{wanted['model']}:{wanted['image_size']}"
+    """What determines the backbone's features, without loading it: the model's id, or its weights' digest."""
+    if check_size(cfg["size"]) == "tiny":
+        return tiny_identity(cfg)
+    wanted = published(cfg)
+    parts = [wanted.library, wanted.model, str(wanted.image_size)]
+    if wanted.weights is not None:
+        parts.append(digest(wanted.weights))
+    if not wanted.pretrained:
+        parts += ["random", *([json.dumps(wanted.architecture, sort_keys=True)] if wanted.architecture else [])]
+    return ":".join(parts)
 
 
-__all__ = ["Backbone", "BackboneError", "TextTower", "default_layer", "identity", "load_backbone"]
+__all__ = ["KINDS", "Backbone", "BackboneError", "Tap", "default_layer", "folder_name", "identity", "load_backbone"]

@@ -1,110 +1,190 @@
-"""The one interface of every vision encoder: images in, patch tokens of a named block and pooled features out."""
+"""The one interface of every vision encoder: images or captions in, features of any number of taps out."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sae_lightning.backbones.errors import BackboneError, reason
+from sae_lightning.backbones.taps import KINDS, LAYER_KINDS, Tap
 
-class BackboneError(ValueError):
-    """A backbone that cannot be had, or a layer or image that does not fit it."""
+LACKING = {
+    "cls": "has no class token",
+    "pooled": "has no pooled output",
+    "embedding": "has no projection into an image–text space",
+    "text": "has no text tower",
+}
 
 
-def default_layer(cfg: Mapping[str, Any], size: str | None = None) -> int:
-    """``cfg.layer``, or the default layer of ``size`` (by default the config's own)."""
-    return cfg[size or cfg["size"]]["layer"] if cfg.get("layer") is None else cfg["layer"]
+class LayerTokens(NamedTuple):
+    """What one layer gives: ``patch`` [B, rows · columns, d] in reading order, ``cls`` [B, d] or None."""
+
+    patch: Tensor
+    cls: Tensor | None
+    grid: tuple[int, int]
+
+
+class Reading(NamedTuple):
+    """What one forward pass gives: the tokens of each wanted layer, and the pooled output [B, d] if there is one."""
+
+    layers: dict[int, LayerTokens]
+    pooled: Tensor | None
+
+
+# (images [B, 3, H, W], layers, whether the pooled output is wanted): one forward pass, as short as that allows
+Read = Callable[[Tensor, Collection[int], bool], Reading]
 
 
 class Backbone(nn.Module):
-    """A frozen encoder with a hook on one transformer block.
+    """A frozen encoder.
 
-    ``name`` is what configs call it, ``title`` what tables show; ``layer`` the default block (from 0);
-    ``d_in`` the width, ``grid`` the patch grid (rows, columns) with ``n_patches`` cells. ``transform``
-    turns a PIL image into the model's input [3, H, W].
+    ``name`` is what configs call it, ``title`` what tables show. ``depth`` is the number of layers, ``layer``
+    the default one (from 0) with its width ``d_in`` and its patch grid ``grid`` (rows, columns). ``transform``
+    turns a PIL image into the model's input [3, image_size, image_size] and can be pickled.
 
-    ``blocks`` is the path of the block list inside ``model``; ``prefix_tokens`` the class and register
-    tokens before the patches; ``pool`` turns the model's output into [B, d_pooled].
+    ``read`` runs ``model``; ``project`` takes pooled outputs into the image–text space; ``load_text`` makes the
+    text tower, a module from captions to embeddings [B, d], when captions first ask for it.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        read: Read,
         *,
         name: str,
         title: str,
-        blocks: str,
-        prefix_tokens: int,
+        depth: int,
         layer: int,
-        d_in: int,
-        grid: tuple[int, int],
         image_size: int,
         transform: Callable[[Image.Image], Tensor],
-        pool: Callable[[Any], Tensor],
+        project: nn.Module | None = None,
+        load_text: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.name, self.title, self.d_in, self.grid, self.image_size = name, title, d_in, grid, image_size
-        self.prefix_tokens = prefix_tokens
-        self.transform = transform
-        self._pool = pool
-        self._blocks: nn.ModuleList = model.get_submodule(blocks)  # type: ignore[assignment]
-        self.depth = len(self._blocks)
+        self.project = project.eval().requires_grad_(False) if project is not None else None
+        self.text_tower: nn.Module | None = None
+        self.name, self.title, self.depth, self.image_size, self.transform = name, title, depth, image_size, transform
+        self._read, self._load_text = read, load_text
         self.layer = self.check_layer(layer)
+        self._shapes, self.kinds = self._try_out()
+        self.d_in, self.grid = self.width_at(self.layer), self.grid_at(self.layer)
 
     @property
     def n_patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    def grid_at(self, layer: int) -> tuple[int, int]:
+        """Rows and columns of the patch tokens of ``layer``."""
+        return self._shapes[self.check_layer(layer)][0]
+
+    def width_at(self, layer: int) -> int:
+        """Width of the tokens of ``layer``."""
+        return self._shapes[self.check_layer(layer)][1]
+
     def check_layer(self, layer: int) -> int:
-        """``layer`` itself; BackboneError unless it is one of the blocks."""
-        if not 0 <= layer < self.depth:
+        """``layer`` counted from 0; BackboneError unless it exists."""
+        if not -self.depth <= layer < self.depth:
             raise BackboneError(
-                f"Layer {layer} does not exist in {self.title}: its blocks are 0 to {self.depth - 1}. "
-                "Set backbone.layer."
+                f"Layer {layer} does not exist in {self.title}: its layers are 0 to {self.depth - 1}, or -1 for the "
+                "last. Set backbone.layer."
             )
-        return layer
+        return layer % self.depth
+
+    def check(self, tap: Tap) -> Tap:
+        """``tap`` with its layer counted from 0; BackboneError if this backbone does not have it."""
+        if tap.kind not in self.kinds:
+            raise BackboneError(f"{self.title} {LACKING[tap.kind]}; it has {', '.join(self.kinds)}.")
+        return tap if tap.layer is None else Tap(tap.kind, self.check_layer(tap.layer))
 
     @torch.no_grad()
-    def forward_features(self, images: Tensor, layer: int | None = None) -> dict[str, Tensor]:
-        """Patch tokens of block ``layer`` [B, P, d_in] and the model's pooled output [B, d_pooled].
+    def forward_features(self, images: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """The features of all ``taps`` from one forward pass: patch taps [B, P, d], all others [B, d].
 
-        ``images`` [B, 3, H, W] as ``transform`` makes them. Class and register tokens are dropped.
-        BackboneError for a layer out of range or another image size.
+        ``images`` [B, 3, H, W] as ``transform`` makes them. Class and register tokens are no patches. The
+        pass ends after the last wanted block unless the pooled output or the embedding is wanted too.
+        BackboneError for a tap that this backbone does not have or that needs captions, for no taps at
+        all, and for images of another size.
         """
-        block = self._blocks[self.check_layer(self.layer if layer is None else layer)]
+        found = {tap: self.check(tap) for tap in taps}
+        if not found:
+            raise BackboneError("No taps were given; name at least one, for example Tap('pooled').")
+        if any(tap.kind == "text" for tap in found):
+            raise BackboneError("Text features come from captions, not from images; use encode_text.")
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise BackboneError(
                 f"{self.title} takes images of {self.image_size} x {self.image_size} pixels; "
                 f"it got {images.shape[-2]} x {images.shape[-1]}. Use its transform."
             )
-        seen: list[Tensor] = []
+        layers = {tap.layer for tap in found.values() if tap.layer is not None}
+        reading = self._read(images, layers, any(tap.kind not in LAYER_KINDS for tap in found))
+        return {tap: self._pick(reading, tap_from_0) for tap, tap_from_0 in found.items()}
 
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(output[0] if isinstance(output, tuple) else output)
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings [B, d] of ``captions`` in the image–text space, not scaled to unit norm.
 
-        handle = block.register_forward_hook(hook)
-        try:
-            pooled = self._pool(self.model(images))
-        finally:
-            handle.remove()
-        patch = seen[0][:, self.prefix_tokens :]
-        if patch.shape[1] != self.n_patches:
-            raise BackboneError(f"{self.title} gave {patch.shape[1]} patch tokens; expected {self.n_patches}.")
-        return {"patch": patch, "pooled": pooled}
+        The text tower is loaded by the first call, to where the model is. Captions beyond its length are
+        cut. BackboneError without a text tower, without captions, and when the tower cannot be loaded.
+        """
+        self.check(Tap("text"))
+        if isinstance(captions, str) or not captions:
+            raise BackboneError("encode_text takes a list with at least one caption.")
+        if self.text_tower is None:
+            assert self._load_text is not None  # or check would have raised
+            tower = self._load_text().eval().requires_grad_(False)
+            self.text_tower = tower.to(next(self.model.parameters()).device)
+        return self.text_tower(list(captions))
 
     def describe(self) -> str:
         """What, beside the weights, changes the features: for the fingerprint."""
-        return f"{self.title}|{self.image_size}|{self.prefix_tokens}|{self.transform}"
+        return f"{self.title}|{self.image_size}|{self.transform}"
 
     def fingerprint(self) -> str:
-        """Hex digest of weights, architecture and transform."""
+        """Hex digest of the image encoder's weights, architecture and transform."""
         digest = hashlib.sha256(self.describe().encode())
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for part in (self.model, self.project):
+            for name, tensor in ({} if part is None else part.state_dict()).items():
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def _pick(self, reading: Reading, tap: Tap) -> Tensor:
+        if tap.layer is not None:
+            tokens = reading.layers[tap.layer]
+            features = tokens.patch if tap.kind == "patch" else tokens.cls
+        elif tap.kind == "embedding" and self.project is not None:
+            features = self.project(reading.pooled)
+        else:
+            features = reading.pooled
+        assert features is not None  # or check would have raised
+        return features
+
+    @torch.no_grad()
+    def _try_out(self) -> tuple[list[tuple[tuple[int, int], int]], tuple[str, ...]]:
+        """Grid and width of every layer, and the kinds of taps that exist, as one black image shows them."""
+        black = torch.zeros(1, 3, self.image_size, self.image_size)
+        try:
+            reading = self._read(black, range(self.depth), True)
+        except BackboneError:
+            raise
+        except Exception as error:
+            raise BackboneError(
+                f"{self.title} cannot encode images of {self.image_size} x {self.image_size} pixels: {reason(error)}. "
+                "Set backbone.published.image_size, or choose another model."
+            ) from error
+        has_pooled = reading.pooled is not None and reading.pooled.ndim == 2
+        has = {
+            "patch": True,
+            "cls": all(tokens.cls is not None for tokens in reading.layers.values()),
+            "pooled": has_pooled,
+            "embedding": has_pooled and self.project is not None,
+            "text": self._load_text is not None,
+        }
+        shapes = [(reading.layers[layer].grid, reading.layers[layer].patch.shape[-1]) for layer in range(self.depth)]
+        return shapes, tuple(kind for kind in KINDS if has[kind])

@@ -1,28 +1,23 @@
-"""Loading the tiny backbones that ship with the package, and their text towers."""
+"""Loading the tiny backbones that ship with the package, and the text halves of two of them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from sae_lightning.backbones.base import Backbone, BackboneError, default_layer
-from sae_lightning.backbones.tiny import (
-    IMAGE_SIZE,
-    PATCH_SIZE,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    WIDTH,
-    TinyTextTower,
-    tiny_vit,
-)
+from sae_lightning.backbones.base import Backbone
+from sae_lightning.backbones.errors import BackboneError
+from sae_lightning.backbones.settings import asked_layer
+from sae_lightning.backbones.timm_models import read_timm
+from sae_lightning.backbones.tiny import DEPTH, IMAGE_SIZE, PIXEL_MEAN, PIXEL_STD, WIDTH, TinyTextTower, tiny_vit
+from sae_lightning.backbones.weights import fixed_seed
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 IMAGE_TEXT = ("clip", "siglip")
@@ -40,63 +35,55 @@ def weights_file(name: str) -> Path:
     return path
 
 
-def file_digest(name: str) -> str:
-    """SHA-256 of the bundled weights file."""
-    return hashlib.sha256(weights_file(name).read_bytes()).hexdigest()
-
-
-def load_tiny(cfg: Mapping[str, Any], pretrained: bool = True) -> Backbone:
-    """The tiny backbone ``cfg.name``; with ``pretrained=False`` the same architecture with random weights."""
+def tiny_identity(cfg: Mapping[str, Any]) -> str:
+    """The name and the digest of the bundled weights, or ``random``."""
     name = cfg["name"]
-    vit = tiny_vit(name)
-    if pretrained:
-        tensors = load_file(weights_file(name))
-        vit.load_state_dict({k: v.float() for k, v in tensors.items() if not k.startswith(BESIDE)})
-    side = IMAGE_SIZE // PATCH_SIZE
-    transform = create_transform(
-        (3, IMAGE_SIZE, IMAGE_SIZE), mean=PIXEL_MEAN, std=PIXEL_STD, crop_pct=1.0, interpolation="bicubic"
-    )
+    weights = hashlib.sha256(weights_file(name).read_bytes()).hexdigest() if _trained(cfg) else "random"
+    return f"tiny:{name}:{weights}"
+
+
+def load_tiny(cfg: Mapping[str, Any]) -> Backbone:
+    """The tiny backbone ``cfg.name``; with ``cfg.tiny.pretrained=false`` the same architecture with random weights."""
+    name, trained = cfg["name"], _trained(cfg)
+    with fixed_seed():
+        vit = tiny_vit(name)
+        project = nn.Linear(WIDTH, WIDTH, bias=False) if name in IMAGE_TEXT else None
+    if trained:
+        vit.load_state_dict(_tensors(name, but=BESIDE))
+        if project is not None:
+            project.load_state_dict(_tensors(name, of="project."))
     return Backbone(
         vit,
+        partial(read_timm, vit),
         name=name,
-        title=f"{name} (tiny)",
-        blocks="blocks",
-        prefix_tokens=vit.num_prefix_tokens,
-        layer=default_layer(cfg, "tiny"),
-        d_in=WIDTH,
-        grid=(side, side),
+        title=f"{name} (tiny)" if trained else f"{name} (tiny, random weights)",
+        depth=DEPTH,
+        layer=asked_layer(cfg, "tiny"),
         image_size=IMAGE_SIZE,
-        transform=transform,
-        pool=lambda output: output,
+        transform=create_transform(
+            (3, IMAGE_SIZE, IMAGE_SIZE), mean=PIXEL_MEAN, std=PIXEL_STD, crop_pct=1.0, interpolation="bicubic"
+        ),
+        project=project,
+        load_text=partial(_load_text, name, trained) if name in IMAGE_TEXT else None,
     )
 
 
-class TextTower(nn.Module):
-    """The text half of the tiny ``clip`` or ``siglip``, with the projection of its images."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        if name not in IMAGE_TEXT:
-            raise BackboneError(f"The tiny backbone '{name}' has no text tower; {' and '.join(IMAGE_TEXT)} have one.")
-        tensors = {k: v.float() for k, v in load_file(weights_file(name)).items()}
-        words = (ASSETS / "vocabulary.txt").read_text().split()
-        self.text = TinyTextTower(words)
-        self.text.load_state_dict({k.removeprefix("text."): v for k, v in tensors.items() if k.startswith("text.")})
-        self.project = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.project.load_state_dict({"weight": tensors["project.weight"]})
-        self.register_buffer("logit_scale", tensors["logit_scale"])
-        self.register_buffer("logit_bias", tensors["logit_bias"])
-        self.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def encode(self, captions: list[str]) -> Tensor:
-        """Unit-norm embeddings [B, 128] of captions."""
-        return F.normalize(self.text(captions), dim=-1)
-
-    @torch.no_grad()
-    def encode_images(self, pooled: Tensor) -> Tensor:
-        """Unit-norm embeddings [B, 128] of the backbone's pooled features [B, 128], comparable to the captions'."""
-        return F.normalize(self.project(pooled.float()), dim=-1)
+def _load_text(name: str, trained: bool) -> TinyTextTower:
+    with fixed_seed():
+        tower = TinyTextTower((ASSETS / "vocabulary.txt").read_text().split())
+    if trained:
+        tower.load_state_dict(_tensors(name, of="text."))
+    return tower
 
 
-__all__ = ["TextTower", "file_digest", "load_tiny", "weights_file"]
+def _tensors(name: str, of: str = "", but: Collection[str] = ()) -> dict[str, Tensor]:
+    """The bundled tensors in float32 whose names start with ``of`` (taken off) and with none of ``but``."""
+    return {
+        key.removeprefix(of): tensor.float()
+        for key, tensor in load_file(weights_file(name)).items()
+        if key.startswith(of) and not key.startswith(tuple(but))
+    }
+
+
+def _trained(cfg: Mapping[str, Any]) -> bool:
+    return cfg["tiny"].get("pretrained", True)

@@ -1,0 +1,19 @@
+"""Names of backbones that follow from a model's id."""
+
+from __future__ import annotations
+
+import re
+
+from omegaconf import OmegaConf
+
+
+def folder_name(model: str | None) -> str:
+    """``model`` as a folder's name: what is neither letter, digit nor one of ``_.+-`` becomes ``--``.
+
+    Null too has a name, so that the error about it comes from where the model is needed.
+    """
+    return re.sub(r"[^\w.+-]+", "--", str(model)).strip("-.")
+
+
+# conf/backbone/timm.yaml and transformers.yaml: ${folder_name:<model id>}
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)

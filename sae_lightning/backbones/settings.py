@@ -1,0 +1,108 @@
+"""What a backbone's config node says, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from sae_lightning.backbones.errors import BackboneError
+
+SIZES = ("tiny", "published")
+LIBRARIES = ("timm", "transformers")
+
+
+@dataclass(frozen=True)
+class Published:
+    """The section ``published``: which model, from where, at which resolution.
+
+    ``weights`` is a local safetensors file (timm) or model folder (both libraries) instead of the hub;
+    ``pretrained=False`` draws random weights. ``architecture`` is transformers' config for these, spelled
+    out; weights from the hub or a folder bring their own. None stands for the model's own value.
+    """
+
+    library: str
+    model: str
+    title: str
+    image_size: int | None
+    pretrained: bool
+    weights: Path | None
+    architecture: Mapping[str, Any] | None
+
+
+def check_size(size: str) -> str:
+    """``size`` itself; BackboneError unless it is one that a config can choose."""
+    if size not in SIZES:
+        raise BackboneError(f"Unknown backbone.size={size}; choose {' or '.join(SIZES)}.")
+    return size
+
+
+def asked_layer(cfg: Mapping[str, Any], size: str) -> int:
+    """The layer that the config asks for, negative where it counts from the end (null: the last)."""
+    layer = cfg.get("layer")
+    if layer is None:
+        layer = cfg[size].get("layer")
+    if layer is None:
+        return -1
+    if type(layer) is not int:
+        raise BackboneError(f"backbone.layer={layer} is no layer; give a whole number from 0, or -1 for the last.")
+    return layer
+
+
+def published(cfg: Mapping[str, Any]) -> Published:
+    """``cfg.published`` with defaults filled in; BackboneError for settings that are unknown or contradict."""
+    node = cfg["published"]
+    section: dict[str, Any] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)  # type: ignore[assignment]
+    library, model = section["library"], section["model"]
+    if library not in LIBRARIES:
+        raise BackboneError(f"Unknown backbone.published.library={library}; choose {' or '.join(LIBRARIES)}.")
+    if model in (None, "", "???"):
+        raise BackboneError(f"backbone.published.model is missing; set it to the id of a {library} model.")
+    if model.startswith("local-dir:") or (library == "transformers" and Path(model).is_dir()):
+        raise BackboneError(
+            f"backbone.published.model={model} is a folder; give the folder as backbone.published.weights and "
+            "the model's id as backbone.published.model."
+        )
+    size = section.get("image_size")
+    if size is not None and (type(size) is not int or size < 1):
+        raise BackboneError(f"backbone.published.image_size={size} is no number of pixels; give one, or null.")
+    pretrained, weights = section.get("pretrained", True), section.get("weights")
+    if weights is not None and not pretrained:
+        raise BackboneError(
+            f"backbone.published.weights={weights} and pretrained=false contradict each other; leave one out."
+        )
+    about = [part for part in (section.get("title"), None if pretrained else "random weights") if part]
+    shown = cfg["name"] if section.get("title") else model
+    return Published(
+        library=library,
+        model=model,
+        title=f"{shown} ({', '.join(about)})" if about else shown,
+        image_size=size,
+        pretrained=pretrained,
+        weights=None if weights is None else _local(Path(weights), library),
+        architecture=section.get("architecture") if library == "transformers" else None,  # timm knows its models
+    )
+
+
+def _local(path: Path, library: str) -> Path:
+    """``path`` if it is something that ``library`` loads without unpickling; BackboneError otherwise."""
+    found = f"backbone.published.weights={path}"
+    if path.is_dir():
+        if not any(path.glob("*.safetensors")):
+            raise BackboneError(f"{found} is a folder without safetensors, and pickled weights are not loaded.")
+        if library == "transformers":
+            return path
+        path /= "model.safetensors"
+    if not path.is_file():
+        raise BackboneError(f"{found} does not exist; give a safetensors file or a model's folder.")
+    if library == "transformers":
+        raise BackboneError(f"{found} is a file; transformers needs the model's folder, with its config.json.")
+    if path.suffix != ".safetensors":
+        raise BackboneError(
+            f"{found} is no safetensors file, and pickled weights are not loaded; convert it with "
+            "safetensors.torch.save_file."
+        )
+    return path
