@@ -144,6 +144,14 @@ def adam(
     )  # fmt: skip
 
 
+def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean) / std in float32; ``x`` [..., d] contiguous, of float16, bfloat16 or float32."""
+    out = mean.new_empty(x.shape)
+    kind = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}[x.dtype]
+    _call("normalize_rows", x, kind, mean, float(std), out, x.shape[-1], x.numel() // max(1, x.shape[-1]))
+    return out
+
+
 def rank_groups(values: Tensor, offsets: Tensor, ks: Tensor) -> Tensor:
     """As ``grouping.rank_groups``."""
     group = torch.empty(len(values), dtype=torch.long)

@@ -54,6 +54,14 @@ def _launch(name: str, grid: tuple[int, int], *arguments: Any, d: int, **constan
         getattr(triton_kernels, name)[grid](*arguments, **constants, **shape, num_warps=4, enable_fp_fusion=True)
 
 
+def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean) / std in float32; ``x`` [..., d] contiguous, of a type in TYPES."""
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    d, n = x.shape[-1], x.numel() // max(1, x.shape[-1])
+    _launch("normalize_rows", (n, -(-d // _block(d))), x, mean, std, out, d, d=d)
+    return out
+
+
 def _block(d: int) -> int:
     """Columns of one program: a power of two."""
     return min(WIDEST, max(16, 1 << (d - 1).bit_length()))

@@ -35,6 +35,17 @@ def decode_rows(
 
 
 @triton.jit
+def normalize_rows(x, mean, std, out, d, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = (x[i] - mean) / std; a program is (row, block of columns)."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < d
+    value = tl.load(x + row * d + at, mask=inside, other=0.0).to(tl.float32)
+    value = (value - tl.load(mean + at, mask=inside, other=0.0)) / tl.load(std)
+    tl.store(out + row * d + at, value, mask=inside)
+
+
+@triton.jit
 def exact_rows(latents, offsets, x, W, bias, out, d, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
     """out[e] = x[i] · W[latents[e]] + bias[latents[e]] for row i's entries; a program is a row."""
     row = tl.program_id(0).to(tl.int64)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sae_lightning.kernels import normalize as kernels
+
 
 class Normalizer(nn.Module):
     """Subtract a per-dimension mean [d_in] and divide by one scalar deviation (ViSAEBench Table 1).
@@ -30,7 +32,7 @@ class Normalizer(nn.Module):
 
     def normalize(self, features: Tensor) -> Tensor:
         """Raw features [..., d_in] of any float type to float32, centred and scaled."""
-        return (features.to(self.mean.dtype) - self.mean) / self.std
+        return kernels.normalize(features, self.mean, self.std)
 
     def denormalize(self, features: Tensor) -> Tensor:
         """The inverse, [..., d_in]."""

@@ -44,7 +44,7 @@ KINDS = {
     ("name", "constants"),
     [
         ("decode_rows", {"BIAS": True}), ("decode_rows", {"BIAS": False}), ("exact_rows", {}),
-        ("sum_latents", {"DOTS": True}), ("sum_latents", {"DOTS": False}),
+        ("normalize_rows", {}), ("sum_latents", {"DOTS": True}), ("sum_latents", {"DOTS": False}),
         ("add_parts", {"DOTS": True}), ("add_parts", {"DOTS": False}),
     ],
 )  # fmt: skip

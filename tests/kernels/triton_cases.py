@@ -85,12 +85,24 @@ def gradients(kernels: str, d: int, device: str) -> tuple[Tensor, ...]:
         return out, *torch.autograd.grad(out.sin().sum(), (x, W, b, b_enc))
 
 
+def normalizing(d: int, device: str) -> dict[str, float]:
+    """Differences of normalising rows of every type."""
+    x, _, mean, _ = matrices(d, device)
+    std = torch.tensor(0.7, device=device)
+    pairs = ((t, x.to(t)) for t in (torch.float16, torch.bfloat16, torch.float32))
+    return {
+        f"normalize {t}": difference(on_triton.normalize(rows, mean, std), (rows.float() - mean) / std)
+        for t, rows in pairs
+    }
+
+
 def differences(device: str) -> dict[str, float]:
     """The largest difference of every case."""
     found = sorting(device)
     for d in (5, 64, 130):
         with patch.object(on_triton, "WIDEST", 64):  # the last in three blocks of columns
-            found |= {f"{name}, d {d}": worst for name, worst in products(d, device).items()}
+            cases = products(d, device) | normalizing(d, device)
+            found |= {f"{name}, d {d}": worst for name, worst in cases.items()}
     found |= {f"{name}, no entries": worst for name, worst in products(64, device, empty=True).items()}
     found |= {f"{name}, in one chunk": worst for name, worst in products(130, device, chunk=on_triton.CHUNK).items()}
     step = difference(gradients("triton", 64, device), gradients("reference", 64, device))
