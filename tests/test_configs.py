@@ -6,6 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import sae_lightning.backbones  # noqa: F401  registers a resolver that configs use
 from sae_lightning.data import SOURCES
 from sae_lightning.saes import VARIANTS
 from sae_lightning.saes.losses import TERMS
@@ -25,13 +26,15 @@ def load(*overrides: str, root: str = "config"):
 def test_every_choice_composes_and_resolves(path):
     group, name = path.parent.as_posix(), path.stem
     prefix = "+" if group == "experiment" else ""
-    needed = ["data.path=somewhere"] if name in ("cifar10", "folder", "imagenet") else []
-    needed += ["data.id=someone/something"] if name == "hub" else []
+    needed = ["data.path=somewhere"] if name in ("cifar10", "folder", "imagenet", "webdataset") else []
+    needed += ["data.id=someone/something"] if name == "hf" else []
+    needed += ["data.train=somewhere"] if name == "store" else []
+    needed += ["backbone.published.model=some/model"] if name in ("timm", "transformers") else []
     cfg = load(f"{prefix}{group}={name}", *needed)
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert plain["sae"]["name"] in VARIANTS
     assert set(plain["loss"]) <= set(TERMS)
-    assert plain["data"]["source"] in SOURCES
+    assert plain["data"]["source"] in (*SOURCES, "store")
     assert plain["logger"]["kind"] in KINDS
     assert plain["backbone"]["size"] in ("tiny", "published")
 

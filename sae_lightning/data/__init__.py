@@ -5,30 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sae_lightning.data.folder import load_folder, load_imagenet
-from sae_lightning.data.hub import load_hub
-from sae_lightning.data.images import SPLITS, DataError, ImageData, check_split
+from sae_lightning.data.arrange import arrange
+from sae_lightning.data.decode import Item, decode
+from sae_lightning.data.errors import DataError
+from sae_lightning.data.folder import load_folder
+from sae_lightning.data.hf import load_hf
+from sae_lightning.data.imagenet import load_imagenet
+from sae_lightning.data.images import ImageData
 from sae_lightning.data.parquet import load_cifar10, load_demo
+from sae_lightning.data.splits import SPLITS, check_split
+from sae_lightning.data.stream import ImageStream
+from sae_lightning.data.webdataset import load_webdataset
 
-SOURCES: dict[str, Callable[[dict[str, Any], str], ImageData]] = {
+SOURCES: dict[str, Callable[[dict[str, Any], str], ImageData | ImageStream]] = {
     "demo": load_demo,
     "cifar10": load_cifar10,
     "folder": load_folder,
     "imagenet": load_imagenet,
-    "hub": load_hub,
+    "hf": load_hf,
+    "webdataset": load_webdataset,
 }
 
 
-def load_images(data: Mapping[str, Any], split: str) -> ImageData:
+def load_images(data: Mapping[str, Any], split: str) -> ImageData | ImageStream:
     """The ``split`` (train, val or test) of the data set that the config node ``data`` describes.
 
-    Raises DataError for an unknown source or split, and for whatever is missing or broken in it.
+    An ImageStream for ``data=hf data.streaming=true``, else ImageData, with as many images as ``data.limit``
+    says, in the order that ``data.shuffle`` says. Raises DataError for an unknown source or split, and for
+    whatever is missing or broken in it.
     """
     check_split(split)
     source = data["source"]
     if source not in SOURCES:
         raise DataError(f"Unknown data.source={source}; choose one of {', '.join(SOURCES)}.")
-    return SOURCES[source](dict(data), split)
+    images = SOURCES[source](dict(data), split)
+    return images if isinstance(images, ImageStream) else arrange(images, data)
 
 
-__all__ = ["SPLITS", "DataError", "ImageData", "load_images"]
+__all__ = ["SPLITS", "DataError", "ImageData", "ImageStream", "Item", "decode", "load_images"]

@@ -1,68 +1,142 @@
-"""Images in folders, one a class: any tree of your own, and ImageNet's layout."""
+"""Pictures in folders as users have them: with or without folders a split, with or without folders a class."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sae_lightning.data.images import SPLITS, DataError, ImageData, split_indices
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
-
-
-def scan(root: Path) -> tuple[list[Path], np.ndarray, list[str]]:
-    """Image files below the class folders of ``root``, their labels [n] and the class names, sorted."""
-    if not root.is_dir():
-        raise DataError(f"There is no folder {root}; set data.path to a folder with one sub-folder a class.")
-    classes = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in SUFFIXES)
-        files += found
-        labels += [label] * len(found)
-    if not files:
-        raise DataError(f"No images lie in {root}; expected {root}/<class>/<picture>.jpg (or png, webp …).")
-    return files, np.asarray(labels, dtype=np.int64), classes
-
-
-def from_files(
-    name: str, split: str, root: Path, files: list[Path], labels: np.ndarray, classes: list[str]
-) -> ImageData:
-    """ImageData over files; the fingerprint knows their sizes and times, not their bytes, so that it stays cheap."""
-
-    def content(index: int) -> bytes:
-        stat = files[index].stat()
-        return f"{stat.st_size}:{stat.st_mtime_ns}".encode()
-
-    ids = [p.relative_to(root).as_posix() for p in files]
-    return ImageData(name, split, classes, labels, ids, lambda i: files[i], content)
+from sae_lightning.data.errors import DataError
+from sae_lightning.data.images import ImageData
+from sae_lightning.data.labels import UNLABELLED
+from sae_lightning.data.scan import SUFFIXES, Scan, existing_folder, scan
+from sae_lightning.data.splits import SPLITS, USUAL, choose_splits, cut, missing_splits
+from sae_lightning.data.texts import TextFiles, Texts
 
 
 def load_folder(cfg: dict[str, Any], split: str) -> ImageData:
-    """``path/<class>/…`` divided by ``shares`` and ``seed``, or ``path/{train,val,test}/<class>/…`` as it is."""
-    root = Path(cfg["path"])
-    if all((root / s).is_dir() for s in SPLITS):
-        files, labels, classes = scan(root / split)
-        return from_files(cfg["name"], split, root, files, labels, classes)
-    files, labels, classes = scan(root)
-    index = split_indices(labels, dict(cfg["shares"]), cfg["seed"])[split]
-    return from_files(cfg["name"], split, root, [files[i] for i in index], labels[index], classes)
+    """``path/<split>/<class>/…``, ``path/<class>/…``, ``path/<split>/…`` or just ``path/…``.
 
-
-def load_imagenet(cfg: dict[str, Any], split: str) -> ImageData:
-    """ImageNet-1K as ``path/train/<wnid>/…`` and ``path/val/<wnid>/…``.
-
-    The official val split is our test; our val is a stratified share of train, left out of train.
+    Splits that have no folder are cut from train by ``shares`` and ``seed``. Without class folders all
+    images are of one class, "unlabelled". Texts beside all pictures, of the same stem, are their captions.
+    Raises DataError when there is no picture, or when pictures lie beside class folders.
     """
-    from timm.data import ImageNetInfo
+    root = existing_folder(cfg["path"])
+    held_out = held_out_shares(cfg["shares"])
+    present = split_folders(root)
+    if not present:
+        found = scan(root)
+        names, split_of = class_names(root), dict.fromkeys(SPLITS, "")
+    else:
+        split_of = choose_splits({}, present, str(root))
+        found = scan(root, split_of[split])
+        names = sorted(set().union(*(class_names(root / folder) for folder in split_of.values())))
+    labels = labels_of(found, names, split_of[split])
+    images = from_scan(cfg["name"], split, found, labels, names)
+    missing = missing_splits(split_of)
+    if missing and split in ("train", *missing):
+        return images.take(cut(labels, {s: held_out[s] for s in missing}, split, cfg["seed"]))
+    return images
 
-    root = Path(cfg["path"])
-    files, labels, wnids = scan(root / ("val" if split == "test" else "train"))
-    if split != "test":
-        index = split_indices(labels, {"train": 1 - cfg["val_share"], "val": cfg["val_share"]}, cfg["seed"])[split]
-        files, labels = [files[i] for i in index], labels[index]
-    info = ImageNetInfo()
-    words = {wnid: info.label_name_to_description(wnid, detailed=False) for wnid in info.label_names()}
-    return from_files("imagenet", split, root, files, labels, [words.get(w, w) for w in wnids])
+
+def held_out_shares(shares: Mapping[str, float]) -> dict[str, float]:
+    """The shares of val and test; DataError unless train, val and test have shares that add up to 1."""
+    if set(shares) != set(SPLITS) or abs(sum(shares.values()) - 1) > 1e-6:
+        raise DataError(f"data.shares={dict(shares)} must give train, val and test shares that add up to 1.")
+    return {split: shares[split] for split in SPLITS[1:]}
+
+
+def split_folders(root: Path) -> list[str]:
+    """The sub-folders of ``root`` that are splits: there are some if one is train and val or test lies beside it,
+    or nothing else. A train among other folders is a class, as in CIFAR-100."""
+    folders, _ = level(root)
+    usual = [name for names in USUAL.values() for name in names]
+    present = [name for name in folders if name in usual]
+    if "train" in present and (len(present) > 1 or len(folders) == 1):
+        return present
+    if folders and len(present) == len(folders):
+        raise DataError(
+            f"{root} has {' and '.join(present)} but no train; add it, or point data.path into one of them."
+        )
+    return []
+
+
+def level(folder: Path) -> tuple[list[str], bool]:
+    """Names of the sub-folders that are not hidden, sorted, and whether pictures lie in ``folder`` itself.
+
+    Stops at the first picture, so that a flat folder of a million costs nothing.
+    """
+    names = []
+    with os.scandir(folder) as found:
+        for entry in found:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                names.append(entry.name)
+            elif entry.name.rpartition(".")[2].lower() in SUFFIXES:
+                return [], True
+    return sorted(names), False
+
+
+def class_names(folder: Path) -> list[str]:
+    """The sub-folders of ``folder``, or "unlabelled" when the pictures lie in it without any."""
+    names, flat = level(folder)
+    return [UNLABELLED] if flat else names
+
+
+def labels_of(found: Scan, names: Sequence[str], below: str) -> np.ndarray:
+    """Labels [n] int64 of the pictures: the place in ``names`` of their first folder under ``root/below``.
+
+    DataError when there is no picture, or when some lie in folders and some do not.
+    """
+    where = os.path.join(found.root, below)
+    if not found.paths:
+        raise DataError(
+            f"No images lie in {where}; expected <class>/<picture>.jpg (or png, webp …), or pictures alone."
+        )
+    start = len(below) + 1 if below else 0
+    folders = [path[start:].partition("/")[::2] for path in found.paths]
+    deep = [bool(rest) for _, rest in folders]
+    if any(deep) and not all(deep):
+        raise DataError(
+            f"Pictures lie in {where} itself ({found.paths[deep.index(False)]}) and in folders below it "
+            f"({found.paths[deep.index(True)]}); put all of them into class folders, or all side by side."
+        )
+    position = {name: i for i, name in enumerate(names)}
+    return np.array([position[folder if rest else UNLABELLED] for folder, rest in folders], dtype=np.int64)
+
+
+def from_scan(name: str, split: str, found: Scan, labels: np.ndarray, names: Sequence[str]) -> ImageData:
+    """ImageData over the scanned files, with their texts as captions where each has one.
+
+    The fingerprint knows the files' sizes and times, not their bytes, so that it stays cheap.
+    """
+    captions = None
+    if found.texts and found.texts.issuperset(path.rpartition(".")[0] for path in found.paths):
+        captions = Texts(TextFiles(found.root, found.paths), np.arange(len(found.paths)))
+    return ImageData(
+        name, split, names, labels, found.paths, Files(found.root, found.paths), Marks(found.marks), captions
+    )
+
+
+class Files:
+    """The full path of picture i."""
+
+    def __init__(self, root: str, paths: Sequence[str]) -> None:
+        self.root, self.paths = root, paths
+
+    def __call__(self, row: int) -> Path:
+        return Path(self.root, self.paths[row])
+
+
+class Marks:
+    """Size and time of file i as bytes."""
+
+    def __init__(self, marks: np.ndarray) -> None:
+        self.marks = marks
+
+    def __call__(self, row: int) -> bytes:
+        return self.marks[row].tobytes()

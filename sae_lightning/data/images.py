@@ -1,31 +1,29 @@
-"""The one interface of every image source: labelled pictures of one split."""
+"""The one interface of every image source with random access: labelled pictures of one split."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
-SPLITS = ("train", "val", "test")
-
-
-class DataError(ValueError):
-    """An image source that is missing, incomplete or unreadable."""
+from sae_lightning.data.decode import Item, Source, to_rgb
+from sae_lightning.data.errors import DataError
+from sae_lightning.data.texts import take_texts
 
 
 class ImageData(Dataset):
-    """Labelled images of one split; ``data[i]`` is an RGB PIL image.
+    """Labelled images of one split; ``data[i]`` is an RGB PIL image, decoded as ``to_rgb`` says.
 
     ``labels`` [n] int64 index ``class_names``; ``image_ids`` are unique and stable; ``captions`` holds
     one sentence an image or is None; ``sibling_groups`` maps a group's name to its class names.
-    ``read(i)`` returns image i as bytes, a path or a PIL image; ``content(i)`` something that
-    changes when the image does (by default its id), for the fingerprint.
+    ``read(i)`` returns image i undecoded; ``content`` is something that changes when the images do, for the
+    fingerprint: bytes for all of them, or a function that gives those of image i. ``read`` is picklable, so
+    that DataLoader workers can be forked or spawned. Raises DataError when labels, ids and classes disagree.
     """
 
     def __init__(
@@ -35,8 +33,8 @@ class ImageData(Dataset):
         class_names: Sequence[str],
         labels: Sequence[int] | np.ndarray,
         image_ids: Sequence[str],
-        read: Callable[[int], Any],
-        content: Callable[[int], bytes] | None = None,
+        read: Callable[[int], Source],
+        content: Callable[[int], bytes] | bytes | None = None,
         captions: Sequence[str] | None = None,
         sibling_groups: dict[str, list[str]] | None = None,
     ) -> None:
@@ -44,9 +42,10 @@ class ImageData(Dataset):
         self.class_names = list(class_names)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.image_ids = list(image_ids)
-        self.captions = list(captions) if captions is not None else None
+        self.captions = captions
         self.sibling_groups = sibling_groups or {}
         self._read, self._content = read, content
+        self._rows = np.arange(len(self.labels))  # what read and content call the images
         if len(self.labels) == 0:
             raise DataError(f"The {split} split of '{name}' has no images.")
         if len(set(self.image_ids)) != len(self.labels):
@@ -62,48 +61,51 @@ class ImageData(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Image.Image:
+        return to_rgb(self._source(index), self.image_ids[index])
+
+    def item(self, index: int) -> Item:
+        """Image ``index`` undecoded, with its id, label and caption; ``decode(item)`` gives ``data[index]``."""
+        caption = self.captions[index] if self.captions is not None else None
+        return Item(self._source(index), self.image_ids[index], int(self.labels[index]), caption)
+
+    def _source(self, index: int) -> Source:
         if not 0 <= index < len(self):
             raise IndexError(f"Image {index} of {len(self)}.")
-        source = self._read(index)
-        try:
-            picture = source if isinstance(source, Image.Image) else Image.open(_stream(source))
-            return picture.convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(
-                f"Image '{self.image_ids[index]}' of '{self.name}' cannot be read ({error}); "
-                "remove it or replace it by a whole copy."
-            ) from error
+        return self._read(int(self._rows[index]))
+
+    def take(self, index: np.ndarray | Sequence[int] | slice) -> ImageData:
+        """The images ``index`` (positions, a mask or a slice), in that order; nothing of the pictures is copied.
+
+        DataError when none is left or one is taken twice.
+        """
+        chosen = np.arange(len(self))[index]
+        if len(chosen) == 0 or np.bincount(chosen).max() > 1:
+            raise DataError(f"Taking {len(chosen)} images of '{self.name}': each must be taken once, and at least one.")
+        taken = copy.copy(self)
+        taken.__dict__.pop("fingerprint", None)
+        taken.labels, taken._rows = self.labels[chosen], self._rows[chosen]
+        taken.image_ids = [self.image_ids[i] for i in chosen.tolist()]
+        taken.captions = take_texts(self.captions, chosen)
+        return taken
+
+    def index_of(self, image_ids: Sequence[str]) -> np.ndarray:
+        """Positions [m] int64 of the images of these ids; DataError names one that is not here."""
+        where = {image_id: i for i, image_id in enumerate(self.image_ids)}
+        unknown = next((i for i in image_ids if i not in where), None)
+        if unknown is not None:
+            raise DataError(f"The {self.split} split of '{self.name}' has no image '{unknown}'.")
+        return np.array([where[i] for i in image_ids], dtype=np.int64)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of ids, labels and what ``content`` says of each image."""
+        """Hex digest of name, split, classes, and ids, labels and contents in their order."""
         digest = hashlib.sha256(f"{self.name}/{self.split}/{self.class_names}".encode())
         digest.update(self.labels.tobytes())
-        for index, image_id in enumerate(self.image_ids):
+        if isinstance(self._content, bytes):
+            digest.update(self._content)
+        each = self._content if callable(self._content) else None
+        for row, image_id in zip(self._rows.tolist(), self.image_ids, strict=True):
             digest.update(image_id.encode())
-            if self._content is not None:
-                digest.update(self._content(index))
+            if each is not None:
+                digest.update(each(row))
         return digest.hexdigest()
-
-
-def _stream(source: Any) -> Any:
-    return io.BytesIO(source) if isinstance(source, bytes | bytearray) else source
-
-
-def check_split(split: str) -> None:
-    """DataError unless ``split`` is train, val or test."""
-    if split not in SPLITS:
-        raise DataError(f"Unknown split '{split}'; choose one of {', '.join(SPLITS)}.")
-
-
-def split_indices(labels: np.ndarray, shares: dict[str, float], seed: int) -> dict[str, np.ndarray]:
-    """Disjoint, stratified, seeded parts of ``range(len(labels))``: each class is divided by ``shares``."""
-    rng = np.random.default_rng(seed)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in shares}
-    edges = np.cumsum(list(shares.values()))[:-1]
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        cuts = np.round(edges * len(members)).astype(int)
-        for name, piece in zip(shares, np.split(members, cuts), strict=True):
-            parts[name].append(piece)
-    return {name: np.sort(np.concatenate(pieces)) for name, pieces in parts.items()}

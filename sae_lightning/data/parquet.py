@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sae_lightning.data.images import DataError, ImageData, split_indices
+from sae_lightning.data.errors import DataError, brief
+from sae_lightning.data.images import ImageData
+from sae_lightning.data.splits import cut
 
 DEMO = Path(__file__).resolve().parents[1] / "assets" / "demo"
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -32,20 +34,26 @@ def read_table(path: Path, columns: list[str]) -> pa.Table:
             raise DataError(f"{path} has no column {missing}; it has {present}.")
         return pq.read_table(path, columns=columns)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path} cannot be read ({error}); it is truncated or not parquet.") from error
+        raise DataError(f"{path} cannot be read ({brief(error)}); it is truncated or not parquet.") from error
+
+
+class EncodedImages:
+    """``read(i)`` gives the encoded bytes of image i, ``digest(i)`` their SHA-256."""
+
+    def __init__(self, images: pa.Array) -> None:
+        self.images = images
+
+    def read(self, row: int) -> bytes:
+        return self.images[row].as_py()
+
+    def digest(self, row: int) -> bytes:
+        return hashlib.sha256(self.read(row)).digest()
 
 
 def from_table(table: pa.Table, ids: list[str], **kwargs: Any) -> ImageData:
     """ImageData over the rows of ``table``, its images kept as encoded bytes."""
-    images = table["image"].combine_chunks().field("bytes")
-
-    def read(index: int) -> bytes:
-        return images[index].as_py()
-
-    return ImageData(
-        labels=table["label"].to_numpy(), image_ids=ids, read=read,
-        content=lambda i: hashlib.sha256(read(i)).digest(), **kwargs,
-    )  # fmt: skip
+    images = EncodedImages(table["image"].combine_chunks().field("bytes"))
+    return ImageData(labels=table["label"].to_numpy(), image_ids=ids, read=images.read, content=images.digest, **kwargs)
 
 
 def load_demo(cfg: dict[str, Any], split: str) -> ImageData:
@@ -70,8 +78,7 @@ def load_cifar10(cfg: dict[str, Any], split: str) -> ImageData:
     table = read_table(Path(cfg["path"]) / f"{file}.parquet", ["image", "label"])
     index = np.arange(len(table))
     if split != "test":
-        shares = {"train": 1 - cfg["val_share"], "val": cfg["val_share"]}
-        index = split_indices(table["label"].to_numpy(), shares, cfg["seed"])[split]
+        index = cut(table["label"].to_numpy(), {"val": cfg["val_share"]}, split, cfg["seed"])
         table = table.take(index)
     return from_table(
         table,

@@ -1,0 +1,76 @@
+"""An index of the samples in tar files, made once and kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from sae_lightning.data.scan import size_and_time
+from sae_lightning.data.tar_samples import Keys, samples
+from sae_lightning.kernels.build import cache_folder
+
+FORMAT = 1
+SCHEMA = pa.schema(
+    {"tar": pa.int32(), "offset": pa.int64(), "size": pa.int64(), "key": pa.string(), "label": pa.string(),
+     "caption": pa.string()}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """``table`` has a row a sample: tar (place in ``tars``), offset and size of the picture, key, label, caption.
+
+    ``marks`` [n_tars, 2] int64 are the tars' sizes and times in ns.
+    """
+
+    tars: list[Path]
+    marks: np.ndarray
+    table: pa.Table
+
+
+def index_tars(tars: Sequence[Path], keys: Keys) -> TarIndex:
+    """The index of ``tars``, from the cache if it was made since they last changed.
+
+    Headers are read, pictures are passed over. Raises DataError naming a tar that is truncated or broken.
+    """
+    marks = np.array([size_and_time(tar) for tar in tars], dtype=np.int64)
+    places = [str(tar.resolve()) for tar in tars]
+    made_from = json.dumps([FORMAT, keys.label, keys.caption, places, marks.tolist()])
+    file = cache_folder() / "tar-index" / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.parquet"
+    try:
+        table = pq.read_table(file, schema=SCHEMA)
+    except (OSError, pa.ArrowInvalid):
+        table = _build(tars, keys)
+        _keep(table, file)
+    return TarIndex(list(tars), marks, table)
+
+
+def _build(tars: Sequence[Path], keys: Keys) -> pa.Table:
+    parts = []
+    for number, tar in enumerate(tqdm(tars, desc="Indexing", unit="tar", leave=False, disable=len(tars) < 10)):
+        found = samples(tar, keys)
+        columns = [[getattr(sample, name) for sample in found] for name in SCHEMA.names[1:]]
+        parts.append(pa.table([[number] * len(found), *columns], schema=SCHEMA))
+    return pa.concat_tables(parts)
+
+
+def _keep(table: pa.Table, file: Path) -> None:
+    """Write the index in one move; a cache that cannot be written only costs the time to index again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            part = Path(folder) / file.name
+            pq.write_table(table, part)
+            os.replace(part, file)
+    except OSError:
+        return

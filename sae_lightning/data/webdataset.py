@@ -1,0 +1,129 @@
+"""Pictures in tar shards, as WebDataset packs them, with random access."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from sae_lightning.data.errors import DataError
+from sae_lightning.data.images import ImageData
+from sae_lightning.data.labels import UNLABELLED, positions, sorted_names
+from sae_lightning.data.patterns import files_of, fixed_folder
+from sae_lightning.data.splits import SPLITS, USUAL, cut, train_share
+from sae_lightning.data.tar_index import TarIndex, index_tars
+from sae_lightning.data.tar_reader import ArrowTexts, TarPictures
+from sae_lightning.data.tar_samples import Keys
+from sae_lightning.data.texts import Texts
+
+
+def load_webdataset(cfg: dict[str, Any], split: str) -> ImageData:
+    """``split`` of the tar files that ``path`` and ``splits`` name; ids are ``<tar>/<key>``.
+
+    Labels come from .cls or the .json's ``label_key``, captions from .txt or its ``caption_key``; class names
+    are ``classes`` (a list, or a text file with one a line) or the labels themselves. Splits without files of
+    their own are cut from train. Raises DataError.
+    """
+    path = Path(cfg["path"]).expanduser()
+    tars = split_tars(path, cfg["splits"])
+    missing = [s for s in SPLITS[1:] if s not in tars]
+    held_out = dict.fromkeys(missing, float(cfg["held_out"]))
+    train_share(held_out)
+    keys = Keys(cfg["label_key"], cfg["caption_key"])
+    indices = {s: index_tars(files, keys) for s, files in tars.items()}
+    index = indices[split if split in indices else "train"]
+    given = class_list(cfg.get("classes"))
+    names = given or sorted_names(set().union(*(_labels(i) for i in indices.values()))) or [UNLABELLED]
+    labels = label_positions(index, names, given is not None, path)
+    images = _images(cfg["name"], split, index, labels, names, fixed_folder(path))
+    if missing and split in ("train", *missing):
+        return images.take(cut(images.labels, held_out, split, cfg["seed"]))
+    return images
+
+
+def split_tars(path: Path, patterns: Mapping[str, str | None]) -> dict[str, list[Path]]:
+    """The tars of each split that has its own; train is always there.
+
+    Patterns are relative to ``path``; null takes a folder of the split's name that lies in it. What is left for train
+    is ``path`` itself less the tars of the others.
+    """
+    tars = {}
+    for split in SPLITS:
+        pattern = patterns.get(split) or next(
+            (name for name in USUAL[split] if path.is_dir() and (path / name).is_dir()), None
+        )
+        if pattern is not None:
+            tars[split] = files_of(path / pattern)
+    if "train" not in tars:
+        others = {tar for files in tars.values() for tar in files}
+        tars["train"] = [tar for tar in files_of(path) if tar not in others]
+        if not tars["train"]:
+            raise DataError(f"All tars in {path} belong to other splits; name those of train with data.splits.train.")
+    twice = [tar for tar, count in Counter(tar for files in tars.values() for tar in files).items() if count > 1]
+    if twice:
+        raise DataError(f"{twice[0]} belongs to two splits; give data.splits patterns that do not overlap.")
+    return tars
+
+
+def class_list(classes: str | Sequence[str] | None) -> list[str] | None:
+    """The configured class names, or None; DataError when they are none, or a file that cannot be read."""
+    if classes is None:
+        return None
+    names: Sequence[str] = classes
+    if isinstance(classes, str):
+        try:
+            names = Path(classes).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"data.classes={classes} cannot be read ({error}); it must be a text file with a class a line."
+            ) from error
+    names = [str(name).strip() for name in names if str(name).strip()]
+    if not names:
+        raise DataError(f"data.classes={classes} names no class.")
+    return names
+
+
+def _labels(index: TarIndex) -> list[str]:
+    return pc.unique(index.table["label"]).drop_null().to_pylist()
+
+
+def label_positions(index: TarIndex, names: Sequence[str], given: bool, path: Path) -> np.ndarray:
+    """Labels [n] int64: the place of each among ``names``, or the number that it is if the names were ``given``.
+
+    DataError when some images have a label and others none, or one is neither a name nor a number in range.
+    """
+    column = index.table["label"].combine_chunks()
+    if column.null_count == len(column) and list(names) == [UNLABELLED]:
+        return np.zeros(len(column), dtype=np.int64)
+    if column.null_count:
+        bare = index.table["key"][pc.index(column.is_null(), True).as_py()]
+        raise DataError(
+            f"{column.null_count} of {len(column)} samples in {path} have no label (first: '{bare}'); give all of "
+            "them a .cls, or a .json with data.label_key."
+        )
+    place = {name: i for i, name in enumerate(names)}
+    different = pc.unique(column)
+    where = [place.get(text, int(text) if given and text.isdecimal() else -1) for text in different.to_pylist()]
+    strange = next((t for t, w in zip(different.to_pylist(), where, strict=True) if not 0 <= w < len(names)), None)
+    if strange is not None:
+        raise DataError(f"Label '{strange}' in {path} is none of the {len(names)} data.classes; correct data.classes.")
+    return np.asarray(where, dtype=np.int64)[positions(column, different.to_pylist())]
+
+
+def _images(name: str, split: str, index: TarIndex, labels: np.ndarray, names: Sequence[str], root: Path) -> ImageData:
+    tar, keys = index.table["tar"].to_numpy(), index.table["key"].to_pylist()
+    stems = [os.path.relpath(path, root).removesuffix(".tar") for path in index.tars]
+    captions = index.table["caption"].combine_chunks()
+    content = hashlib.sha256(index.marks.tobytes())
+    content.update(index.table["offset"].to_numpy().tobytes())
+    return ImageData(
+        name, split, names, labels, [f"{stems[t]}/{key}" for t, key in zip(tar.tolist(), keys, strict=True)],
+        TarPictures(index), content.digest(),
+        Texts(ArrowTexts(captions), np.arange(len(captions))) if not captions.null_count else None,
+    )  # fmt: skip

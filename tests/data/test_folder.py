@@ -1,0 +1,188 @@
+"""Pictures in folders as users have them."""
+
+import os
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from sae_lightning.data import DataError, load_images
+from tests.data.making import SHARES, class_folders, folder_cfg, pixels, png, write_pictures
+
+
+def parts_of(cfg):
+    return {split: load_images(cfg, split) for split in SHARES}
+
+
+def all_ids(parts):
+    return sorted(i for part in parts.values() for i in part.image_ids)
+
+
+def test_a_plain_folder_is_split_by_class_and_seed(tmp_path):
+    cfg = folder_cfg(class_folders(tmp_path))
+    parts = parts_of(cfg)
+    assert [len(p) for p in parts.values()] == [12, 4, 4]
+    assert all(p.labels.sum() * 2 == len(p) for p in parts.values())
+    assert all_ids(parts) == sorted(f"{c}/{i}.png" for c in ("cat", "dog") for i in range(10))
+    assert load_images(cfg, "val").image_ids == parts["val"].image_ids
+    assert load_images(cfg | {"seed": 2}, "train").image_ids != parts["train"].image_ids
+    place = {f"{c}/{i}.png": 10 * k + i for k, c in enumerate(("cat", "dog")) for i in range(10)}
+    train = parts["train"]
+    for i, image_id in enumerate(train.image_ids):
+        assert (np.asarray(train[i]) == pixels(place[image_id])).all()
+        assert train.class_names[train.labels[i]] == image_id.split("/")[0]
+
+
+def test_folders_of_splits_are_taken_as_they_are_with_the_same_classes(tmp_path):
+    root = write_pictures(
+        tmp_path, "train/b/0.png", "train/c/1.png", "train/c/2.png", "validation/c/3.png", "test/a/4.png"
+    )
+    parts = parts_of(folder_cfg(root))
+    assert parts["val"].image_ids == ["validation/c/3.png"]
+    assert all(part.class_names == ["a", "b", "c"] for part in parts.values())
+    assert [p.labels.tolist() for p in parts.values()] == [[1, 2, 2], [2], [0]]
+
+
+@pytest.mark.parametrize("given", [("train", "val"), ("train", "test"), ("train",)])
+def test_missing_splits_are_cut_from_train(tmp_path, given):
+    root = write_pictures(tmp_path, *(f"{s}/{c}/{i}.png" for s in given for c in "ab" for i in range(10)))
+    parts = parts_of(folder_cfg(root))
+    assert all_ids(parts) == sorted(f"{s}/{c}/{i}.png" for s in given for c in "ab" for i in range(10))
+    missing = [s for s in ("val", "test") if s not in given]
+    assert len(parts["train"]) == 20 - 4 * len(missing)
+    for split in ("val", "test"):
+        assert np.bincount(parts[split].labels).tolist() == ([2, 2] if split in missing else [10, 10])
+
+
+def test_pictures_without_class_folders_are_one_class(tmp_path):
+    flat = write_pictures(tmp_path / "flat", *(f"{i}.png" for i in range(10)))
+    (flat / "notes").mkdir()
+    parts = parts_of(folder_cfg(flat))
+    assert [len(p) for p in parts.values()] == [6, 2, 2]
+    assert parts["train"].class_names == ["unlabelled"]
+    split = write_pictures(tmp_path / "split", *(f"{s}/{i}.png" for s in ("train", "test") for i in range(5)))
+    parts = parts_of(folder_cfg(split))
+    assert [len(p) for p in parts.values()] == [4, 1, 5]
+    mixed = write_pictures(tmp_path / "mixed", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png", "test/0.png")
+    assert load_images(folder_cfg(mixed), "test").class_names == ["cat", "dog", "unlabelled"]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    root = write_pictures(tmp_path, *(f"{c}/{i}.png" for c in ("train", "bus") for i in range(5)))
+    assert load_images(folder_cfg(root), "train").class_names == ["bus", "train"]
+
+
+def test_nesting_odd_suffixes_links_and_hidden_files(tmp_path):
+    root = write_pictures(
+        tmp_path / "root", "cat/a/b/0.PNG", "cat/.hidden.png", "cat/.cache/1.png", "dog/2.Jpeg", ".trash/3.png"
+    )
+    (root / "dog" / "readme.md").write_text("no picture")
+    write_pictures(tmp_path / "elsewhere", "4.png")
+    (root / "emu").symlink_to(tmp_path / "elsewhere")
+    (root / "dog" / "5.png").symlink_to(tmp_path / "elsewhere" / "4.png")
+    (root / "dog" / "again").symlink_to(root)  # a loop
+    cfg = folder_cfg(root, shares={"train": 1.0, "val": 0.0, "test": 0.0})
+    assert Counter(load_images(cfg, "train").image_ids) == Counter(
+        ["cat/a/b/0.PNG", "dog/2.Jpeg", "dog/5.png", "emu/4.png"]
+    )
+
+
+def test_texts_beside_all_pictures_are_captions(tmp_path):
+    root = class_folders(tmp_path)
+    for picture in root.rglob("*.png"):
+        picture.with_suffix(".txt").write_text(f"number {picture.stem}\n")
+    images = load_images(folder_cfg(root, shuffle=True), "train")
+    assert list(images.captions) == [f"number {i.split('/')[1][:-4]}" for i in images.image_ids]
+    assert images.item(3).caption == images.captions[3]
+    assert list(images.captions[1:3]) == [images.captions[1], images.captions[2]]
+    (root / "cat" / "0.txt").unlink()
+    assert load_images(folder_cfg(root), "train").captions is None
+
+
+def test_the_fingerprint_follows_content_names_labels_and_order(tmp_path):
+    root = class_folders(tmp_path)
+    cfg = folder_cfg(root)
+    seen = [load_images(cfg, "train").fingerprint]
+    assert load_images(cfg, "train").fingerprint == seen[0]
+    os.utime(root / load_images(cfg, "train").image_ids[0], ns=(1, 1))
+    seen.append(load_images(cfg, "train").fingerprint)
+    for path in root.rglob("*.png"):
+        path.write_bytes(png(50, size=9))
+    seen.append(load_images(cfg, "train").fingerprint)
+    seen.append(load_images(cfg | {"shuffle": True}, "train").fingerprint)
+    seen.append(load_images(cfg | {"limit": 8}, "train").fingerprint)
+    (root / "dog").rename(root / "wolf")
+    seen.append(load_images(cfg, "train").fingerprint)
+    assert all(a != b for a, b in pairwise(seen))
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_shuffled_split_is_the_same_images_in_a_seeded_order(tmp_path):
+    cfg = folder_cfg(class_folders(tmp_path, per_class=50))
+    ordered, shuffled, again, other = (
+        load_images(cfg | extra, "train")
+        for extra in ({}, {"shuffle": True}, {"shuffle": True}, {"shuffle": True, "seed": 7})
+    )
+    assert ordered.labels.tolist() == sorted(ordered.labels)
+    assert sorted(shuffled.image_ids) == sorted(ordered.image_ids)
+    assert shuffled.image_ids == again.image_ids != other.image_ids
+    assert 5 < shuffled.labels[:30].sum() < 25
+    assert all(
+        i.startswith("cat") == (label == 0) for i, label in zip(shuffled.image_ids, shuffled.labels, strict=True)
+    )
+
+
+def test_a_limit_takes_a_share_of_every_class(tmp_path):
+    images = load_images(folder_cfg(class_folders(tmp_path, per_class=50), limit=10, shuffle=True), "train")
+    assert np.bincount(images.labels).tolist() == [5, 5]
+    for limit in (0, 2.5):
+        with pytest.raises(DataError, match=r"data\.limit"):
+            load_images(folder_cfg(tmp_path, limit=limit), "train")
+
+
+def test_imagenet_layout_names_classes_and_holds_out_val(tmp_path):
+    wnids = ("n01440764", "n01443537")
+    write_pictures(tmp_path, *(f"{s}/{w}/{s}{i}.JPEG" for s in ("train", "val") for w in wnids for i in range(10)))
+    cfg = {"source": "imagenet", "path": str(tmp_path), "val_share": 0.2, "seed": 0, "shuffle": True}
+    train, val, test = (load_images(cfg, s) for s in ("train", "val", "test"))
+    assert (len(train), len(val), len(test)) == (16, 4, 20)
+    assert not set(train.image_ids) & set(val.image_ids)
+    assert all(i.startswith("val/n") for i in test.image_ids)
+    assert "goldfish" in " ".join(train.class_names)
+
+
+@pytest.mark.parametrize(
+    ("paths", "sentence"),
+    [
+        (["train/tench/0.png", "val/tench/0.png"], "tench is not named by a wnid.*data=folder"),
+        (["train/n01440764/0.png", "val/0.png"], "without class folders"),
+        (["train/n01440764/0.png"], "There is no folder .*val"),
+        (["train/n01440764/0.png", "val/n01443537/0.png"], "n01443537 that .*train lacks"),
+    ],
+)
+def test_what_is_not_imagenet_is_told_apart(tmp_path, paths, sentence):
+    cfg = {"source": "imagenet", "path": str(write_pictures(tmp_path, *paths)), "val_share": 0.2, "seed": 0}
+    with pytest.raises(DataError, match=sentence):
+        load_images(cfg, "test")
+
+
+@pytest.mark.parametrize(
+    ("paths", "changes", "sentence"),
+    [
+        ([], {}, "No images"),
+        (["0.png", "cat/1.png"], {}, r"itself \(0\.png\) and in folders below it \(cat/1\.png\)"),
+        (["val/cat/0.png", "test/cat/0.png"], {}, "test and val but no train"),
+        (["cat/0.png"], {"shares": {"train": 0.8, "val": 0.1, "test": 0.2}}, "add up to 1"),
+        (["cat/0.png"], {"shares": {"train": 0.8}}, "must give train, val and test"),
+    ],
+)
+def test_folders_that_cannot_be_understood_are_refused(tmp_path, paths, changes, sentence):
+    with pytest.raises(DataError, match=sentence):
+        load_images(folder_cfg(write_pictures(tmp_path, *paths), **changes), "train")
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (class_folders(tmp_path) / "cat" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=r"lost\.png cannot be read"):
+        load_images(folder_cfg(tmp_path), "train")

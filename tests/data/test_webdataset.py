@@ -1,0 +1,201 @@
+"""Tar shards: samples, labels, splits, the index and its cache."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from sae_lightning.data import DataError, load_images
+from sae_lightning.data import tar_index as index_module
+from sae_lightning.data.tar_samples import split_name
+from tests.data.making import NO_SPLITS, pixels, png, tar_cfg, write_shards, write_tar
+
+SPLITS = ("train", "val", "test")
+
+
+def parts_of(cfg):
+    return {split: load_images(cfg, split) for split in SPLITS}
+
+
+def whole(path, **changes):
+    """All images of the tars: nothing is cut."""
+    return load_images(tar_cfg(path, held_out=0.0, **changes), "train")
+
+
+def test_pictures_labels_captions_and_splits(tmp_path):
+    parts = parts_of(tar_cfg(write_shards(tmp_path)))
+    assert [len(p) for p in parts.values()] == [12, 6, 6]
+    for part in parts.values():
+        assert part.class_names == ["0", "1"]
+        assert np.bincount(part.labels).tolist() == [len(part) // 2] * 2
+        for i, image_id in enumerate(part.image_ids):
+            shard, key = image_id.split("/")
+            seed = 8 * int(shard[-3:]) + int(key)
+            assert (np.asarray(part[i]) == pixels(seed)).all()
+            assert part.captions[i] == f"picture {seed}"
+            assert part.labels[i] == seed % 2
+    everything = [i for part in parts.values() for i in part.image_ids]
+    assert len(set(everything)) == 24
+    assert parts["train"].image_ids == sorted(parts["train"].image_ids)
+
+
+def test_splits_by_pattern_by_folder_and_by_what_is_left(tmp_path):
+    write_shards(tmp_path / "flat")
+    cfg = tar_cfg(tmp_path / "flat", splits=NO_SPLITS | {"val": "shard-001.tar"}, held_out=0.5)
+    parts = parts_of(cfg)
+    assert {i.split("/")[0] for i in parts["val"].image_ids} == {"shard-001"}
+    assert {i.split("/")[0] for s in ("train", "test") for i in parts[s].image_ids} == {"shard-000", "shard-002"}
+    assert [len(p) for p in parts.values()] == [8, 8, 8]
+    named = parts_of(
+        tar_cfg(tmp_path / "flat", splits=dict(zip(SPLITS, ("*0.tar", "*{1..1}.tar", "*2.tar"), strict=True)))
+    )
+    assert [len(p) for p in named.values()] == [8, 8, 8]
+    for split, shards in (("train", 2), ("validation", 1)):
+        write_shards(tmp_path / "nested" / split, shards)
+    nested = parts_of(tar_cfg(tmp_path / "nested"))
+    assert [len(p) for p in nested.values()] == [12, 8, 4]
+    assert nested["val"].image_ids[0] == "validation/shard-000/00000"
+
+
+def test_a_pattern_as_path(tmp_path):
+    write_shards(tmp_path)
+    some = whole(tmp_path / "shard-{002..001}.tar")
+    assert [some.image_ids[0], some.image_ids[-1]] == ["shard-002/00000", "shard-001/00007"]
+    assert (np.asarray(some[0]) == pixels(16)).all()
+    assert len(whole(tmp_path / "shard-00?.tar")) == 24
+    assert len(whole(tmp_path / "shard-000.tar")) == 8
+
+
+def test_json_holds_labels_and_captions(tmp_path):
+    members = {}
+    for i, label in enumerate(("dog", "cat", "dog")):
+        members[f"./x/{i}.v2.JPG"] = png(i)
+        members[f"./x/{i}.json"] = json.dumps({"label": "no", "kind": label, "about": f"n {i}"}).encode()
+    write_tar(tmp_path / "a.tar", members)
+    images = whole(tmp_path, label_key="kind", caption_key="about")
+    assert images.class_names == ["cat", "dog"]
+    assert images.labels.tolist() == [1, 0, 1]
+    assert list(images.captions) == ["n 0", "n 1", "n 2"]
+    assert images.image_ids == ["a/x/0", "a/x/1", "a/x/2"]
+    assert whole(tmp_path).class_names == ["no"]
+    assert whole(tmp_path).captions is None
+
+
+def test_classes_are_given_as_a_list_or_a_file(tmp_path):
+    write_shards(tmp_path)
+    (tmp_path / "names.txt").write_text("tench\n\ngoldfish \nshark\n")
+    for classes in (["tench", "goldfish", "shark"], str(tmp_path / "names.txt")):
+        images = whole(tmp_path, classes=classes)
+        assert images.class_names == ["tench", "goldfish", "shark"]
+        assert images.labels.tolist() == [0, 1] * 12
+
+
+def test_numbers_are_sorted_as_numbers_and_classes_are_those_of_all_splits(tmp_path):
+    for name, labels in (("train", (10, 9)), ("val", (2,))):
+        write_tar(tmp_path / name / "0.tar", {k: v for i, y in enumerate(labels) for k, v in
+                                              ((f"{i}.png", png(i)), (f"{i}.cls", b"%d\n" % y))})  # fmt: skip
+    parts = {s: load_images(tar_cfg(tmp_path, held_out=0.0), s) for s in ("train", "val")}
+    assert parts["val"].class_names == parts["train"].class_names == ["2", "9", "10"]
+    assert parts["train"].labels.tolist() == [2, 1]
+
+
+def test_members_that_are_apart_still_make_one_sample(tmp_path):
+    pictures = {"1.png": png(0), "2.png": png(1), ".DS.png": b""}
+    write_tar(tmp_path / "a.tar", pictures | {"readme.md": b"x", "lone.cls": b"7", "2.cls": b"b", "1.cls": b"a"})
+    images = whole(tmp_path)
+    assert images.labels.tolist() == [0, 1]
+    assert images.class_names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("a/b.seg.PNG", ("a/b", "seg.png")), ("./x.jpg", ("x", "jpg")), ("dir.d/x.jpg", ("dir.d/x", "jpg")),
+        ("x", ("x", "")), ("a/.x.jpg", ("", "x.jpg")),
+    ],
+)  # fmt: skip
+def test_keys_end_at_the_first_dot_of_the_last_part(name, parts):
+    assert split_name(name) == parts
+
+
+def test_the_index_is_kept_until_a_tar_changes(tmp_path, caches, monkeypatch):
+    made = []
+    build = index_module._build
+    monkeypatch.setattr(index_module, "_build", lambda tars, keys: made.append(len(tars)) or build(tars, keys))
+    root = write_shards(tmp_path)
+    first = whole(root).fingerprint
+    assert whole(root).fingerprint == first
+    assert made == [3]
+    assert len(list((caches / "own" / "tar-index").iterdir())) == 1
+    whole(root, label_key="other")
+    assert made == [3, 3]
+    write_tar(root / "shard-001.tar", {"0.png": png(77), "0.cls": b"1", "0.txt": b"new"})
+    images = whole(root)
+    assert len(images) == 17
+    assert images.fingerprint != first
+    assert (np.asarray(images[8]) == pixels(77)).all()
+    os.utime(root / "shard-000.tar", ns=(5, 5))
+    assert whole(root).fingerprint != images.fingerprint
+    for file in (caches / "own" / "tar-index").iterdir():
+        file.write_bytes(b"broken")
+    assert len(whole(root)) == 17
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SAE_LIGHTNING_CACHE", str(tmp_path / "file" / "below"))
+    assert len(whole(write_shards(tmp_path / "tars"))) == 24
+
+
+def test_many_threads_read_more_tars_than_are_kept_open(tmp_path):
+    images = whole(write_shards(tmp_path, shards=140, per_shard=2))
+    order = np.random.default_rng(0).permutation(len(images)).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        pictures = list(pool.map(lambda i: np.asarray(images[i]), order))
+    assert all((picture == pixels(i)).all() for picture, i in zip(pictures, order, strict=True))
+    assert len(os.listdir("/proc/self/fd")) < 200 if os.path.isdir("/proc/self/fd") else True
+
+
+def sample(**members):
+    return {f"0.{suffix}": data for suffix, data in members.items()}
+
+
+@pytest.mark.parametrize(
+    ("members", "changes", "sentence"),
+    [
+        (sample(png=png(0), jpg=png(1)), {}, "two pictures of sample '0'"),
+        (sample(png=png(0), json=b"{"), {}, r"'0\.json' in .*a\.tar cannot be read"),
+        (sample(png=png(0), json=b"[1]"), {}, r"'0\.json' in .*a\.tar cannot be read"),
+        (sample(png=png(0), txt=b"\xff"), {}, r"'0\.txt' in .*a\.tar cannot be read"),
+        (sample(png=png(0), cls=b"4"), {"classes": ["a", "b"]}, r"Label '4' .* none of the 2 data\.classes"),
+        (sample(png=png(0), cls=b"-1"), {"classes": ["a", "b"]}, r"Label '-1' .* none of the 2 data\.classes"),
+        (sample(png=png(0), cls=b"4") | {"1.png": png(1)}, {}, "1 of 2 samples .* no label .first: '1'"),
+        (sample(png=png(0)), {"classes": ["a", "b"]}, "1 of 1 samples .* no label"),
+        (sample(cls=b"4"), {}, "has no images"),
+        (sample(png=png(0), cls=b"0"), {"classes": "/no/such.txt"}, r"data\.classes=/no/such\.txt cannot be read"),
+        (sample(png=png(0), cls=b"0"), {"classes": []}, r"data\.classes=\[\] names no class"),
+        (sample(png=png(0), cls=b"0"), {"splits": {"train": "*.tar", "val": "a.tar"}}, "belongs to two splits"),
+        (sample(png=png(0), cls=b"0"), {"splits": {"val": "a.tar"}}, "All tars .* belong to other splits"),
+        (sample(png=png(0), cls=b"0"), {"held_out": 0.5}, "add up to less than 1"),
+    ],
+)
+def test_what_tars_cannot_say_is_refused(tmp_path, members, changes, sentence):
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(DataError, match=sentence):
+        load_images(tar_cfg(tmp_path, **{"held_out": 0.0} | changes), "train")
+
+
+def test_broken_tars_are_named(tmp_path):
+    root = write_shards(tmp_path)
+    images = whole(root)
+    data = (root / "shard-001.tar").read_bytes()
+    (root / "shard-001.tar").write_bytes(data[:1500])
+    with pytest.raises(DataError, match=r"shard-001\.tar ends .* truncated"):
+        whole(root)
+    with pytest.raises(DataError, match=r"shard-001\.tar has become shorter"):
+        images[15]
+    (root / "shard-002.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-002\.tar cannot be read"):
+        images[16]
