@@ -32,17 +32,34 @@ def sparse_features(n_images: int, seed: int, d_in: int = D_IN, n_patches: int =
 
 def write_store(folder: Path, n_images: int, seed: int, images_per_shard: int = 50, **changes) -> FeatureStore:
     """A sealed store in ``folder`` with ``sparse_features``; ``changes`` replace entries of its description."""
-    features = sparse_features(n_images, seed)
+    return fill_store(folder, sparse_features(n_images, seed), images_per_shard, f"{seed:064x}", **changes)
+
+
+def fill_store(
+    folder: Path, features: torch.Tensor, images_per_shard: int = 50, fingerprint: str = "f" * 64,
+    dtype: str = "float16", batch: int = 33, **changes,
+) -> FeatureStore:  # fmt: skip
+    """A sealed store of ``features`` [n, P, d], image i of class i mod 3; ``changes`` replace its description."""
     about = {
-        "data": "synthetic", "split": "train", "backbone": "none (synthetic)", "layer": 0, "grid": (4, 4),
-        "class_names": [f"class {c}" for c in range(CLASSES)],
+        "data": "synthetic", "split": "train", "backbone": "none (synthetic)", "kind": "patch", "layer": 0,
+        "grid": (4, 4), "class_names": [f"class {c}" for c in range(CLASSES)],
     } | changes  # fmt: skip
-    ids = [f"image-{i}" for i in range(n_images)]
-    writer = StoreWriter(folder, f"{seed:064x}", about, ids, np.arange(n_images) % CLASSES, images_per_shard)
-    for part in features.split(33):
-        writer.append(part, part.mean(1))
-    writer.seal()
+    writer = StoreWriter(folder, fingerprint, about, images_per_shard, dtype)
+    shards = range(0, len(features), images_per_shard)
+    for index, start in enumerate(shards):
+        fill_shard(writer, index, features, start, batch)
+    writer.seal(len(shards))
     return FeatureStore.open(folder)
+
+
+def fill_shard(writer: StoreWriter, index: int, features: torch.Tensor, start: int, batch: int = 33) -> None:
+    """Write one shard of ``features``, whose first image is ``start``."""
+    shard = writer.begin(index)
+    images = range(start, min(len(features), start + writer.images_per_shard))
+    ids = [f"image-{i}" for i in images]
+    for at in range(0, len(images), batch):
+        shard.append(features[images[at : at + batch]], ids[at : at + batch])
+    writer.finish(index, shard, ids, [i % CLASSES for i in images])
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def finished(folder: Path, backbone: str, expansion: int, seed: int) -> list[dic
 def recovery(sae: SAE, store: FeatureStore, ks: list[int]) -> list[float]:
     """Explained variance of val tokens from each token's k largest latents, for every k."""
     images = max(1, TOKENS // store.n_patches)
-    features = store.patches(slice(0, images)).reshape(-1, store.d_in).float()
+    features = store.features(slice(0, images)).reshape(-1, store.d_in).float()
     scores = [FVU(store.d_in, center=store.mean) for _ in ks]
     with torch.no_grad():
         for part in features.split(2048):

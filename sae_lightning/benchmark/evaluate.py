@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lightning.benchmark.top_images import TopImages, choose_latents, top_purity
-from sae_lightning.features.extract import ensure_store
+from sae_lightning.features.ensure import ensure_store
 from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.metrics import FVU, L0, Cosine, Firing, decoder_cosine
 from sae_lightning.saes import SAE
@@ -52,7 +52,7 @@ def score(run: Path, store: FeatureStore, batch_tokens: int = 4096, latents_show
     top = TopImages(sae.d_sae, store.n_patches)
     images = max(1, batch_tokens // store.n_patches)
     for start in tqdm(range(0, len(store), images), desc=f"Scoring {run.name}", unit="batch", leave=False):
-        features = store.patches(slice(start, start + images)).reshape(-1, store.d_in).float()
+        features = store.features(slice(start, start + images)).reshape(-1, store.d_in).float()
         codes = sae.encode(features)
         rebuilt = sae.decode(codes)
         for metric in reconstruction:
@@ -96,7 +96,8 @@ def _save_top_images(
         "counts": counts,
     }
     partial = run / (TOP_IMAGES + ".partial")
-    metadata = {"groups": "|".join(chosen), "grid": "x".join(map(str, store.grid))}
+    ids = {str(i): store.image_ids[i] for i in images[images >= 0].unique().tolist()}
+    metadata = {"groups": "|".join(chosen), "grid": "x".join(map(str, store.grid)), "image_ids": json.dumps(ids)}
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
     os.replace(partial, run / TOP_IMAGES)
 
@@ -106,7 +107,7 @@ def activation_maps(sae: SAE, store: FeatureStore, latents: Tensor, images: Tens
     maps = torch.zeros(*images.shape, store.n_patches)
     wanted = images[images >= 0].unique()
     for some in wanted.split(64):
-        codes = sae.encode(store.patches(some))
+        codes = sae.encode(store.features(some))
         rows, place = codes.rows(), {int(image): i for i, image in enumerate(some)}
         for n, latent in enumerate(latents.tolist()):
             mine = codes.latents == latent

@@ -1,131 +1,227 @@
-"""Running a backbone over images into a feature store, once for all jobs that want it."""
+"""One pass of a backbone over images into the stores of all wanted features, alone or beside other processes."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from sae_lightning.backbones import Backbone, default_layer, identity, load_backbone
-from sae_lightning.data import ImageData, load_images
-from sae_lightning.features.manifest import MANIFEST
-from sae_lightning.features.store import FeatureStore, StoreError
+from sae_lightning.backbones import Backbone, Tap
+from sae_lightning.data import DataError, ImageData
+from sae_lightning.features.claims import Claims
+from sae_lightning.features.manifest import StoreError
+from sae_lightning.features.sink import Encoded, Sink
 from sae_lightning.features.writer import StoreWriter
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-FORMAT = "patch+pooled:float16:1"  # what the features are, beside images and backbone
+UNREADABLE = ("refuse", "skip")
+POLL = 0.5  # seconds between looks at shards that other processes hold
+
+Features = dict[Tap, Tensor]
 
 
-def fingerprint(cfg: DictConfig, images: ImageData) -> str:
-    """Hex digest of images, backbone weights or id, layer and precision: equal features have equal fingerprints."""
-    parts = (images.fingerprint, identity(cfg.backbone), default_layer(cfg.backbone), cfg.extract.precision, FORMAT)
-    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
+@dataclass(frozen=True)
+class Settings:
+    """How to extract; ``conf/extract/default.yaml`` says what each means. Raises StoreError for what cannot be."""
+
+    batch_size: int = 256
+    num_workers: int | None = None
+    device: str = "auto"
+    precision: str = "32"
+    unreadable: str = "refuse"
+    part: str | None = None
+
+    def __post_init__(self) -> None:
+        if str(self.precision) not in PRECISIONS:
+            raise StoreError(f"Unknown extract.precision={self.precision}; choose one of {', '.join(PRECISIONS)}.")
+        if self.unreadable not in UNREADABLE:
+            raise StoreError(f"Unknown extract.unreadable={self.unreadable}; choose one of {', '.join(UNREADABLE)}.")
+        self.share()
+
+    def share(self) -> tuple[int, int]:
+        """(which, of how many) parts of the shards this process may take."""
+        if self.part is None:
+            return 0, 1
+        try:
+            index, count = map(int, str(self.part).split("/"))
+            assert 0 <= index < count
+        except (ValueError, AssertionError) as error:
+            raise StoreError(f"extract.part={self.part} must look like 0/4, 1/4, 2/4 or 3/4.") from error
+        return index, count
+
+    def target(self) -> torch.device:
+        """The device to encode on."""
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+
+    def allow(self, errors: Mapping[int, DataError]) -> None:
+        """Raise the first of the ``errors`` unless unreadable images are to be left out."""
+        if errors and self.unreadable == "refuse":
+            raise DataError(f"{next(iter(errors.values()))} Or leave such images out with extract.unreadable=skip.")
+
+    def workers(self, image_size: int) -> int:
+        """Processes that decode; none for small pictures, whose decoding costs less than starting one."""
+        if self.num_workers is not None:
+            return self.num_workers
+        return 0 if image_size <= 64 else max(1, (os.cpu_count() or 2) - 1)
 
 
-def store_folder(cfg: DictConfig, images: ImageData, digest: str) -> Path:
-    """``<stores>/<data>/<backbone>-<size>-L<layer>/<split>-<fingerprint>``."""
-    backbone = f"{cfg.backbone.name}-{cfg.backbone.size}-L{default_layer(cfg.backbone)}"
-    return Path(cfg.paths.stores) / images.name.replace("/", "--") / backbone / f"{images.split}-{digest[:8]}"
+@dataclass
+class Summary:
+    """What a pass did: ``images`` encoded, in ``seconds``, of which ``waiting`` for pictures or for the disk."""
+
+    images: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0
+
+    @property
+    def busy_share(self) -> float:
+        """Share of the time in which the encoder worked."""
+        return 1 - self.waiting / max(self.seconds, 1e-9)
 
 
-def ensure_store(cfg: DictConfig, split: str) -> FeatureStore:
-    """The store of ``split`` for ``cfg.data``, ``cfg.backbone`` and ``cfg.extract``; extracted now if it is missing.
+def encoder(backbone: Backbone, taps: Sequence[Tap], settings: Settings) -> Callable[[Tensor | list[str]], Features]:
+    """What turns pixels [n, 3, H, W], or captions, into the features of ``taps``, which are all of one of the two."""
+    target, kind = settings.target(), PRECISIONS[str(settings.precision)]
+    backbone.to(target)
 
-    Jobs that want the same store at once wait for the one that extracts it. Raises DataError,
-    BackboneError or StoreError with a sentence.
-    """
-    images = load_images(plain(cfg.data), split)
-    digest = fingerprint(cfg, images)
-    folder = store_folder(cfg, images, digest)
-    if not (folder / MANIFEST).is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with waiting_lock(folder):
-            if not (folder / MANIFEST).is_file():
-                backbone = load_backbone(plain(cfg.backbone))
-                extract(images, backbone, folder, digest, **plain(cfg.extract))
-    store = FeatureStore.open(folder)
-    if store.fingerprint != digest:
-        raise StoreError(
-            f"{folder} has fingerprint {store.fingerprint[:12]}, expected {digest[:12]}: it was made from other "
-            "images or another backbone. Delete it and extract again."
-        )
-    return store
+    def encode(batch: Tensor | list[str]) -> Features:
+        with torch.autocast(target.type, dtype=kind, enabled=kind != torch.float32):
+            if isinstance(batch, Tensor):
+                return backbone.forward_features(batch.to(target, non_blocking=True), taps)
+            return dict.fromkeys(taps, backbone.encode_text(batch))
+
+    return encode
 
 
 def extract(
-    images: ImageData,
-    backbone: Backbone,
-    folder: Path,
-    digest: str,
-    batch_size: int = 256,
-    num_workers: int | None = None,
-    images_per_shard: int = 4096,
-    device: str = "auto",
-    precision: str = "32",
-) -> None:
-    """Write the store ``folder`` of the backbone's default layer, going on from finished shards if there are some."""
-    if str(precision) not in PRECISIONS:
-        raise StoreError(f"Unknown extract.precision={precision}; choose one of {', '.join(PRECISIONS)}.")
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    about = {
-        "data": images.name, "split": images.split, "backbone": backbone.title, "layer": backbone.layer,
-        "grid": backbone.grid, "class_names": images.class_names,
-    }  # fmt: skip
-    writer = StoreWriter(folder, digest, about, images.image_ids, images.labels, images_per_shard)
-    if num_workers is None:  # decoding small images costs less than starting workers
-        num_workers = 0 if backbone.image_size <= 64 else max(1, (os.cpu_count() or 2) - 1)
-    todo = _Transformed(images, backbone, writer.done)
-    loader = DataLoader(todo, batch_size, num_workers=num_workers, pin_memory=target.type == "cuda")
-    backbone = backbone.to(target)
-    kind = PRECISIONS[str(precision)]
-    title = f"Extracting {backbone.title} layer {backbone.layer}, {images.name} {images.split}"
-    with tqdm(total=len(images), initial=writer.done, desc=title, unit="image", mininterval=0.5) as bar:
-        for batch in loader:
-            with torch.autocast(target.type, dtype=kind, enabled=kind != torch.float32):
-                out = backbone.forward_features(batch.to(target, non_blocking=True))
-            writer.append(out["patch"], out["pooled"])
-            bar.update(len(batch))
-    writer.seal()
+    images: ImageData, backbone: Backbone, writers: Mapping[Tap, StoreWriter], settings: Settings | None = None
+) -> Summary:
+    """Write and seal the stores of ``writers``, each with the features of its tap for all ``images``.
+
+    Takes shards that nobody has finished or holds, so any number of processes may do the same at once; without
+    ``settings.part`` it waits for the others' and takes over those that they leave. Text goes by captions. Raises
+    DataError, BackboneError or StoreError; whatever was finished stays.
+    """
+    settings = settings or Settings()
+    summary = Summary()
+    for of_text in (False, True):
+        chosen = {t: w for t, w in writers.items() if (t.kind == "text") == of_text and not w.sealed}
+        if chosen:
+            _pass(images, backbone, chosen, settings, of_text, summary)
+    return summary
 
 
-class _Transformed(Dataset):
-    """The images from ``start`` on, as the backbone's input."""
+def _pass(
+    images: ImageData, backbone: Backbone, writers: Mapping[Tap, StoreWriter], settings: Settings, of_text: bool,
+    summary: Summary,
+) -> None:  # fmt: skip
+    for tap in writers:
+        backbone.check(tap)
+    check_captions(images.name, images.captions is not None or not of_text)
+    samples = Captions(images) if of_text else Pictures(images, backbone.transform)
+    workers = 0 if of_text else settings.workers(backbone.image_size)
+    encode = encoder(backbone, list(writers), settings)
+    claims = Claims(len(images), list(writers.values()), settings.batch_size, *settings.share())
+    with progress(backbone, writers, images.name, images.split, len(images)) as bar:
+        while True:
+            bar.update(claims.finished_images() - bar.n)
+            if claims.ready():
+                loader = DataLoader(
+                    samples, batch_sampler=claims, num_workers=workers, collate_fn=collate,
+                    pin_memory=settings.target().type == "cuda",
+                )  # fmt: skip
+                _encode(images, loader, encode, writers, claims, settings, bar, summary)
+            if settings.part is not None or claims.all_finished():
+                break
+            time.sleep(POLL)
+        bar.update(claims.finished_images() - bar.n)
+    if claims.all_finished():
+        for writer in writers.values():
+            writer.seal(claims.n_shards)
 
-    def __init__(self, images: ImageData, backbone: Backbone, start: int) -> None:
-        self.images, self.transform, self.start = images, backbone.transform, start
+
+def _encode(
+    images: ImageData, loader: Iterable, encode: Callable[[Any], Features], writers: Mapping[Tap, StoreWriter],
+    claims: Claims, settings: Settings, bar: tqdm, summary: Summary,
+) -> None:  # fmt: skip
+    """Encode whatever can be claimed now."""
+    start = mark = time.perf_counter()
+    sink = Sink(writers, claims.release)
+    try:
+        for payload, errors in loader:
+            batch = claims.issued.popleft()
+            settings.allow(errors)
+            summary.waiting += time.perf_counter() - mark
+            features = encode(payload) if payload is not None else {}
+            mark = time.perf_counter()
+            kept = [image for i, image in enumerate(batch.images) if i not in errors]
+            sink.put(Encoded(
+                batch.shard, batch.last, [images.image_ids[i] for i in kept], [int(images.labels[i]) for i in kept],
+                [images.captions[i] for i in kept] if images.captions else None, features,
+                [images.image_ids[batch.images[i]] for i in errors],
+            ))  # fmt: skip
+            summary.images += len(batch.images)
+            bar.update(len(batch.images))
+        sink.close()
+        summary.waiting += time.perf_counter() - mark
+    finally:
+        sink.stop()
+        claims.release_all()
+        summary.seconds += time.perf_counter() - start
+
+
+def progress(backbone: Backbone, taps: Iterable[Tap], data: str, split: str, total: int | None) -> tqdm:
+    """The bar of a pass: images, images a second, time left."""
+    title = f"Extracting {backbone.title} {' '.join(map(str, taps))}, {data} {split}"
+    return tqdm(total=total, desc=title, unit="image", mininterval=0.5)
+
+
+def check_captions(data: str, there: bool) -> None:
+    """DataError when text is wanted of images without captions."""
+    if not there:
+        raise DataError(f"'{data}' has no captions, so there is no text to embed; set data.caption_column.")
+
+
+class Pictures(Dataset):
+    """Images as the backbone's input; an unreadable one as the sentence that says so."""
+
+    def __init__(self, images: ImageData, transform: Callable[[Any], Tensor]) -> None:
+        self.images, self.transform = images, transform
 
     def __len__(self) -> int:
-        return len(self.images) - self.start
+        return len(self.images)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.transform(self.images[self.start + index])
-
-
-@contextmanager
-def waiting_lock(folder: Path) -> Iterator[None]:
-    """A lock file beside ``folder``; says once that it waits for another job."""
-    lock = FileLock(folder.with_name(folder.name + ".lock"))
-    try:
-        lock.acquire(timeout=0.1)
-    except Timeout:
-        print(f"Another job is extracting {folder}; waiting for it.", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    def __getitem__(self, index: int) -> Tensor | DataError:
+        try:
+            return self.transform(self.images[index])
+        except DataError as error:
+            return error
 
 
-def plain(node: Any) -> dict[str, Any]:
-    """A config node as a plain dict."""
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)  # type: ignore[return-value]
+class Captions(Dataset):
+    """The images' captions."""
+
+    def __init__(self, images: ImageData) -> None:
+        self.captions = images.captions or []
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> str:
+        return self.captions[index]
+
+
+def collate(samples: Sequence[Tensor | DataError | str]) -> tuple[Tensor | list[str] | None, dict[int, DataError]]:
+    """Pixels [n, 3, H, W] of the readable images (or all captions), and what is wrong with the others by position."""
+    errors = {i: sample for i, sample in enumerate(samples) if isinstance(sample, DataError)}
+    pixels = [sample for sample in samples if isinstance(sample, Tensor)]
+    if pixels:
+        return torch.stack(pixels), errors
+    return [sample for sample in samples if isinstance(sample, str)] or None, errors

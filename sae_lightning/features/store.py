@@ -1,18 +1,22 @@
-"""Reading a feature store: one folder of fp16 safetensors shards for one split, memory-mapped.
+"""Reading a feature store: one folder of safetensors shards with one kind of feature of one split.
 
 ```
-stores/demo/dinov2-tiny-L4-1a2b3c4d/train/
+stores/demo/dinov2-tiny/patch-L4/train-1a2b3c4d/
     manifest.json            counts, shapes, checksums, fingerprint; written last
     statistics.safetensors   mean [d_in], deviation [d_in], both float64
-    images.parquet           image_id, label
-    shard-00000.safetensors  patch [n, P, d_in], pooled [n, d_pooled]
+    images.parquet           image_id, label (and caption, for text)
+    shard-00000.safetensors  features [n, P, d_in]
+    records/00000.json       what the shard holds, its checksums and moments
 ```
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,125 +25,255 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sae_lightning.data.splits import split_indices
+from sae_lightning.features.codec import DELIVERED, Frame, decode, header, layout
 from sae_lightning.features.manifest import Manifest, StoreError
+from sae_lightning.features.moments import merge
+from sae_lightning.features.record import read_record
+from sae_lightning.features.rows import read_rows
+from sae_lightning.features.shard import check_shard, data_sha256
 
-Index = slice | Tensor | np.ndarray
-NUMPY = {"F16": np.float16, "F32": np.float32}
+Index = slice | Tensor | np.ndarray | Sequence[int]
+DAMAGED = ("refuse", "skip")
 
 
 class FeatureStore:
-    """A sealed store. ``open`` checks the schema and every file's size; ``verify`` also every checksum."""
+    """A sealed store, or a part of its images without a copy.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    ``mean``, ``deviation`` [d_in] and ``std`` are those of the whole store, also in a part of it. ``skipped`` names the
+    damaged shards that ``open`` was told to leave out.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, images: np.ndarray | None = None) -> None:
         self.folder, self.manifest = folder, manifest
-        statistics = load_file(folder / "statistics.safetensors")
-        self.mean: Tensor = statistics["mean"].float()
-        self.deviation: Tensor = statistics["deviation"].float()
-        self.std: float = manifest.std
-        table = pq.read_table(folder / "images.parquet")
-        self.image_ids: list[str] = table["image_id"].to_pylist()
-        self.labels: Tensor = torch.from_numpy(table["label"].to_numpy().copy())
-        self.class_names, self.fingerprint = manifest.class_names, manifest.fingerprint
-        self.backbone, self.layer = manifest.backbone, manifest.layer
+        self.backbone, self.kind, self.layer = manifest.backbone, manifest.kind, manifest.layer
         self.data, self.split, self.grid = manifest.data, manifest.split, manifest.grid
-        self.n_patches, self.d_in = manifest.n_patches, manifest.d_in
-        maps = [memory_map(folder / shard.file) for shard in manifest.shards]
-        for shard, arrays in zip(manifest.shards, maps, strict=True):
-            expected = (shard.images, manifest.n_patches, manifest.d_in)
-            if arrays["patch"].shape != expected or arrays["patch"].dtype != np.dtype(manifest.dtype):
-                raise StoreError(
-                    f"{folder / shard.file} holds {arrays['patch'].dtype} {arrays['patch'].shape}; "
-                    f"its manifest says {manifest.dtype} {expected}. Extract again."
-                )
-        self._maps = maps
+        self.n_patches, self.d_in, self.class_names = manifest.n_patches, manifest.d_in, manifest.class_names
+        self.dtype = DELIVERED[manifest.dtype]
+        self.skipped: list[str] = []
+        self.std: float = manifest.std
+        self._images = images
         self._starts = np.cumsum([0, *(shard.images for shard in manifest.shards)])
+        if images is not None:  # where runs of consecutive images begin, as positions in ``images``
+            self._runs = np.append(np.flatnonzero(np.diff(images, prepend=-2) != 1), len(images))
 
     @classmethod
-    def open(cls, folder: str | Path) -> FeatureStore:
-        """The store in ``folder``; StoreError says what is missing, truncated or of another schema."""
+    def open(cls, folder: str | Path, damaged: str = "refuse", verify: bool = False) -> FeatureStore:
+        """The store in ``folder``.
+
+        Checks the schema, all sizes and headers and the ends of every shard; with ``verify`` every byte. A damaged
+        or missing shard is refused with its name, or with ``damaged="skip"`` left out with a warning that counts.
+        Raises StoreError.
+        """
+        if damaged not in DAMAGED:
+            raise StoreError(f"Unknown stream.damaged={damaged}; choose one of {', '.join(DAMAGED)}.")
         folder = Path(folder)
-        manifest = Manifest.read(folder)
-        sizes = {shard.file: shard.bytes for shard in manifest.shards}
-        for name in [*sizes, *manifest.files]:
+        store = cls(folder, Manifest.read(folder))
+        for name, digest in store.manifest.files.items():
             path = folder / name
             if not path.is_file():
-                raise StoreError(f"{folder} lacks {name}; delete the folder and extract again.")
-            if name in sizes and path.stat().st_size != sizes[name]:
-                raise StoreError(
-                    f"{path} has {path.stat().st_size} bytes instead of {sizes[name]}: it is truncated or was "
-                    "changed. Delete the folder and extract again."
-                )
-        return cls(folder, manifest)
+                raise StoreError(f"{folder} lacks {name}; delete {folder / 'manifest.json'} and run extract.py again.")
+            if file_sha256(path) != digest:
+                raise StoreError(f"{path} was changed; delete {folder / 'manifest.json'} and run extract.py again.")
+        bad = store.damage(verify)
+        if bad and damaged == "refuse":
+            raise next(iter(bad.values()))
+        return store._without(bad) if bad else store
+
+    def damage(self, verify: bool = False) -> dict[int, StoreError]:
+        """What is wrong, by shard: by the cheap checks, and with ``verify`` also by every shard's SHA-256."""
+        m = self.manifest
+
+        def check(i: int) -> StoreError | None:
+            path = self.folder / m.shards[i].file
+            try:
+                check_shard(path, m.shards[i], m.n_patches, m.d_in, m.dtype)
+                if verify and data_sha256(path, self._data_start(i)) != m.shards[i].sha256:
+                    raise StoreError(
+                        f"{path} does not match its checksum. Delete it and run extract.py again, which redoes this "
+                        "shard alone, or skip it with damaged=skip."
+                    )
+            except StoreError as error:
+                return error
+            return None
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(check, range(len(m.shards))))
+        return {i: error for i, error in enumerate(found) if error is not None}
 
     def verify(self) -> None:
-        """Read every file and compare its SHA-256; StoreError names the first that differs."""
-        expected = {shard.file: shard.sha256 for shard in self.manifest.shards} | self.manifest.files
-        for name, digest in expected.items():
-            if file_sha256(self.folder / name) != digest:
-                raise StoreError(
-                    f"{self.folder / name} does not match its checksum; delete the folder and extract again."
-                )
+        """Read every byte and compare; StoreError names the first shard that differs."""
+        for error in self.damage(verify=True).values():
+            raise error
 
+    # --- what it holds ------------------------------------------------------------------------------
     def __len__(self) -> int:
-        return self.manifest.n_images
+        """Images."""
+        return self.manifest.n_images if self._images is None else len(self._images)
 
     @property
     def n_tokens(self) -> int:
-        """Patch tokens of all images."""
+        """Tokens of all images."""
         return len(self) * self.n_patches
 
-    def patches(self, index: Index) -> Tensor:
-        """Raw patch tokens [n, P, d_in] of images, in the store's dtype; a copy."""
-        return self._read("patch", index)
+    @cached_property
+    def _statistics(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "statistics.safetensors")
 
-    def pooled(self, index: Index) -> Tensor:
-        """Raw pooled features [n, d_pooled] of images."""
-        return self._read("pooled", index)
+    @property
+    def mean(self) -> Tensor:
+        """[d_in] float32."""
+        return self._statistics["mean"].float()
 
-    def _read(self, name: str, index: Index) -> Tensor:
+    @property
+    def deviation(self) -> Tensor:
+        """[d_in] float32, of each dimension."""
+        return self._statistics["deviation"].float()
+
+    def _column(self, name: str) -> np.ndarray:
+        column = pq.read_table(self.folder / "images.parquet", columns=[name])[name].to_numpy()
+        return column if self._images is None else column[self._images]
+
+    @cached_property
+    def image_ids(self) -> list[str]:
+        """One an image."""
+        return self._column("image_id").tolist()
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """[n_images] int64, indices of ``class_names``."""
+        return torch.from_numpy(self._column("label").copy())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of what made the store, and of which of its images these are."""
+        if self._images is None:
+            return self.manifest.fingerprint
+        return hashlib.sha256(self.manifest.fingerprint.encode() + self._images.tobytes()).hexdigest()
+
+    # --- parts --------------------------------------------------------------------------------------
+    def select(self, images: np.ndarray) -> FeatureStore:
+        """The images at these positions (ascending, without repeats), as a store of their own; nothing is copied."""
+        images = np.asarray(images, dtype=np.int64)
+        if len(images) == 0:
+            raise StoreError(f"No image of {self.folder} is left in this subset; widen it.")
+        physical = images if self._images is None else self._images[images]
+        part = FeatureStore(self.folder, self.manifest, physical)
+        part.skipped, part.std, part._statistics = self.skipped, self.std, self._statistics
+        return part
+
+    def subset(
+        self, images: int | None = None, per_class: int | None = None, classes: Sequence[str] | None = None,
+        seed: int = 42,
+    ) -> FeatureStore:  # fmt: skip
+        """At most ``images`` images (drawn by ``seed``), ``per_class`` of each class, of ``classes`` (names) only."""
+        kept = np.arange(len(self))
+        labels = self.labels.numpy()
+        rng = np.random.default_rng(seed)
+        if classes is not None:
+            unknown = sorted(set(classes) - set(self.class_names))
+            if unknown:
+                raise StoreError(f"{self.folder} has no class {unknown}; it has {self.class_names[:20]}.")
+            kept = kept[np.isin(labels, [self.class_names.index(name) for name in classes])]
+        if per_class is not None:
+            members = [rng.permutation(kept[labels[kept] == c])[:per_class] for c in np.unique(labels[kept])]
+            kept = np.sort(np.concatenate(members)) if members else kept
+        if images is not None and images < len(kept):
+            kept = np.sort(rng.permutation(kept)[:images])
+        return self if len(kept) == len(self) else self.select(kept)
+
+    def parts(self, shares: dict[str, float], seed: int = 42) -> dict[str, FeatureStore]:
+        """Disjoint parts by name, stratified by class: ``{"train": 0.9, "val": 0.1}``."""
+        index = split_indices(self.labels.numpy(), shares, seed)
+        return {name: self.select(np.sort(images)) for name, images in index.items()}
+
+    def _without(self, bad: dict[int, StoreError]) -> FeatureStore:
+        shards = self.manifest.shards
+        good = [i for i in range(len(shards)) if i not in bad]
+        lost = sum(shards[i].images for i in bad)
+        warnings.warn(
+            f"{self.folder}: {len(bad)} damaged of {len(shards)} shards are skipped, {lost} images: "
+            f"{', '.join(shards[i].file for i in bad)}.",
+            stacklevel=3,
+        )
+        spans = [np.arange(self._starts[i], self._starts[i + 1]) for i in good]
+        part = self.select(np.concatenate([*spans, np.empty(0, np.int64)]))
+        part.skipped = [shards[i].file for i in bad]
+        moments = merge(read_record(self.folder, i).moments for i in good)
+        part._statistics = {"mean": moments.mean, "deviation": (moments.m2 / moments.count).sqrt()}
+        part.std = (moments.variance / (moments.count * self.d_in)) ** 0.5
+        return part
+
+    # --- reading ------------------------------------------------------------------------------------
+    def features(self, index: Index) -> Tensor:
+        """Raw features [n, P, d_in] of images, in the store's ``dtype``; a copy."""
         if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if step == 1:
-                return self._range(name, start, max(start, stop))
-            index = np.arange(start, stop, step)
-        rows = np.asarray(index, dtype=np.int64)
-        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
-            raise IndexError(f"Images {rows.min()} to {rows.max()} of a store of {len(self)}.")
-        shard = np.searchsorted(self._starts, rows, side="right") - 1
-        first = self._maps[0][name]
-        out = np.empty((len(rows), *first.shape[1:]), first.dtype)
-        for s in np.unique(shard):
-            mine = shard == s
-            out[mine] = self._maps[s][name][rows[mine] - self._starts[s]]
-        return torch.from_numpy(out)
+            index = np.arange(*index.indices(len(self)))
+        images = np.asarray(index, dtype=np.int64)
+        if len(images) and not (images.min() >= 0 and images.max() < len(self)):
+            raise IndexError(f"Images {images.min()} to {images.max()} of a store of {len(self)}.")
+        out = torch.empty(len(images), self.n_patches, self.d_in, dtype=self.dtype)
+        buffer = out.reshape(len(images), self.n_patches * self.d_in).view(torch.uint8).numpy()
+        order = np.argsort(images, kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(images[order]) != 1) + 1) if len(order) else ():
+            straight = bool((np.diff(places) == 1).all())
+            target = buffer[places[0] : places[-1] + 1] if straight else buffer
+            self.read(int(images[places[0]]), len(places), target, None if straight else places, self.n_patches)
+        return out
 
-    def _range(self, name: str, start: int, stop: int) -> Tensor:
-        first = self._maps[0][name]
-        out = np.empty((stop - start, *first.shape[1:]), first.dtype)
-        for s, begin in enumerate(self._starts[:-1]):
-            low, high = max(start, begin), min(stop, self._starts[s + 1])
-            if low < high:
-                out[low - start : high - start] = self._maps[s][name][low - begin : high - begin]
-        return torch.from_numpy(out)
+    def read(self, first: int, count: int, out: np.ndarray, places: np.ndarray | None, tokens: int = 1) -> None:
+        """Rows of ``tokens`` tokens each (1, or n_patches for images), from row ``first``, as bytes into ``out``.
 
+        Row i goes to ``out[places[i]]``, or in order where ``places`` is None. ``out`` [n, tokens · d_in · 2] uint8.
+        Several threads may read at once.
+        """
+        for shard, at, n, done in self._pieces(first * tokens, count * tokens):
+            begin, rows = done // tokens, n // tokens
+            target = out[begin:] if places is None else out
+            chosen = None if places is None else places[begin : begin + rows]
+            if self.manifest.dtype == "int8":
+                read = self._decoded(shard, at, n).reshape(rows, -1).view(torch.uint8).numpy()
+                target[slice(rows) if chosen is None else chosen] = read
+            else:
+                start = self._data_start(shard) + at * self.d_in * 2
+                read_rows(self.folder / self.manifest.shards[shard].file, start, target, chosen, rows)
 
-def memory_map(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file as a read-only memory map; StoreError when the file is cut short."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise StoreError(f"{path} is no safetensors file ({error}); extract again.") from error
-    arrays: dict[str, np.ndarray] = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            offset = 8 + length + entry["data_offsets"][0]
-            arrays[name] = np.memmap(path, NUMPY[entry["dtype"]], "r", offset, tuple(entry["shape"]))
-    return arrays
+    def _pieces(self, first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """(shard, first token in it, tokens, tokens before) of ``count`` tokens from token ``first`` on."""
+        done = 0
+        while done < count:
+            image, token = divmod(first + done, self.n_patches)
+            left = len(self) - image
+            if self._images is not None:
+                run = int(np.searchsorted(self._runs, image, side="right"))
+                left, image = int(self._runs[run]) - image, int(self._images[image])
+            shard = int(np.searchsorted(self._starts, image, side="right")) - 1
+            left = min(left, int(self._starts[shard + 1]) - image)
+            n = min(count - done, left * self.n_patches - token)
+            yield shard, (image - int(self._starts[shard])) * self.n_patches + token, n, done
+            done += n
+
+    def _data_start(self, shard: int) -> int:
+        m = self.manifest
+        return len(header(m.shards[shard].images, m.n_patches, m.d_in, m.dtype))
+
+    def _decoded(self, shard: int, at: int, n: int) -> Tensor:
+        """float16 [n, d_in] of int8 tokens."""
+        m, path = self.manifest, self.folder / self.manifest.shards[shard].file
+        places = layout(m.shards[shard].images, m.n_patches, m.d_in, m.dtype)
+        start = self._data_start(shard)
+
+        def load(name: str, skip: int, count: int, width: int) -> Tensor:
+            raw = torch.empty(count, width, dtype=torch.uint8)
+            read_rows(path, start + places[name][2] + skip * width, raw.numpy(), None, count)
+            return raw
+
+        q = load("features", at, n, self.d_in).view(torch.int8)
+        scale = load("scale", at, n, 4).view(torch.float32)[:, 0]
+        frame = Frame(*(load(name, 0, 1, 4 * self.d_in).view(torch.float32)[0] for name in ("shift", "spread")))
+        return decode(q, scale, frame)
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a whole file."""
+    return data_sha256(path, 0)

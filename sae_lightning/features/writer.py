@@ -1,179 +1,166 @@
-"""Writing a feature store so that nothing unfinished can pass for whole, and finished shards survive a kill.
+"""Writing a feature store shard by shard, by one process or by many at once.
 
-Shards go into ``<folder>.partial``, each with a small json of its checksum and statistics beside it. At
-the end the statistics are merged, the manifest is written and the folder takes its name in one move.
+A folder without a manifest is unfinished. ``plan.json`` says what is being made; each shard is claimed with a lock that
+the system drops when its holder dies, written under another name, moved to its own, and counts as finished when its
+record is there. Whoever finds all records seals: statistics, table of images, and last the manifest.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
-from torch import Tensor
 
-from sae_lightning.features.manifest import Manifest, Shard, StoreError
-from sae_lightning.features.store import file_sha256
+from sae_lightning.features.codec import check_dtype
+from sae_lightning.features.manifest import MANIFEST, SCHEMA, Manifest, StoreError, write_atomically
+from sae_lightning.features.moments import merge
+from sae_lightning.features.record import RECORDS, Record, read_record, record_path, shard_name, write_record
+from sae_lightning.features.shard import ShardFile, data_sha256, sync_folder
 
 VERSIONS = ("torch", "timm", "transformers", "safetensors")
+PLAN, CLAIMS = "plan.json", "claims"
 
 
 class StoreWriter:
-    """Takes the images' features in order and seals the store.
+    """One store being made.
 
-    ``about`` holds the manifest's descriptive fields (data, split, backbone, layer, grid, class_names).
-    ``done`` images of an earlier, interrupted extraction are kept; go on from there.
-    Raises StoreError for NaN or infinite features and when the disk is full.
+    ``about`` holds the manifest's descriptive fields (data, split, backbone, kind, layer, grid, class_names). Images
+    i · ``images_per_shard`` … make shard i. An extraction that was begun with another ``images_per_shard`` keeps it.
+    Raises StoreError when the folder holds something else's beginnings.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        fingerprint: str,
-        about: dict,
-        image_ids: list[str],
-        labels: np.ndarray,
-        images_per_shard: int = 4096,
-    ) -> None:
+    def __init__(self, folder: Path, fingerprint: str, about: dict[str, Any], images_per_shard: int,
+                 dtype: str = "float16") -> None:  # fmt: skip
         if images_per_shard < 1:
             raise StoreError(f"extract.images_per_shard={images_per_shard} must be at least 1.")
-        self.folder, self.fingerprint, self.about = folder, fingerprint, about
-        self.image_ids, self.labels, self.per_shard = image_ids, labels, images_per_shard
-        self.partial = folder.with_name(folder.name + ".partial")
-        self._records = self._resume()
-        self._pending: dict[str, list[Tensor]] = {"patch": [], "pooled": []}
+        self.folder, self.fingerprint, self.about, self.dtype = folder, fingerprint, about, check_dtype(dtype)
+        self.images_per_shard = images_per_shard
+        if not self.sealed:
+            self._plan()
 
     @property
-    def done(self) -> int:
-        """Images in finished shards."""
-        return sum(record["shard"]["images"] for record in self._records)
+    def sealed(self) -> bool:
+        """Whether the store is finished."""
+        return (self.folder / MANIFEST).is_file()
 
-    def _resume(self) -> list[dict]:
-        plan = {"fingerprint": self.fingerprint, "images_per_shard": self.per_shard, "n_images": len(self.image_ids)}
-        note = self.partial / "plan.json"
+    def _plan(self) -> None:
         try:
-            same = json.loads(note.read_text()) == plan
-        except (OSError, json.JSONDecodeError):
-            same = False
-        if not same:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-            note.write_text(json.dumps(plan))
-            return []
-        records: list[dict] = []
-        while (path := self.partial / f"shard-{len(records):05d}.json").is_file():
-            record = json.loads(path.read_text())
-            shard = self.partial / record["shard"]["file"]
-            if not shard.is_file() or shard.stat().st_size != record["shard"]["bytes"]:
-                break
-            records.append(record)
-        return records
+            (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
+            (self.folder / CLAIMS).mkdir(exist_ok=True)
+            with FileLock(self.folder / CLAIMS / "plan.lock"):
+                path = self.folder / PLAN
+                if not path.is_file():
+                    plan = {"schema": SCHEMA, "fingerprint": self.fingerprint, "dtype": self.dtype,
+                            "images_per_shard": self.images_per_shard}  # fmt: skip
+                    write_atomically(path, json.dumps(plan))
+                plan = json.loads(path.read_text())
+        except OSError as error:
+            raise StoreError(f"{self.folder} cannot be written ({error}); set paths.stores to another disk.") from error
+        if (plan["schema"], plan["fingerprint"], plan["dtype"]) != (SCHEMA, self.fingerprint, self.dtype):
+            raise StoreError(f"{self.folder} holds the beginnings of another extraction; delete it.")
+        self.images_per_shard = plan["images_per_shard"]
 
-    def append(self, patch: Tensor, pooled: Tensor) -> None:
-        """Add the next images: ``patch`` [n, P, d_in] and ``pooled`` [n, d_pooled], kept as fp16."""
-        patch, pooled = patch.cpu(), pooled.cpu()
-        half = patch.to(torch.float16)
-        if not bool(half.isfinite().all()):
-            at = self.done + sum(len(p) for p in self._pending["patch"])
-            bad = int((~half.isfinite()).flatten(1).any(1).nonzero()[0])
-            why = "NaN or infinite" if not bool(patch.isfinite().all()) else "too large for fp16 (beyond 65504)"
-            raise StoreError(
-                f"The features of image '{self.image_ids[at + bad]}' are {why}; check the image and "
-                "extract.precision. Nothing was sealed."
-            )
-        self._pending["patch"].append(half)
-        self._pending["pooled"].append(pooled.to(torch.float16))
-        while sum(len(p) for p in self._pending["patch"]) >= self.per_shard:
-            self._write_shard(self.per_shard)
+    # --- shards -------------------------------------------------------------------------------------
+    def has(self, index: int) -> bool:
+        """Whether shard ``index`` is finished."""
+        return record_path(self.folder, index).is_file() or self.sealed
 
-    def _write_shard(self, count: int) -> None:
-        whole = {name: torch.cat(parts) for name, parts in self._pending.items()}
-        shard = {name: tensor[:count].contiguous() for name, tensor in whole.items()}
-        self._pending = {name: [tensor[count:]] for name, tensor in whole.items()}
-        name = f"shard-{len(self._records):05d}.safetensors"
-        path = self.partial / name
+    def claim(self, index: int | str) -> FileLock | None:
+        """A held lock on shard ``index``, or None while another process holds it. Release it when done."""
+        lock = FileLock(self.folder / CLAIMS / f"{index}.lock", thread_local=False)
         try:
-            save_file(shard, path)
-            _sync(path)
-        except (OSError, Exception) as error:
-            path.unlink(missing_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+        return lock
+
+    def begin(self, index: int) -> ShardFile:
+        """A new shard ``index`` to append to; hold its claim."""
+        return ShardFile(self.folder / shard_name(index), self.dtype)
+
+    def finish(
+        self, index: int, shard: ShardFile, image_ids: list[str], labels: list[int] | list[str],
+        captions: list[str] | None = None, skipped: list[str] | None = None, state: dict | None = None,
+    ) -> None:  # fmt: skip
+        """Close the shard and write its record; only now does it count."""
+        shape = shard._shape
+        if shape is None:
+            shard.abort()
+            raise StoreError(f"No image of shard {index} of {self.folder} could be read; check the images.")
+        about, moments = shard.finish()
+        record = Record(about, shape, moments, image_ids, labels, captions, skipped or [], state)
+        try:
+            write_record(self.folder, index, record)
+        except OSError as error:
             raise StoreError(
-                f"Writing {path} failed ({error}). Free space or set paths.stores to another disk; the "
-                f"{len(self._records)} finished shards are kept and the same command goes on from them."
+                f"Writing the record of {shard.path} failed ({error}). Free space; the same command goes on."
             ) from error
-        tokens = shard["patch"].reshape(-1, shard["patch"].shape[-1]).double()
-        mean = tokens.mean(0)
-        record = {
-            "shard": {"file": name, "images": count, "bytes": path.stat().st_size, "sha256": file_sha256(path)},
-            "tokens": len(tokens),
-            "mean": mean.tolist(),
-            "m2": (tokens - mean).square().sum(0).tolist(),
-            "norm": float(tokens.norm(dim=1).sum()),
-            "shape": [*shard["patch"].shape[1:], shard["pooled"].shape[1]],
-        }
-        note = path.with_suffix(".json")
-        note.with_suffix(".tmp").write_text(json.dumps(record))
-        os.replace(note.with_suffix(".tmp"), note)
-        self._records.append(record)
 
-    def seal(self) -> None:
-        """Write what is pending, the statistics and the manifest, and give the folder its name."""
-        left = sum(len(p) for p in self._pending["patch"])
-        if left:
-            self._write_shard(left)
-        if self.done != len(self.image_ids):
-            raise StoreError(f"{self.done} of {len(self.image_ids)} images were written; the store stays unsealed.")
-        tokens, mean, m2 = merge([(r["tokens"], np.array(r["mean"]), np.array(r["m2"])) for r in self._records])
-        deviation = np.sqrt(m2 / tokens)
-        n_patches, d_in, d_pooled = self._records[0]["shape"]
-        save_file(
-            {"mean": torch.from_numpy(mean), "deviation": torch.from_numpy(deviation)},
-            self.partial / "statistics.safetensors",
-        )
-        pq.write_table(pa.table({"image_id": self.image_ids, "label": self.labels}), self.partial / "images.parquet")
-        manifest = Manifest(
-            **self.about,
-            fingerprint=self.fingerprint,
-            n_images=len(self.image_ids),
-            n_patches=n_patches,
-            d_in=d_in,
-            d_pooled=d_pooled,
-            dtype="float16",
-            std=float(np.sqrt(m2.sum() / (tokens * d_in))),
-            mean_norm=sum(r["norm"] for r in self._records) / tokens,
-            severity=float(np.linalg.norm(mean)) / max(float(np.linalg.norm(deviation)), 1e-12),
-            shards=[Shard(**r["shard"]) for r in self._records],
-            files={n: file_sha256(self.partial / n) for n in ("statistics.safetensors", "images.parquet")},
-            versions={name: version(name) for name in VERSIONS},
-        )
-        manifest.write(self.partial)
-        for note in [*self.partial.glob("shard-*.json"), self.partial / "plan.json"]:
-            note.unlink()
-        for path in self.partial.iterdir():
-            _sync(path)
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        os.replace(self.partial, self.folder)
+    def count(self) -> int:
+        """Finished shards before the first missing one."""
+        index = 0
+        while record_path(self.folder, index).is_file():
+            index += 1
+        return index
 
+    # --- the end ------------------------------------------------------------------------------------
+    def seal(self, n_shards: int) -> None:
+        """Write statistics, table and manifest; StoreError when a shard is missing. A sealed store is left as it is."""
+        with FileLock(self.folder / CLAIMS / "seal.lock"):
+            if self.sealed:
+                return
+            missing = [i for i in range(n_shards) if not record_path(self.folder, i).is_file()]
+            if missing:
+                raise StoreError(f"{self.folder}: {len(missing)} of {n_shards} shards are missing; it stays unsealed.")
+            self._seal([read_record(self.folder, i) for i in range(n_shards)])
+        for left in self.folder.glob(".shard-*"):
+            left.unlink(missing_ok=True)
+        (self.folder / PLAN).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / CLAIMS, ignore_errors=True)
 
-def merge(parts: list[tuple[int, np.ndarray, np.ndarray]]) -> tuple[int, np.ndarray, np.ndarray]:
-    """Count, mean and summed squared deviation of the union of parts, each given by its own (Chan et al. 1979)."""
-    count, mean, m2 = parts[0]
-    for n, other_mean, other_m2 in parts[1:]:
-        delta = other_mean - mean
-        m2 = m2 + other_m2 + delta**2 * count * n / (count + n)
-        mean = mean + delta * n / (count + n)
-        count += n
-    return count, mean, m2
+    def _seal(self, records: list[Record]) -> None:
+        shapes = sorted({r.shape for r in records})
+        if len(shapes) > 1:
+            raise StoreError(f"{self.folder}: shards of different shapes {shapes}; delete it and extract again.")
+        moments = merge(r.moments for r in records)
+        deviation = (moments.m2 / moments.count).sqrt()
+        n_patches, d_in = shapes[0]
+        class_names, labels = whole_labels(self.about["class_names"], [x for r in records for x in r.labels])
+        columns: dict[str, Any] = {"image_id": [x for r in records for x in r.image_ids], "label": labels}
+        if all(r.captions is not None for r in records):
+            columns["caption"] = [x for r in records for x in r.captions or []]
+        try:
+            save_file({"mean": moments.mean, "deviation": deviation}, self.folder / "statistics.safetensors")
+            pq.write_table(pa.table(columns), self.folder / "images.parquet")
+            files = {n: data_sha256(self.folder / n, 0) for n in ("statistics.safetensors", "images.parquet")}
+            mean_length, spread = float(moments.mean.norm()), float(deviation.norm())
+            about = self.about | {"class_names": class_names}
+            Manifest(
+                **about, fingerprint=self.fingerprint, n_images=len(labels), n_patches=n_patches, d_in=d_in,
+                dtype=self.dtype, images_per_shard=self.images_per_shard,
+                std=(moments.variance / (moments.count * d_in)) ** 0.5,
+                mean_norm=moments.norms / moments.count, severity=mean_length / max(spread, 1e-12),
+                rounding=moments.lost / max(moments.variance, 1e-12), shards=[r.shard for r in records], files=files,
+                skipped_images=sum(len(r.skipped) for r in records), versions={n: version(n) for n in VERSIONS},
+            ).write(self.folder)  # fmt: skip
+            sync_folder(self.folder)
+        except OSError as error:
+            raise StoreError(
+                f"Sealing {self.folder} failed ({error}). All shards are kept; free space and run the same command."
+            ) from error
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def whole_labels(class_names: list[str] | None, labels: list[Any]) -> tuple[list[str], np.ndarray]:
+    """Class names and labels as indices of them, where a stream knew the names only at its end."""
+    if class_names is not None:
+        return class_names, np.asarray(labels, dtype=np.int64)
+    found = sorted(set(labels))
+    return [str(name) for name in found], np.searchsorted(np.asarray(found), np.asarray(labels)).astype(np.int64)

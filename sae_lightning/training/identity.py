@@ -9,8 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 TRAINER_KEYS = ("max_epochs", "max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
-SECTIONS = ("data", "backbone", "sae", "loss", "loss_options", "optimizer", "schedule", "init", "resample")
-SCALARS = ("expansion", "k", "seed", "batch_size", "dead_after", "normalize")
+SECTIONS = ("data", "backbone", "sae", "loss", "loss_options", "optimizer", "schedule", "init", "resample", "subset")
+SCALARS = ("expansion", "k", "seed", "batch_size", "dead_after", "normalize", "features")
+STREAM_KEYS = ("unit", "buffer_mb", "block_mb", "lanes")  # what the order of the features depends on
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -19,6 +20,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     kept = {key: plain.get(key) for key in (*SECTIONS, *SCALARS)}
     if not uses_k(plain["sae"]):
         del kept["k"]
+    kept["extract"] = {key: plain["extract"].get(key) for key in ("precision", "dtype")}
+    kept["stream"] = {key: plain["stream"].get(key) for key in STREAM_KEYS}
     kept["trainer"] = {key: plain["trainer"].get(key) for key in TRAINER_KEYS}
     return kept
 

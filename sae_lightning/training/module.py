@@ -22,7 +22,7 @@ FOLLOW = 0.1  # share of all steps in which JumpReLU's thresholds are set, not l
 
 
 class SAEModule(L.LightningModule):
-    """Trains ``sae`` on batches of raw features [B, d_in] with a weighted sum of named loss terms.
+    """Trains ``sae`` on batches of raw features [B, d_in] or [n, P, d_in] with a weighted sum of named loss terms.
 
     ``loss`` maps a term's name to its weight, ``loss_options`` to its keyword arguments; ``optimizer``
     holds ``name``, ``lr`` and further arguments; ``schedule`` the fields of ``Schedule``. With ``target_l0``
@@ -71,6 +71,7 @@ class SAEModule(L.LightningModule):
 
     # --- steps ------------------------------------------------------------------------------------
     def training_step(self, features: Tensor, batch_idx: int) -> Tensor:
+        features = features.flatten(0, -2)  # batches of images [n, P, d_in] are batches of their tokens
         step, steps = self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
         if self.sae.k is not None and hasattr(self.sae, "k_now"):
             self.sae.k_now = self.schedule.k_at(float(self.sae.k), step, steps)

@@ -28,7 +28,7 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        self._samples += len(batch) * trainer.world_size
+        self._samples += batch.numel() // batch.shape[-1] * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             record = {"speed/samples_per_second": self.samples_per_second, "speed/wait_share": self.wait_share}
             module.log_dict(record, rank_zero_only=True)

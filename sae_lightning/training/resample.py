@@ -37,7 +37,7 @@ class Resample(L.Callback):
         if step % self.every or step > self.until * int(trainer.estimated_stepping_batches):
             return
         sae: SAE = module.sae  # type: ignore[assignment]
-        x, _ = input_norm(sae.input_norm, sae.normalizer.normalize(batch))
+        x, _ = input_norm(sae.input_norm, sae.normalizer.normalize(batch.flatten(0, -2)))
         optimizer = trainer.optimizers[0]
         generator = torch.Generator().manual_seed(step)
         count = resample(sae, x, self.dead_after, optimizer, generator)

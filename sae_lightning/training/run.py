@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 import warnings
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.features.datamodule import FeatureDataModule, InOrder
-from sae_lightning.features.extract import ensure_store
+from sae_lightning.features.ensure import ensure_store, plain
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
 from sae_lightning.saes.artefact import read_cfg, write_json
@@ -94,13 +95,12 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     quiet()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     stores = {split: ensure_store(cfg, split) for split in ("train", "val")}
-    data = FeatureDataModule(stores["train"], stores["val"], batch_size=cfg.batch_size, seed=cfg.seed)
+    stores["train"] = stores["train"].subset(**plain(cfg.subset))
+    stream = {key: value for key, value in plain(cfg.stream).items() if key not in ("damaged", "verify")}
+    data = FeatureDataModule(stores["train"], stores["val"], batch_size=cfg.batch_size, seed=cfg.seed, **stream)
     module = build_module(cfg, stores["train"])
-    checkpoint = L.pytorch.callbacks.ModelCheckpoint(
-        folder / "checkpoints", filename="last", enable_version_counter=False, save_on_train_epoch_end=True
-    )
     throughput = Throughput(data)
-    callbacks = [checkpoint, History(folder / "history.csv"), throughput, *build_callbacks(cfg)]
+    callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), throughput, *build_callbacks(cfg)]
     if cfg.resample.every:
         callbacks.insert(0, Resample(cfg.resample.every, cfg.dead_after, cfg.resample.until))
     settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
@@ -140,6 +140,22 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     trainer.strategy.barrier()
 
 
+def checkpoints(cfg: DictConfig, folder: Path) -> list[L.Callback]:
+    """``checkpoints/last.ckpt`` at the end of every epoch, and within it as ``cfg.checkpoint`` says."""
+    within: dict[str, Any] = {}
+    if cfg.checkpoint.every_steps:
+        within["every_n_train_steps"] = cfg.checkpoint.every_steps
+    elif cfg.checkpoint.every_minutes:
+        within["train_time_interval"] = timedelta(minutes=cfg.checkpoint.every_minutes)
+    when: list[dict[str, Any]] = [{"save_on_train_epoch_end": True}, *([within] if within else [])]
+    return [
+        L.pytorch.callbacks.ModelCheckpoint(
+            folder / "checkpoints", filename="last", enable_version_counter=False, **options
+        )
+        for options in when
+    ]
+
+
 def quiet() -> None:
     """Silence Lightning's advertising and its warnings about an iterable data set's length, which is exact here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -147,6 +163,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # the datamodule is
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # a resumed run
     warnings.filterwarnings("ignore", message=".*sync_dist=True.* when logging on epoch level.*")  # metrics reduce
 
@@ -190,7 +207,7 @@ def record(cfg: DictConfig, stores: dict[str, FeatureStore]) -> dict[str, Any]:
     return {
         "name": run_name(cfg), "hash": run_hash(cfg), "k": cfg.k if uses_k(cfg.sae) else None,
         "expansion": cfg.expansion, "seed": cfg.seed, "backbone": store.backbone, "layer": store.layer,
-        "data": store.data, "severity": store.manifest.severity,
+        "data": store.data, "features": store.kind, "severity": store.manifest.severity,
         "store": {split: s.fingerprint for split, s in stores.items()},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
         "config": OmegaConf.to_container(cfg, resolve=True),

@@ -18,7 +18,7 @@ def sample(store: FeatureStore, tokens: int = SAMPLE) -> Tensor:
     """About ``tokens`` raw features [n, d_in] of evenly spaced images."""
     step = max(1, len(store) * store.n_patches // tokens)
     images = torch.arange(0, len(store), step)
-    return torch.cat([store.patches(slice(int(i), int(i) + 1)).reshape(-1, store.d_in).float() for i in images])
+    return torch.cat([store.features(slice(int(i), int(i) + 1)).reshape(-1, store.d_in).float() for i in images])
 
 
 def geometric_median(x: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -26,7 +26,7 @@ def run(tmp_path, stores):
 
 def dense_pass(run, store):
     sae = TopK.load(run)
-    x = store.patches(slice(None)).reshape(-1, store.d_in).float()
+    x = store.features(slice(None)).reshape(-1, store.d_in).float()
     with torch.no_grad():
         codes = sae.encode(x)
         rebuilt = sae.decode(codes)

@@ -1,96 +1,143 @@
-"""The stream: every token once, the same for every number of ranks, mixed, and deterministic."""
+"""The datamodule under a real Trainer: every token trained on once, resumed at any step, by any number of ranks."""
 
-import time
-
+import lightning as L
 import pytest
 import torch
 
-from sae_lightning.features.datamodule import FeatureDataModule, Prefetched, TokenStream
+from sae_lightning.features.datamodule import FeatureDataModule, InOrder
+from sae_lightning.training.module import SAEModule
+
+ORDER = {"buffer_mb": 0.02, "block_mb": 0.001, "readers": 2}
 
 
-def batches(store, epoch=0, **kwargs):
-    stream = TokenStream(store, **({"batch_size": 64, "buffer_tokens": 1024, "block_images": 4} | kwargs))
-    stream.epoch = epoch
-    return list(stream)
+class Recorder(L.LightningModule):
+    """Keeps the sum of every batch; its one weight follows the batches, so that their order matters."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.sums: list[float] = []
+        self.stop_after = stop_after
+
+    def training_step(self, batch, index):
+        if len(self.sums) == self.stop_after:
+            raise KeyboardInterrupt
+        self.sums.append(float(batch.double().sum()))
+        return (self.weight - batch.float().mean()) ** 2
+
+    def validation_step(self, batch, index):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.3)
 
 
-def keys(tokens):
-    return [tuple(row) for row in tokens.tolist()]
+def data(stores, **options):
+    return FeatureDataModule(stores["train"], stores["val"], batch_size=128, seed=3, **(ORDER | options))
 
 
-def test_every_token_comes_at_most_once_and_nearly_all_come(stores):
-    store = stores["train"]
-    everything = set(keys(store.patches(slice(None)).reshape(-1, store.d_in)))
-    got = keys(torch.cat(batches(store)))
-    assert len(set(got)) == len(got)
-    assert set(got) <= everything
-    assert len(got) >= len(everything) - 64 - 8 * 4 * store.n_patches
-    assert all(len(b) == 64 for b in batches(store))
+def trainer(folder, epochs=3, **options):
+    every = L.pytorch.callbacks.ModelCheckpoint(folder, every_n_train_steps=7, save_top_k=-1, filename="{step}")
+    ends = L.pytorch.callbacks.ModelCheckpoint(
+        folder, save_on_train_epoch_end=True, save_top_k=-1, filename="end-{epoch}"
+    )
+    return L.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, callbacks=[every, ends], enable_progress_bar=False,
+        enable_model_summary=False, **options,
+    )  # fmt: skip
 
 
-def test_order_depends_on_seed_and_epoch_only(stores):
-    store = stores["train"]
-    first = torch.cat(batches(store, seed=1))
-    assert torch.equal(first, torch.cat(batches(store, seed=1)))
-    assert not torch.equal(first, torch.cat(batches(store, seed=2)))
-    assert not torch.equal(first, torch.cat(batches(store, seed=1, epoch=1)))
+@pytest.fixture(scope="module")
+def whole(stores, tmp_path_factory):
+    """A run of 3 epochs of 50 steps, with checkpoints every 7 steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    module = Recorder()
+    trainer(folder).fit(module, data(stores))
+    assert len(module.sums) == 150
+    return folder, module
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
-def test_ranks_share_the_same_global_batches(stores, world):
-    store = stores["train"]
-    alone = batches(store)
-    ranks = [batches(store, rank=r, world=world) for r in range(world)]
-    assert {len(r) for r in ranks} == {len(alone)}
-    for step, whole in enumerate(alone):
-        parts = torch.cat([rank[step] for rank in ranks])
-        assert sorted(keys(parts)) == sorted(keys(whole))
+@pytest.mark.parametrize("name", ["step=7", "step=49", "step=56", "end-epoch=0", "end-epoch=1", "step=147"])
+def test_a_checkpoint_in_the_middle_of_an_epoch_goes_on_with_the_next_batch(name, whole, stores, tmp_path):
+    folder, module = whole
+    again = Recorder()
+    path = folder / f"{name}.ckpt"
+    step = torch.load(path, weights_only=True)["global_step"]
+    trainer(tmp_path).fit(again, data(stores), ckpt_path=path, weights_only=True)
+    assert again.sums == module.sums[step:]
+    assert torch.equal(again.weight, module.weight)
 
 
-def test_batches_mix_images(stores):
-    """Tokens of one batch come from many more images than an unshuffled read would give (64 / 16 = 4)."""
-    store = stores["train"]
-    tokens = store.patches(slice(None)).reshape(-1, store.d_in)
-    image = {key: i // store.n_patches for i, key in enumerate(keys(tokens))}
-    seen = [len({image[key] for key in keys(batch)}) for batch in batches(store, buffer_tokens=4096)]
-    assert sum(seen) / len(seen) > 32
+def test_an_exception_in_the_middle_of_a_step_repeats_that_step_alone(whole, stores, tmp_path):
+    _, module = whole
+    broken = Recorder(stop_after=61)
+    first = trainer(tmp_path)
+    with pytest.raises(SystemExit):
+        first.fit(broken, data(stores))
+    first.save_checkpoint(tmp_path / "now.ckpt")
+    again = Recorder()
+    trainer(tmp_path).fit(again, data(stores), ckpt_path=tmp_path / "now.ckpt", weights_only=True)
+    assert broken.sums + again.sums == module.sums
+
+
+def test_limited_epochs_resume_with_the_next_one(stores, tmp_path):
+    module, again = Recorder(), Recorder()
+    trainer(tmp_path, limit_train_batches=5).fit(module, data(stores))
+    assert len(module.sums) == 15
+    path = tmp_path / "end-epoch=1.ckpt"
+    trainer(tmp_path, limit_train_batches=5).fit(again, data(stores), ckpt_path=path, weights_only=True)
+    assert again.sums == module.sums[10:]
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
-    [({"batch_size": 60}, "multiple of the 8"), ({"world": 3}, "cannot share"), ({"batch_size": 80_000}, "lower")],
+    ("changes", "what"),
+    [({"seed": 4}, "seed 3 there, 4 now"), ({"lanes": 4}, "lanes 8 there, 4 now"), ({"buffer_mb": 0.05}, "window")],
 )
-def test_impossible_divisions_fail_with_a_sentence(stores, change, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        batches(stores["train"], **change)
+def test_a_checkpoint_of_another_order_is_refused(changes, what, whole, stores, tmp_path):
+    options = {"seed": 3} | ORDER | changes
+    other = FeatureDataModule(stores["train"], stores["val"], batch_size=128, **options)
+    with pytest.raises(ValueError, match=f"another order of the features.*{what}"):
+        trainer(tmp_path).fit(Recorder(), other, ckpt_path=whole[0] / "step=7.ckpt", weights_only=True)
 
 
-def test_errors_of_the_reading_thread_reach_the_consumer(stores):
-    class Broken(TokenStream):
-        def __iter__(self):
-            yield torch.zeros(1)
-            raise OSError("the disk is gone")
-
-    stream = iter(Prefetched(Broken(stores["train"], 64)))
-    next(stream)
-    with pytest.raises(OSError, match="disk is gone"):
-        next(stream)
+def test_a_checkpoint_of_another_store_is_refused(whole, stores, tmp_path):
+    other = FeatureDataModule(stores["train"].subset(images=390), stores["val"], batch_size=128, seed=3, **ORDER)
+    with pytest.raises(ValueError, match="another order of the features.*store"):
+        trainer(tmp_path).fit(Recorder(), other, ckpt_path=whole[0] / "step=7.ckpt", weights_only=True)
 
 
-def test_waiting_is_measured(stores):
-    class Slow(TokenStream):
-        def __iter__(self):
-            for _ in range(3):
-                time.sleep(0.05)
-                yield torch.zeros(1)
+def test_the_number_of_readers_and_ranks_is_no_part_of_the_state(whole, stores, tmp_path, monkeypatch):
+    """Two ranks go on where one stopped: together they read the batches that it would have read."""
+    folder, module = whole
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr("sae_lightning.features.datamodule.world_size", lambda: 2)
+        monkeypatch.setattr("sae_lightning.features.datamodule.rank", lambda rank=rank: rank)
+        again = Recorder()
+        other = data(stores, readers=1)
+        trainer(tmp_path, epochs=1).fit(again, other, ckpt_path=folder / "step=14.ckpt", weights_only=True)
+        parts.append(again.sums)
+    together = [a + b for a, b in zip(*parts, strict=True)]
+    assert together == pytest.approx(module.sums[14:50], rel=1e-12)
 
-    prefetched = Prefetched(Slow(stores["train"], 64))
-    assert len(list(prefetched)) == 3
-    assert prefetched.wait_seconds > 0.1
+
+def test_batches_of_images_train_as_batches_of_their_tokens(stores, tmp_path):
+    from sae_lightning.saes import TopK
+
+    store = stores["train"]
+    images = FeatureDataModule(store, stores["val"], batch_size=16, unit="images", **ORDER)
+    module = SAEModule(TopK(store.d_in, 24, 3, seed=0), {"reconstruction": 1.0})
+    trainer(tmp_path, epochs=1).fit(module, images)
+    assert next(iter(images.train_dataloader())).shape == (16, store.n_patches, store.d_in)
+    assert torch.isfinite(module.sae.W_dec).all()
 
 
-def test_validation_sees_every_token_once(stores):
-    data = FeatureDataModule(stores["train"], stores["val"], batch_size=64)
+@pytest.mark.parametrize("world", [1, 2, 3, 40])
+def test_validation_sees_every_token_once(world, stores):
     store = stores["val"]
-    whole = torch.cat(list(data.val_dataloader()))
-    assert torch.equal(whole, store.patches(slice(None)).reshape(-1, store.d_in))
+    parts = [batch for rank in range(world) for batch in InOrder(store, 40, rank, world)]
+    got = torch.cat(parts) if parts else torch.empty(0)
+    whole = store.features(slice(None)).reshape(-1, store.d_in)
+    assert sorted(map(tuple, got.tolist())) == sorted(map(tuple, whole.tolist()))
+    if world == 1:
+        assert torch.equal(got, whole)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sae_lightning.backbones import load_backbone
 from sae_lightning.data import load_images
-from sae_lightning.features.extract import ensure_store, plain
+from sae_lightning.features.ensure import ensure_store, plain
 from sae_lightning.features.store import StoreError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def test_the_store_holds_what_the_backbone_gives(tmp_path):
     images, backbone = load_images(plain(cfg.data), "train"), load_backbone(plain(cfg.backbone))
     x = torch.stack([backbone.transform(images[i]) for i in range(len(images))])
     expected = backbone.forward_features(x)
-    torch.testing.assert_close(store.patches(slice(None)).float(), expected["patch"], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(store.features(slice(None)).float(), expected["patch"], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(store.pooled(slice(None)).float(), expected["pooled"], rtol=2e-3, atol=2e-3)
     assert store.image_ids == images.image_ids
     assert (store.backbone, store.layer, store.grid) == ("mae (tiny)", 4, (8, 8))

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from sae_lightning.features.extract import ensure_store
+from sae_lightning.features.ensure import ensure_store
 from sae_lightning.metrics import FVU, L0
 from sae_lightning.saes import SAE
 from sae_lightning.training.run import train
@@ -21,7 +21,7 @@ def test_the_artefact_gives_the_logged_scores_from_raw_features(variant, config)
     folder = train(cfg)
     result = json.loads((folder / "result.json").read_text())
     sae, store = SAE.load(folder), ensure_store(cfg, "val")
-    features = store.patches(slice(None)).reshape(-1, store.d_in)
+    features = store.features(slice(None)).reshape(-1, store.d_in)
     codes = sae.encode(features)
     fvu, l0 = FVU(store.d_in), L0()
     fvu.update(features.float(), sae.decode(codes))
@@ -104,7 +104,7 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(variant, conf
         (["trainer.accelerator=gpu", "trainer.devices=64"], "GPUs are visible"),
         (["logger.kind=paper"], "logger.kind=paper"),
         (["data.path=/no/such/folder"], "There is no folder"),
-        (["backbone.layer=9"], "blocks are 0 to 5"),
+        (["backbone.layer=9"], "layers are 0 to 5"),
     ],
 )
 def test_impossible_settings_fail_with_a_sentence(overrides, sentence, config):

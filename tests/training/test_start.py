@@ -57,7 +57,7 @@ def test_a_sample_is_of_evenly_spaced_images(stores):
     assert sample(store, 10**9).shape == (len(store) * store.n_patches, D_IN)
     few = sample(store, 160)
     assert len(few) == pytest.approx(160, abs=16)
-    torch.testing.assert_close(few[:16], store.patches(slice(0, 1)).reshape(-1, D_IN).float())
+    torch.testing.assert_close(few[:16], store.features(slice(0, 1)).reshape(-1, D_IN).float())
 
 
 def test_b_pre_starts_at_the_mean_the_geometric_median_or_the_origin(stores):

@@ -1,0 +1,30 @@
+"""``sae-lightning``: dispatches to the commands; errors are one sentence on stderr and exit 1."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from sae_lightning.commands.store import add_store_commands
+from sae_lightning.features.manifest import StoreError
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands with their help."""
+    top = argparse.ArgumentParser("sae-lightning", description="Look after feature stores.")
+    add_store_commands(top.add_subparsers(required=True, metavar="command"))
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    args = parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except StoreError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""``sae-lightning store ls | verify | stats | merge``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from sae_lightning.features.manifest import MANIFEST, Manifest, StoreError
+from sae_lightning.features.store import FeatureStore
+from sae_lightning.features.upkeep import find_stores, mend, merge_stores, unfinished
+
+
+def add_store_commands(commands: argparse._SubParsersAction) -> None:
+    """Put ``store`` and what it can do into a parser."""
+    store = commands.add_parser("store", help="list, check, describe and merge feature stores")
+    verbs = store.add_subparsers(required=True, metavar="verb")
+
+    ls = verbs.add_parser("ls", help="all stores below a folder, finished or not")
+    ls.add_argument("root", nargs="?", default="stores", type=Path)
+    ls.set_defaults(run=_ls)
+
+    verify = verbs.add_parser("verify", help="read every byte and compare with the checksums")
+    verify.add_argument("folder", nargs="+", type=Path, help="stores, or folders that hold some")
+    verify.add_argument("--mend", action="store_true", help="remove damaged shards, so that extract.py redoes them")
+    verify.set_defaults(run=_verify)
+
+    stats = verbs.add_parser("stats", help="what a store holds and how its features are distributed")
+    stats.add_argument("folder", nargs="+", type=Path)
+    stats.set_defaults(run=_stats)
+
+    merge = verbs.add_parser("merge", help="one store of several with different images; linked, not copied")
+    merge.add_argument("folder", nargs="+", type=Path)
+    merge.add_argument("--into", required=True, type=Path, metavar="FOLDER")
+    merge.set_defaults(run=_merge)
+
+
+def _console() -> Console:
+    return Console(width=max(120, Console().width))
+
+
+def _ls(args: argparse.Namespace) -> int:
+    folders = find_stores(args.root)
+    if not folders:
+        raise StoreError(f"There is no store in {args.root}; make one with extract.py, or name another folder.")
+    console, table, broken = _console(), Table(), []
+    for column in ("store", "images", "shape", "type", "size", "backbone"):
+        table.add_column(column, justify="right" if column in ("images", "size") else "left", overflow="fold")
+    for folder in folders:
+        name = str(folder.relative_to(args.root))
+        if not (folder / MANIFEST).is_file():
+            shards, images = unfinished(folder)
+            table.add_row(name, f"{images:,}", f"unfinished, {shards} shards so far", style="yellow")
+            continue
+        try:
+            m = Manifest.read(folder)
+        except StoreError as error:
+            broken.append(str(error))
+            continue
+        size = readable(sum(shard.bytes for shard in m.shards))
+        table.add_row(name, f"{m.n_images:,}", f"{m.n_patches} × {m.d_in}", m.dtype, size, m.backbone)
+    console.print(table)
+    for sentence in broken:
+        console.print(sentence, style="red")
+    return 1 if broken else 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    console, worst = _console(), 0
+    folders = [f for given in args.folder for f in ([given] if (given / MANIFEST).is_file() else find_stores(given))]
+    if not folders:
+        raise StoreError(f"There is no store in {', '.join(map(str, args.folder))}.")
+    with Progress(console=console, transient=True) as progress:
+        for folder in progress.track(folders, description="Verifying"):
+            if not (folder / MANIFEST).is_file():
+                console.print(f"{folder}: unfinished; extract.py goes on from it.")
+                continue
+            try:
+                bad = FeatureStore(folder, Manifest.read(folder)).damage(verify=True)
+            except StoreError as error:
+                console.print(str(error), style="red")
+                worst = 1
+                continue
+            for what in bad.values():
+                console.print(str(what), style="red")
+            if not bad:
+                console.print(f"{folder}: whole.")
+                continue
+            worst = 1
+            if args.mend:
+                lost = mend(folder, bad)
+                console.print(f"{folder}: removed {', '.join(lost)}; run extract.py again, which redoes these alone.")
+    return worst
+
+
+def _stats(args: argparse.Namespace) -> int:
+    console = _console()
+    for folder in args.folder:
+        store = FeatureStore.open(folder)
+        m = store.manifest
+        table = Table(title=str(folder), show_header=False)
+        feature = m.kind if m.layer is None else f"{m.kind}, layer {m.layer}"
+        rows = {
+            "features": f"{feature}, of {m.backbone}", "images": f"{m.data}, {m.split}: {len(store):,}",
+            "shape": f"[{len(store)}, {m.n_patches}, {m.d_in}] {m.dtype} in {len(m.shards)} shards",
+            "size": readable(sum(shard.bytes for shard in m.shards)),
+            "left out": f"{m.skipped_images} unreadable pictures" if m.skipped_images else "nothing",
+            "mean length of a token": f"{m.mean_norm:.4g}", "deviation (scalar)": f"{m.std:.4g}",
+            "severity γ = ‖μ‖/‖σ‖": f"{m.severity:.3g}", "variance lost by rounding": f"{m.rounding:.2e}",
+            "dimensions farthest off zero": _outliers(store), "images a class": _classes(store),
+            "fingerprint": m.fingerprint, "made with": ", ".join(f"{k} {v}" for k, v in m.versions.items()),
+        }  # fmt: skip
+        for name, value in rows.items():
+            table.add_row(name, value)
+        console.print(table)
+    return 0
+
+
+def _outliers(store: FeatureStore) -> str:
+    ratio = (store.mean / store.deviation.clamp_min(1e-12)).abs()
+    top = ratio.topk(min(5, store.d_in))
+    return ", ".join(f"{int(i)} (|μ|/σ {float(v):.3g})" for v, i in zip(top.values, top.indices, strict=True))
+
+
+def _classes(store: FeatureStore) -> str:
+    counts = torch.bincount(store.labels, minlength=len(store.class_names))
+    if len(counts) > 12:
+        return f"{len(counts)} classes, {int(counts.min())} to {int(counts.max())} images"
+    return ", ".join(f"{name} {int(n)}" for name, n in zip(store.class_names, counts, strict=True))
+
+
+def _merge(args: argparse.Namespace) -> int:
+    store = merge_stores(args.folder, args.into)
+    print(f"{args.into}: {len(store):,} images in {len(store.manifest.shards)} shards.")
+    return 0
+
+
+def readable(size: float) -> str:
+    """A number of bytes in the unit that fits."""
+    units: Iterable[str] = ("B", "KB", "MB", "GB", "TB")
+    for unit in units:
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:,.0f} {unit}" if size >= 10 or unit == "B" else f"{size:.1f} {unit}"

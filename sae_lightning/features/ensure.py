@@ -1,0 +1,225 @@
+"""From a config to opened stores: found where an earlier job left them, or extracted now."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from sae_lightning.backbones import Backbone, Tap, default_layer, identity, load_backbone
+from sae_lightning.backbones.taps import LAYER_KINDS
+from sae_lightning.data import ImageData, ImageStream, load_images
+from sae_lightning.features.codec import check_dtype
+from sae_lightning.features.extract import Settings, extract
+from sae_lightning.features.given import given_store
+from sae_lightning.features.manifest import MANIFEST
+from sae_lightning.features.store import FeatureStore, StoreError
+from sae_lightning.features.stream_extract import extract_stream
+from sae_lightning.features.upkeep import mend, merge_stores
+from sae_lightning.features.writer import StoreWriter
+
+FORMAT = "2"  # of what a store holds, for the fingerprint
+SHARD_BYTES = 256 << 20  # of patch tokens
+Images = ImageData | ImageStream
+
+
+def tap_of(cfg: DictConfig, kind: str | None = None, layer: int | None = None) -> Tap:
+    """The tap that ``cfg.features`` (or ``kind``) and ``cfg.backbone.layer`` (or ``layer``) name."""
+    kind = kind or cfg.get("features", "patch")
+    if kind not in LAYER_KINDS:
+        return Tap(kind)
+    return Tap(kind, default_layer(cfg.backbone if layer is None else plain(cfg.backbone) | {"layer": layer}))
+
+
+def taps_of(cfg: DictConfig) -> list[Tap]:
+    """All taps that ``cfg.features`` and ``cfg.layers``, each one or a list, name."""
+    kinds = [cfg.features] if isinstance(cfg.features, str) else list(cfg.features)
+    layers = [None] if cfg.get("layers") is None else [cfg.layers] if isinstance(cfg.layers, int) else list(cfg.layers)
+    return list(dict.fromkeys(tap_of(cfg, kind, layer) for kind in kinds for layer in layers))
+
+
+def fingerprint(cfg: DictConfig, images: Images, tap: Tap) -> str:
+    """Hex digest of images, backbone, tap, precision and dtype: equal features have equal fingerprints."""
+    e = cfg.extract
+    parts = (images.fingerprint, identity(cfg.backbone), tap, e.precision, e.get("dtype", "float16"), FORMAT)
+    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
+
+
+def store_folder(cfg: DictConfig, images: Images, tap: Tap, digest: str) -> Path:
+    """``<stores>/<data>/<backbone>-<size>/<tap>/<split>-<fingerprint>``."""
+    backbone = f"{cfg.backbone.name}-{cfg.backbone.size}"
+    return (
+        Path(cfg.paths.stores) / images.name.replace("/", "--") / backbone / str(tap) / f"{images.split}-{digest[:8]}"
+    )
+
+
+def ensure_store(cfg: DictConfig, split: str, kind: str | None = None) -> FeatureStore:
+    """The store of ``split`` for ``cfg.data``, ``cfg.backbone`` and ``cfg.features``; extracted now if it is missing.
+
+    Jobs that want the same store at once wait for the one that extracts it. Raises DataError, BackboneError or
+    StoreError with a sentence.
+    """
+    if cfg.data.source == "store":
+        return given_store(cfg, split, tap_of(cfg, kind))
+    images = load_images(plain(cfg.data), split)
+    tap = tap_of(cfg, kind)
+    folder = store_folder(cfg, images, tap, fingerprint(cfg, images, tap))
+    if not (folder / MANIFEST).is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with waiting_lock(folder):
+            extract_stores(cfg, images, [tap])
+    stream = cfg.get("stream") or {}
+    store = FeatureStore.open(folder, stream.get("damaged", "refuse"), stream.get("verify", False))
+    return _checked(store, fingerprint(cfg, images, tap))
+
+
+def extract_stores(cfg: DictConfig, images: Images, taps: Sequence[Tap]) -> dict[Tap, Path]:
+    """Make or complete the stores of all ``taps`` in one pass, with other processes that do the same; their folders.
+
+    A sealed store with damaged shards gets these anew. Raises DataError, BackboneError or StoreError.
+    """
+    folders = {tap: store_folder(cfg, images, tap, fingerprint(cfg, images, tap)) for tap in taps}
+    if isinstance(images, ImageStream) and cfg.extract.get("part") is not None:
+        return _part_of_stream(cfg, images, folders)
+    missing = [tap for tap, folder in folders.items() if not _whole(folder)]
+    if not missing:
+        return folders
+    devices = int(cfg.extract.get("devices", 1))
+    if devices > 1 and isinstance(images, ImageStream):
+        raise StoreError("A streamed data set is read by one process; start several with extract.part=0/4, 1/4 …")
+    if devices > 1:
+        _spawn(cfg, images, missing, devices)
+        return folders
+    _extract(cfg, images, {tap: folders[tap] for tap in missing})
+    return folders
+
+
+def _part_of_stream(cfg: DictConfig, images: ImageStream, folders: dict[Tap, Path]) -> dict[Tap, Path]:
+    """Extract one part of a stream into stores beside the whole ones, and merge when all parts are there."""
+    index, count = Settings(part=cfg.extract.part).share()
+    parts = {tap: [f.with_name(f"{f.name}-part-{i}-of-{count}") for i in range(count)] for tap, f in folders.items()}
+    missing = {tap: names[index] for tap, names in parts.items() if not _whole(names[index])}
+    if missing:
+        _extract(cfg, images.part(index, count), missing)
+    for tap, folder in folders.items():
+        with waiting_lock(folder):
+            if not (folder / MANIFEST).is_file() and all((p / MANIFEST).is_file() for p in parts[tap]):
+                merge_stores(parts[tap], folder, fingerprint=fingerprint(cfg, images, tap))
+    return folders
+
+
+def _extract(cfg: DictConfig, images: Images, folders: dict[Tap, Path]) -> None:
+    backbone = load_backbone(plain(cfg.backbone))
+    writers = {tap: writer(cfg, images, backbone, tap, folder) for tap, folder in folders.items()}
+    settings = Settings(**{k: v for k, v in plain(cfg.extract).items() if k in Settings.__dataclass_fields__})
+    if isinstance(images, ImageStream):
+        summary = extract_stream(images, backbone, writers, settings)
+    else:
+        summary = extract(images, backbone, writers, settings)
+    if summary.images:
+        busy = f"the encoder busy {summary.busy_share:.0%} of the time"
+        print(f"{summary.images} images in {summary.seconds:.0f} s, {busy}.", flush=True)
+
+
+def writer(cfg: DictConfig, images: Images, backbone: Backbone, tap: Tap, folder: Path) -> StoreWriter:
+    """A writer of the store of one tap."""
+    image = backbone.n_patches * backbone.d_in * 2  # bytes; of the default layer, so that all taps cut shards alike
+    per_shard = cfg.extract.get("images_per_shard") or max(1, min(4096, SHARD_BYTES // image))
+    about = {
+        "data": images.name, "split": images.split, "backbone": backbone.title, "kind": tap.kind, "layer": tap.layer,
+        "grid": (1, 1) if tap.layer is None or tap.kind == "cls" else backbone.grid_at(tap.layer),
+        "class_names": images.class_names,
+    }  # fmt: skip
+    dtype = check_dtype(cfg.extract.get("dtype", "float16"))
+    return StoreWriter(folder, fingerprint(cfg, images, tap), about, per_shard, dtype)
+
+
+def _whole(folder: Path) -> bool:
+    """Whether ``folder`` is a sealed store without damage that a glance shows; damaged shards are cleared away."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    lost = mend(folder)
+    if lost:
+        print(f"{folder}: {', '.join(lost)} were damaged or missing and are extracted again.", flush=True)
+    return not lost
+
+
+def _checked(store: FeatureStore, digest: str) -> FeatureStore:
+    if store.manifest.fingerprint != digest:
+        raise StoreError(
+            f"{store.folder} has fingerprint {store.manifest.fingerprint[:12]}, expected {digest[:12]}: it was made "
+            "from other images or another backbone. Delete it and extract again."
+        )
+    return store
+
+
+def _spawn(cfg: DictConfig, images: Images, taps: Sequence[Tap], devices: int) -> None:
+    """Extract in ``devices`` processes, one a GPU (or all on the CPU); StoreError when one of them fails."""
+    from tempfile import TemporaryDirectory
+
+    gpus = torch.cuda.device_count()
+    if gpus and devices > gpus:
+        raise StoreError(f"extract.devices={devices} but {gpus} GPUs are visible; lower it.")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        OmegaConf.save(cfg, path, resolve=True)
+        wanted = [f"{tap.kind}@{'' if tap.layer is None else tap.layer}" for tap in taps]
+        environment = dict(os.environ)
+        root = str(Path(__file__).resolve().parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH")) if p)
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "sae_lightning.features.ensure", str(path), images.split,
+                 f"cuda:{i}" if gpus else "cpu", *wanted],
+                env=environment,
+            )
+            for i in range(devices)
+        ]  # fmt: skip
+        codes = [process.wait() for process in processes]
+    if any(codes):
+        raise StoreError("A process of this extraction failed; its error is above. The same command goes on.")
+
+
+@contextmanager
+def waiting_lock(folder: Path) -> Iterator[None]:
+    """A lock file beside ``folder``; says once that it waits for another job."""
+    lock = FileLock(folder.with_name(folder.name + ".lock"))
+    try:
+        lock.acquire(timeout=0.1)
+    except Timeout:
+        print(f"Another job is extracting {folder}; waiting for it.", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def plain(node: Any) -> dict[str, Any]:
+    """A config node as a plain dict."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)  # type: ignore[return-value]
+
+
+def main() -> None:
+    """One process of several: ``python -m sae_lightning.features.ensure CONFIG SPLIT DEVICE KIND@LAYER …``."""
+    path, split, device, *wanted = sys.argv[1:]
+    cfg = OmegaConf.load(path)
+    assert isinstance(cfg, DictConfig)
+    cfg.extract.device, cfg.extract.devices = device, 1
+    pairs = [name.split("@") for name in wanted]
+    taps = [Tap(kind, int(layer) if layer else None) for kind, layer in pairs]
+    extract_stores(cfg, load_images(plain(cfg.data), split), taps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Sums that give mean and deviation, in float64, and add over shards, ranks and stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # elements turned into float64 at a time
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of ``count`` tokens: ``mean`` [d], ``m2`` [d] summed squared deviations, ``norms`` summed lengths; float64.
+
+    ``lost`` is the summed squared difference between the features and what was stored of them.
+    """
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+    norms: float
+    lost: float = 0.0
+
+    @classmethod
+    def of(cls, x: Tensor, lost: float = 0.0) -> Moments:
+        """Of tokens ``x`` [..., d] of any float type, on their device; two passes over pieces of them."""
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.device.type not in CHUNK:  # without float64
+            rows = rows.cpu()
+        parts = [_piece(piece) for piece in rows.split(max(1, CHUNK[rows.device.type] // rows.shape[1]))]
+        whole = merge(parts)
+        return cls(whole.count, whole.mean, whole.m2, whole.norms, lost)
+
+    @property
+    def variance(self) -> float:
+        """Summed squared deviation from the mean, over tokens and dimensions."""
+        return float(self.m2.sum())
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and lists that give the same float64 values back."""
+        return {
+            "count": self.count, "mean": self.mean.tolist(), "m2": self.m2.tolist(), "norms": self.norms,
+            "lost": self.lost,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Moments:
+        """The inverse of ``to_json``."""
+        vectors = {key: torch.tensor(content[key], dtype=torch.float64) for key in ("mean", "m2")}
+        return cls(content["count"], norms=content["norms"], lost=content["lost"], **vectors)
+
+
+def _piece(rows: Tensor) -> Moments:
+    x = rows.double()
+    mean = x.mean(0)
+    norms = float(x.square().sum(1).sqrt().sum())
+    return Moments(len(x), mean.cpu(), (x - mean).square().sum(0).cpu(), norms)
+
+
+def merge(parts: Iterable[Moments]) -> Moments:
+    """The moments of the union of parts, each given by its own [Chan et al. 1979]; at least one part."""
+    return reduce(_two, parts)
+
+
+def _two(a: Moments, b: Moments) -> Moments:
+    count = a.count + b.count
+    delta = b.mean - a.mean
+    m2 = a.m2 + b.m2 + delta.square() * (a.count * b.count / count)
+    return Moments(count, a.mean + delta * (b.count / count), m2, a.norms + b.norms, a.lost + b.lost)

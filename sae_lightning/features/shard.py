@@ -1,0 +1,159 @@
+"""One shard of a store: a safetensors file that is written batch by batch and takes its name when it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sae_lightning.features.codec import ALIGN, DELIVERED, Frame, decode, encode, header, layout
+from sae_lightning.features.manifest import Shard, StoreError, cause, partial_name
+from sae_lightning.features.moments import Moments, merge
+
+EDGE = 4096  # bytes of each end that are checked at every opening
+
+
+class ShardFile:
+    """A shard being written: ``append`` batches, then ``finish`` or ``abort``.
+
+    Until it is finished its bytes lie in ``.<name>.<host>-<pid>`` beside it. StoreError for features that are NaN or
+    infinite, or too large for float16, and when the disk is full; the file is then gone.
+    """
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path, self.dtype = path, dtype
+        self.partial = partial_name(path)
+        self.images = 0
+        self._shape: tuple[int, int] | None = None
+        self._frame: Frame | None = None
+        self._scales: list[Tensor] = []
+        self._moments: list[Moments] = []
+        self._hash = hashlib.sha256()
+        try:
+            self._file = self.partial.open("wb+", buffering=0)
+            self._file.seek(ALIGN)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def append(self, x: Tensor, image_ids: list[str]) -> None:
+        """Add the features ``x`` [n, P, d] of the images ``image_ids`` (which errors name)."""
+        if self._shape is None:
+            self._shape = (x.shape[1], x.shape[2])
+        if x.shape[1:] != self._shape:
+            self.abort()
+            raise StoreError(f"Features of shape {tuple(x.shape[1:])} in a shard of {self._shape}.")
+        stored = self._encode(x, image_ids)
+        kept = decode(stored["features"], stored.get("scale"), self._frame)
+        lost = 0.0 if kept.dtype == x.dtype else float((x.float() - kept.float()).double().square().sum())
+        self._moments.append(Moments.of(kept, lost))
+        if "scale" in stored:
+            self._scales.append(stored["scale"].cpu())
+        self._write(stored["features"])
+        self.images += len(x)
+
+    def _encode(self, x: Tensor, image_ids: list[str]) -> dict[str, Tensor]:
+        if self.dtype == "int8" and self._frame is None:
+            self._frame = Frame.of(x)
+        limit = 65504 if DELIVERED[self.dtype] == torch.float16 else torch.finfo(torch.bfloat16).max
+        top = x.abs().amax()
+        if not bool(top <= limit):  # NaN is not below either
+            bad = int((~(x.abs() <= limit)).flatten(1).any(1).nonzero()[0])
+            why = "NaN or infinite" if not bool(x[bad].isfinite().all()) else f"too large for {self.dtype}"
+            self.abort()
+            raise StoreError(
+                f"The features of image '{image_ids[bad]}' are {why}; check the image, extract.precision and "
+                "extract.dtype. Nothing of this shard was kept."
+            )
+        return encode(x, self.dtype, self._frame)
+
+    def _write(self, tensor: Tensor) -> None:
+        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        self._hash.update(data)
+        try:
+            while len(data):
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def finish(self) -> tuple[Shard, Moments]:
+        """Write the header, sync, and give the file its name; what the manifest says of it and its moments."""
+        assert self._shape is not None
+        if self._frame is not None:
+            self._write(torch.cat(self._scales))
+            self._write(self._frame.shift)
+            self._write(self._frame.spread)
+        try:
+            start = header(self.images, *self._shape, self.dtype)
+            os.pwrite(self._file.fileno(), start, 0)
+            os.fsync(self._file.fileno())
+            size = os.fstat(self._file.fileno()).st_size
+            edges = edge_checksum(self._file.fileno(), len(start), size)
+            self._file.close()
+            os.replace(self.partial, self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise self._failed(error) from error
+        return Shard(self.path.name, self.images, size, self._hash.hexdigest(), edges), merge(self._moments)
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        if hasattr(self, "_file"):
+            self._file.close()
+        self.partial.unlink(missing_ok=True)
+
+    def _failed(self, error: OSError) -> StoreError:
+        self.abort()
+        return StoreError(
+            f"Writing {self.path} failed: {cause(error)}. Free space or set paths.stores to another disk; finished shards "
+            "are kept and the same command goes on from them."
+        )
+
+
+def edge_checksum(fd: int, start: int, end: int) -> int:
+    """CRC-32 of the first and the last 4096 bytes between ``start`` and ``end`` of an open file."""
+    first = os.pread(fd, min(EDGE, end - start), start)
+    return zlib.crc32(os.pread(fd, min(EDGE, end - start), max(start, end - EDGE)), zlib.crc32(first))
+
+
+def check_shard(path: Path, shard: Shard, n_patches: int, d_in: int, dtype: str) -> None:
+    """The cheap checks: size, header, and both edges; StoreError names the file. A shard without images has none."""
+    if shard.images == 0:
+        return
+    advice = "Run extract.py again, which redoes this shard alone, or skip it with stream.damaged=skip."
+    start = header(shard.images, n_patches, d_in, dtype)
+    expected = len(start) + layout(shard.images, n_patches, d_in, dtype)["end"][2]
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != shard.bytes:
+                raise StoreError(f"{path} has {size} bytes instead of {shard.bytes}: it was cut or changed. {advice}")
+            if shard.bytes != expected or os.pread(file.fileno(), len(start), 0) != start:
+                raise StoreError(f"The header of {path} is not what its manifest says. {advice}")
+            if edge_checksum(file.fileno(), len(start), size) != shard.edges:
+                raise StoreError(f"{path} was changed or never wholly written. {advice}")
+    except FileNotFoundError as error:
+        raise StoreError(f"There is no file {path}. {advice}") from error
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({error}). {advice}") from error
+
+
+def data_sha256(path: Path, start: int) -> str:
+    """SHA-256 of a file's bytes from ``start`` on."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` outlive a power failure."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass  # some network file systems cannot
+    finally:
+        os.close(fd)
