@@ -38,12 +38,12 @@ def score(run: Path, store: FeatureStore, batch_tokens: int = 4096, latents_show
     Raises StoreError when the store is of another backbone, layer or width than the SAE.
     """
     cfg, sae = read_cfg(run), SAE.load(run)
-    made_for = (cfg["backbone"], cfg["layer"], cfg["d_in"])
-    found = (store.backbone, store.layer, store.d_in)
+    made_for = (cfg["backbone"], cfg["features"], cfg["layer"], cfg["d_in"])
+    found = (store.backbone, store.kind, store.layer, store.d_in)
     if made_for != found:
         raise StoreError(
-            f"{run.name} was trained on (backbone, layer, d_in) = {made_for}; the store {store.folder} holds {found}. "
-            "Evaluate it on a store of its own backbone."
+            f"{run.name} was trained on (backbone, features, layer, d_in) = {made_for}; the store {store.folder} holds "
+            f"{found}. Evaluate it on a store of its own backbone."
         )
     mean = sae.normalizer.mean
     reconstruction = [FVU(sae.d_in, center=mean), Cosine(center=mean)]

@@ -15,9 +15,9 @@ import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lightning.backbones import Backbone, Tap, default_layer, identity, load_backbone
+from sae_lightning.backbones import Backbone, BackboneError, Tap, default_layer, identity, load_backbone
 from sae_lightning.backbones.taps import LAYER_KINDS
-from sae_lightning.data import ImageData, ImageStream, load_images
+from sae_lightning.data import DataError, ImageData, ImageStream, load_images
 from sae_lightning.features.codec import check_dtype
 from sae_lightning.features.extract import Settings, extract
 from sae_lightning.features.given import given_store
@@ -25,7 +25,7 @@ from sae_lightning.features.manifest import MANIFEST
 from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.features.stream_extract import extract_stream
 from sae_lightning.features.upkeep import mend, merge_stores
-from sae_lightning.features.writer import StoreWriter
+from sae_lightning.features.writer import StoreWriter, cannot_write
 
 FORMAT = "2"  # of what a store holds, for the fingerprint
 SHARD_BYTES = 256 << 20  # of patch tokens
@@ -74,7 +74,6 @@ def ensure_store(cfg: DictConfig, split: str, kind: str | None = None) -> Featur
     tap = tap_of(cfg, kind)
     folder = store_folder(cfg, images, tap, fingerprint(cfg, images, tap))
     if not (folder / MANIFEST).is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with waiting_lock(folder):
             extract_stores(cfg, images, [tap])
     stream = cfg.get("stream") or {}
@@ -106,13 +105,18 @@ def extract_stores(cfg: DictConfig, images: Images, taps: Sequence[Tap]) -> dict
 def _part_of_stream(cfg: DictConfig, images: ImageStream, folders: dict[Tap, Path]) -> dict[Tap, Path]:
     """Extract one part of a stream into stores beside the whole ones, and merge when all parts are there."""
     index, count = Settings(part=cfg.extract.part).share()
+    if cfg.data.get("limit") is not None:
+        raise StoreError(
+            f"data.limit={cfg.data.limit} takes the first images of a stream, which extract.part cannot share out; "
+            "leave out one of the two."
+        )
     parts = {tap: [f.with_name(f"{f.name}-part-{i}-of-{count}") for i in range(count)] for tap, f in folders.items()}
     missing = {tap: names[index] for tap, names in parts.items() if not _whole(names[index])}
     if missing:
         _extract(cfg, images.part(index, count), missing)
     for tap, folder in folders.items():
         with waiting_lock(folder):
-            if not (folder / MANIFEST).is_file() and all((p / MANIFEST).is_file() for p in parts[tap]):
+            if not _whole(folder) and all((p / MANIFEST).is_file() for p in parts[tap]):
                 merge_stores(parts[tap], folder, fingerprint=fingerprint(cfg, images, tap))
     return folders
 
@@ -144,13 +148,13 @@ def writer(cfg: DictConfig, images: Images, backbone: Backbone, tap: Tap, folder
 
 
 def _whole(folder: Path) -> bool:
-    """Whether ``folder`` is a sealed store without damage that a glance shows; damaged shards are cleared away."""
+    """Whether ``folder`` is a sealed store without damage that a glance shows; what is damaged is cleared away."""
     if not (folder / MANIFEST).is_file():
         return False
     lost = mend(folder)
     if lost:
-        print(f"{folder}: {', '.join(lost)} were damaged or missing and are extracted again.", flush=True)
-    return not lost
+        print(f"{folder}: made anew, as damaged or missing: {', '.join(lost)}.", flush=True)
+    return (folder / MANIFEST).is_file()
 
 
 def _checked(store: FeatureStore, digest: str) -> FeatureStore:
@@ -195,10 +199,13 @@ def waiting_lock(folder: Path) -> Iterator[None]:
     """A lock file beside ``folder``; says once that it waits for another job."""
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0.1)
     except Timeout:
         print(f"Another job is extracting {folder}; waiting for it.", flush=True)
         lock.acquire()
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     try:
         yield
     finally:
@@ -218,7 +225,10 @@ def main() -> None:
     cfg.extract.device, cfg.extract.devices = device, 1
     pairs = [name.split("@") for name in wanted]
     taps = [Tap(kind, int(layer) if layer else None) for kind, layer in pairs]
-    extract_stores(cfg, load_images(plain(cfg.data), split), taps)
+    try:
+        extract_stores(cfg, load_images(plain(cfg.data), split), taps)
+    except (BackboneError, DataError, StoreError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

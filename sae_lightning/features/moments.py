@@ -36,6 +36,11 @@ class Moments:
         whole = merge(parts)
         return cls(whole.count, whole.mean, whole.m2, whole.norms, lost)
 
+    @classmethod
+    def none(cls) -> Moments:
+        """Of no token; ``merge`` takes only others."""
+        return cls(0, torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64), 0.0)
+
     @property
     def variance(self) -> float:
         """Summed squared deviation from the mean, over tokens and dimensions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import zlib
@@ -28,7 +29,7 @@ class ShardFile:
         self.path, self.dtype = path, dtype
         self.partial = partial_name(path)
         self.images = 0
-        self._shape: tuple[int, int] | None = None
+        self.shape = (0, 0)  # patches, d_in; known from the first batch on
         self._frame: Frame | None = None
         self._scales: list[Tensor] = []
         self._moments: list[Moments] = []
@@ -41,11 +42,11 @@ class ShardFile:
 
     def append(self, x: Tensor, image_ids: list[str]) -> None:
         """Add the features ``x`` [n, P, d] of the images ``image_ids`` (which errors name)."""
-        if self._shape is None:
-            self._shape = (x.shape[1], x.shape[2])
-        if x.shape[1:] != self._shape:
+        if not self.images:
+            self.shape = (x.shape[1], x.shape[2])
+        if x.shape[1:] != self.shape:
             self.abort()
-            raise StoreError(f"Features of shape {tuple(x.shape[1:])} in a shard of {self._shape}.")
+            raise StoreError(f"Features of shape {tuple(x.shape[1:])} in a shard of {self.shape}.")
         stored = self._encode(x, image_ids)
         kept = decode(stored["features"], stored.get("scale"), self._frame)
         lost = 0.0 if kept.dtype == x.dtype else float((x.float() - kept.float()).double().square().sum())
@@ -81,14 +82,14 @@ class ShardFile:
 
     def finish(self) -> tuple[Shard, Moments]:
         """Write the header, sync, and give the file its name; what the manifest says of it and its moments."""
-        assert self._shape is not None
         if self._frame is not None:
             self._write(torch.cat(self._scales))
             self._write(self._frame.shift)
             self._write(self._frame.spread)
         try:
-            start = header(self.images, *self._shape, self.dtype)
-            os.pwrite(self._file.fileno(), start, 0)
+            start = header(self.images, *self.shape, self.dtype)
+            if os.pwrite(self._file.fileno(), start, 0) < len(start):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
             size = os.fstat(self._file.fileno()).st_size
             edges = edge_checksum(self._file.fileno(), len(start), size)
@@ -108,8 +109,8 @@ class ShardFile:
     def _failed(self, error: OSError) -> StoreError:
         self.abort()
         return StoreError(
-            f"Writing {self.path} failed: {cause(error)}. Free space or set paths.stores to another disk; finished shards "
-            "are kept and the same command goes on from them."
+            f"Writing {self.path} failed: {cause(error)}. Free space or set paths.stores to another disk; finished "
+            "shards are kept and the same command goes on from them."
         )
 
 

@@ -122,7 +122,8 @@ class Sink:
         labels = [x for part in parts for x in part.labels]
         captions = [x for part in parts for x in part.captions or []]
         left_out = [x for part in parts for x in part.left_out]
-        for tap in list(self._open):
+        for tap, writer in self.writers.items():
             text = captions if tap.kind == "text" else None
-            self.writers[tap].finish(last.shard, self._open.pop(tap), ids, labels, text, left_out, last.state)
+            if tap in self._open or not writer.has(last.shard):  # nothing is open where no image could be read
+                writer.finish(last.shard, self._open.pop(tap, None), ids, labels, text, left_out, last.state)
         self.release(last.shard)

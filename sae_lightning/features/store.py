@@ -69,16 +69,24 @@ class FeatureStore:
             raise StoreError(f"Unknown stream.damaged={damaged}; choose one of {', '.join(DAMAGED)}.")
         folder = Path(folder)
         store = cls(folder, Manifest.read(folder))
-        for name, digest in store.manifest.files.items():
-            path = folder / name
-            if not path.is_file():
-                raise StoreError(f"{folder} lacks {name}; delete {folder / 'manifest.json'} and run extract.py again.")
-            if file_sha256(path) != digest:
-                raise StoreError(f"{path} was changed; delete {folder / 'manifest.json'} and run extract.py again.")
+        for error in store.damaged_files().values():
+            raise error
         bad = store.damage(verify)
         if bad and damaged == "refuse":
             raise next(iter(bad.values()))
         return store._without(bad) if bad else store
+
+    def damaged_files(self) -> dict[str, StoreError]:
+        """What is wrong with the files beside the shards, by name."""
+        found = {}
+        for name, digest in self.manifest.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                found[name] = f"{self.folder} lacks {name}"
+            elif file_sha256(path) != digest:
+                found[name] = f"{path} was changed"
+        advice = "Run extract.py again, which makes it anew from the records."
+        return {name: StoreError(f"{what}. {advice}") for name, what in found.items()}
 
     def damage(self, verify: bool = False) -> dict[int, StoreError]:
         """What is wrong, by shard: by the cheap checks, and with ``verify`` also by every shard's SHA-256."""
@@ -88,10 +96,10 @@ class FeatureStore:
             path = self.folder / m.shards[i].file
             try:
                 check_shard(path, m.shards[i], m.n_patches, m.d_in, m.dtype)
-                if verify and data_sha256(path, self._data_start(i)) != m.shards[i].sha256:
+                if verify and m.shards[i].images and data_sha256(path, self._data_start(i)) != m.shards[i].sha256:
                     raise StoreError(
-                        f"{path} does not match its checksum. Delete it and run extract.py again, which redoes this "
-                        "shard alone, or skip it with damaged=skip."
+                        f"{path} does not match its checksum. Remove it with 'sae-lightning store verify --mend' and "
+                        "run extract.py again, which redoes this shard alone, or skip it with stream.damaged=skip."
                     )
             except StoreError as error:
                 return error
@@ -189,7 +197,7 @@ class FeatureStore:
 
     def _without(self, bad: dict[int, StoreError]) -> FeatureStore:
         shards = self.manifest.shards
-        good = [i for i in range(len(shards)) if i not in bad]
+        good = [i for i in range(len(shards)) if i not in bad and shards[i].images]
         lost = sum(shards[i].images for i in bad)
         warnings.warn(
             f"{self.folder}: {len(bad)} damaged of {len(shards)} shards are skipped, {lost} images: "

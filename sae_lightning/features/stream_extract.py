@@ -1,4 +1,4 @@
-"""Extraction from images that come only in order: one process, which goes on where its last finished shard ends."""
+"""Extraction from images that come only in order: one process, which passes over what finished shards hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sae_lightning.backbones import Backbone, Tap
 from sae_lightning.data import DataError, ImageStream, Item, decode
 from sae_lightning.features.extract import POLL, Settings, Summary, check_captions, collate, encoder, progress
 from sae_lightning.features.manifest import StoreError
-from sae_lightning.features.record import read_record
+from sae_lightning.features.record import RECORDS, read_record
 from sae_lightning.features.sink import Encoded, Sink
 from sae_lightning.features.writer import StoreWriter
 
@@ -39,24 +39,24 @@ def extract_stream(
 ) -> Summary:
     """As ``extract``, but in order; a second process waits for the first, and takes over if that dies."""
     settings = settings or Settings()
-    writers = {tap: writer for tap, writer in writers.items() if not writer.sealed}
-    for tap in writers:
+    wanted = {tap: writer for tap, writer in writers.items() if not writer.sealed}
+    for tap in wanted:
         backbone.check(tap)
     summary = Summary()
     locks: list[FileLock] = []
     try:
-        for writer in writers.values():
-            lock = writer.claim("stream")
-            while lock is None:
+        for writer in sorted(wanted.values(), key=lambda writer: writer.folder):  # so that no two wait for each other
+            while (lock := writer.claim("stream")) is None:
                 time.sleep(POLL)
-                lock = writer.claim("stream")
             locks.append(lock)
-        writers = {tap: writer for tap, writer in writers.items() if not writer.sealed}
-        if writers:
-            _run(images, backbone, writers, settings, summary)
+        missing = {tap: writer for tap, writer in wanted.items() if not writer.sealed}
+        if missing:
+            _run(images, backbone, missing, settings, summary)
     finally:
         for lock in locks:
             lock.release()
+    for writer in wanted.values():
+        writer.seal(writer.count())
     return summary
 
 
@@ -66,22 +66,17 @@ def _run(
     sizes = {writer.images_per_shard for writer in writers.values()}
     if len(sizes) > 1:
         raise StoreError(f"These stores were begun with {sorted(sizes)} images a shard; finish each by itself.")
-    first = min(writers.values(), key=StoreWriter.count)
-    done = first.count()
-    records = [read_record(first.folder, i) for i in range(done)]
-    read = sum(len(r.image_ids) + len(r.skipped) for r in records)
-    state = records[-1].state if records else None
+    done = finished_shards(list(writers.values()))
     seen = [tap for tap in writers if tap.kind != "text"]
     text = [tap for tap in writers if tap.kind == "text"]
     look = encoder(backbone, seen, settings)
     tell = encoder(backbone, text, settings)
     start = mark = time.perf_counter()
     sink = Sink(writers, lambda shard: None)
-    shards = done
     try:
         with progress(backbone, writers, images.name, images.split, images.length) as bar:
-            bar.update(read)
-            parts = cut(images, state, sizes.pop(), settings.batch_size, done)
+            bar.update(sum(shard.images for shard in done.values()))
+            parts = cut(images, done, sizes.pop(), settings.batch_size)
             for part, samples in decoded(parts, backbone, bool(seen), settings):
                 payload, errors = collate(samples) if seen else (None, {})
                 settings.allow(errors)
@@ -97,7 +92,6 @@ def _run(
                     [item.caption or "" for item in kept], features, [part.items[i].image_id for i in errors],
                     part.state,
                 ))  # fmt: skip
-                shards = part.shard + 1
                 summary.images += len(part.items)
                 bar.update(len(part.items))
             sink.close()
@@ -105,17 +99,45 @@ def _run(
     finally:
         sink.stop()
         summary.seconds += time.perf_counter() - start
-    if shards == 0:
+    if not any(writer.count() for writer in writers.values()):
         raise DataError(f"The {images.split} split of '{images.name}' has no images.")
-    for writer in writers.values():
-        writer.seal(shards)
 
 
-def cut(images: ImageStream, state: dict | None, per_shard: int, batch_size: int, first: int) -> Iterator[Part]:
-    """The stream's items from ``state`` on as parts of shards, the first of which is ``first``."""
-    items = images.items(state)
-    shard, filled = first, 0
+@dataclass
+class Finished:
+    """A shard that all stores have: its images, also unreadable ones, and where the stream stands after them."""
+
+    images: int
+    state: dict | None
+
+
+def finished_shards(writers: list[StoreWriter]) -> dict[int, Finished]:
+    """By shard; StoreError where stores that were merged from parts of a stream lack some."""
+    folder = writers[0].folder
+    found = {}
+    for index in (int(path.stem) for path in (folder / RECORDS).glob("[0-9]*.json")):
+        if all(writer.has(index) for writer in writers):
+            record = read_record(folder, index)
+            if record.state is None:
+                raise StoreError(
+                    f"{folder} was merged from parts of a stream and some of its files were damaged; run the commands "
+                    "with extract.part again, which make these alone anew, or delete it."
+                )
+            found[index] = Finished(len(record.image_ids) + len(record.skipped), record.state)
+    return found
+
+
+def cut(images: ImageStream, done: Mapping[int, Finished], per_shard: int, batch_size: int) -> Iterator[Part]:
+    """The stream's items as parts of shards, without those of shards that are ``done``."""
+    items: Iterator[Item] | None = None
+    shard, filled = 0, 0
+    state: dict | None = None
     while True:
+        while not filled and shard in done:
+            state, items = done[shard].state, None
+            shard += 1
+        if items is None:
+            items = images.items(state)
         wanted = min(batch_size, per_shard - filled)
         some = list(islice(items, wanted))
         filled += len(some)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from sae_lightning.features.manifest import MANIFEST, SCHEMA, Manifest, StoreError, write_atomically
+from sae_lightning.features.manifest import MANIFEST, Manifest, StoreError
 from sae_lightning.features.record import RECORDS, read_record, record_path, shard_name, write_record
 from sae_lightning.features.store import FeatureStore
-from sae_lightning.features.writer import PLAN, StoreWriter
+from sae_lightning.features.writer import PLAN, StoreWriter, cannot_write, leftovers, state_lock, tidy, write_plan
 
 
 def find_stores(root: Path) -> list[Path]:
@@ -22,34 +21,53 @@ def find_stores(root: Path) -> list[Path]:
 
 
 def unfinished(folder: Path) -> tuple[int, int]:
-    """Shards and images that an extraction has finished so far."""
-    records = [json.loads(path.read_text()) for path in (folder / RECORDS).glob("[0-9]*.json")]
-    return len(records), sum(record["shard"]["images"] for record in records)
+    """Shards and images that an extraction has finished so far; StoreError for a broken record."""
+    records = [read_record(folder, int(path.stem)) for path in sorted((folder / RECORDS).glob("[0-9]*.json"))]
+    return len(records), sum(record.shard.images for record in records)
 
 
 def mend(folder: Path, damage: Iterable[int] | None = None) -> list[str]:
-    """Make a sealed store with damaged shards one that the next extraction completes; returns the shards' names.
+    """Make a sealed store with damaged files one that the next extraction completes; returns the files' names.
 
-    Removes those shards with their records, and the manifest; everything whole stays. ``damage`` are the shards known
-    to be bad, by default those that a glance shows.
+    Removes damaged shards with their records, and the manifest; everything whole stays. ``damage`` are the shards known
+    to be bad, by default those that a glance shows. Leaves a store alone that is not sealed (any more).
     """
-    manifest = Manifest.read(folder)
-    bad = sorted(FeatureStore(folder, manifest).damage() if damage is None else damage)
+    if not (_lost(folder, damage) or leftovers(folder)):
+        return []  # without a lock: whole stores may lie where nobody can write
+    try:
+        with state_lock(folder):
+            bad, files = _lost(folder, damage) or ([], [])
+            if not (bad or files):
+                tidy(folder)
+                return []
+            manifest = Manifest.read(folder)
+            for i in bad:  # the manifest goes last: a kill in between leaves what the next glance finds
+                record_path(folder, i).unlink(missing_ok=True)
+                (folder / manifest.shards[i].file).unlink(missing_ok=True)
+            write_plan(folder, manifest.fingerprint, manifest.dtype, manifest.images_per_shard)
+            (folder / MANIFEST).unlink()
+            return [manifest.shards[i].file for i in bad] + files
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def _lost(folder: Path, damage: Iterable[int] | None) -> tuple[list[int], list[str]] | None:
+    """Damaged shards of a sealed store, and damaged files beside them; None where it is whole or not sealed."""
+    try:
+        manifest = Manifest.read(folder)
+    except StoreError:
+        if (folder / MANIFEST).is_file():
+            raise
+        return None
+    store = FeatureStore(folder, manifest)
+    bad = set(store.damage() if damage is None else damage)
     for i in range(len(manifest.shards)):
         try:
             read_record(folder, i)
         except StoreError:
-            bad = sorted({*bad, i})
-    if not bad:
-        return []
-    plan = {"schema": SCHEMA, "fingerprint": manifest.fingerprint, "dtype": manifest.dtype,
-            "images_per_shard": manifest.images_per_shard}  # fmt: skip
-    write_atomically(folder / PLAN, json.dumps(plan))
-    (folder / MANIFEST).unlink()
-    for i in bad:
-        record_path(folder, i).unlink(missing_ok=True)
-        (folder / manifest.shards[i].file).unlink(missing_ok=True)
-    return [manifest.shards[i].file for i in bad]
+            bad.add(i)
+    files = list(store.damaged_files())
+    return (sorted(bad), files) if bad or files else None
 
 
 def merge_stores(
@@ -67,7 +85,7 @@ def merge_stores(
         raise StoreError("There is nothing to merge; name at least one store.")
     first = stores[0].manifest
     same = ["data", "split", "backbone", "kind", "layer", "n_patches", "d_in", "dtype"]
-    by_name = all(isinstance(label, str) for s in stores for label in read_record(s.folder, 0).labels)
+    by_name = all(isinstance(label, str) for s in stores for label in _some_labels(s))
     same += [] if by_name else ["class_names"]
     for store in stores[1:]:
         for name in same:
@@ -88,12 +106,23 @@ def merge_stores(
         for i, shard in enumerate(store.manifest.shards):
             record = read_record(store.folder, i)
             record.shard.file = shard_name(count)
-            _link(store.folder / shard.file, target / shard_name(count))
-            write_record(target, count, record)
+            record.state = None  # a place in a part is none in the whole
+            try:
+                if shard.images:
+                    _link(store.folder / shard.file, target / shard_name(count))
+                write_record(target, count, record)
+            except OSError as error:
+                raise cannot_write(target, error) from error
             count += 1
             progress()
     writer.seal(count)
     return FeatureStore.open(target)
+
+
+def _some_labels(store: FeatureStore) -> list:
+    """The labels of the first shard that has some, as they were recorded."""
+    first = next(i for i, shard in enumerate(store.manifest.shards) if shard.images)
+    return read_record(store.folder, first).labels
 
 
 def _link(source: Path, target: Path) -> None:

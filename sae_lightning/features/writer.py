@@ -7,6 +7,7 @@ record is there. Whoever finds all records seals: statistics, table of images, a
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from importlib.metadata import version
@@ -17,16 +18,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from sae_lightning.features.codec import check_dtype
-from sae_lightning.features.manifest import MANIFEST, SCHEMA, Manifest, StoreError, write_atomically
-from sae_lightning.features.moments import merge
+from sae_lightning.features.manifest import MANIFEST, SCHEMA, Manifest, Shard, StoreError, cause, write_atomically
+from sae_lightning.features.moments import Moments, merge
 from sae_lightning.features.record import RECORDS, Record, read_record, record_path, shard_name, write_record
 from sae_lightning.features.shard import ShardFile, data_sha256, sync_folder
 
 VERSIONS = ("torch", "timm", "transformers", "safetensors")
 PLAN, CLAIMS = "plan.json", "claims"
+STATISTICS, TABLE = "statistics.safetensors", "images.parquet"
 
 
 class StoreWriter:
@@ -43,7 +45,7 @@ class StoreWriter:
             raise StoreError(f"extract.images_per_shard={images_per_shard} must be at least 1.")
         self.folder, self.fingerprint, self.about, self.dtype = folder, fingerprint, about, check_dtype(dtype)
         self.images_per_shard = images_per_shard
-        if not self.sealed:
+        if not self.sealed or leftovers(folder):
             self._plan()
 
     @property
@@ -52,21 +54,26 @@ class StoreWriter:
         return (self.folder / MANIFEST).is_file()
 
     def _plan(self) -> None:
+        path = self.folder / PLAN
         try:
             (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
-            (self.folder / CLAIMS).mkdir(exist_ok=True)
-            with FileLock(self.folder / CLAIMS / "plan.lock"):
-                path = self.folder / PLAN
+            with state_lock(self.folder):
+                if self.sealed:
+                    tidy(self.folder)
+                    return
                 if not path.is_file():
-                    plan = {"schema": SCHEMA, "fingerprint": self.fingerprint, "dtype": self.dtype,
-                            "images_per_shard": self.images_per_shard}  # fmt: skip
-                    write_atomically(path, json.dumps(plan))
-                plan = json.loads(path.read_text())
+                    write_plan(self.folder, self.fingerprint, self.dtype, self.images_per_shard)
+                text = path.read_text()
         except OSError as error:
-            raise StoreError(f"{self.folder} cannot be written ({error}); set paths.stores to another disk.") from error
-        if (plan["schema"], plan["fingerprint"], plan["dtype"]) != (SCHEMA, self.fingerprint, self.dtype):
-            raise StoreError(f"{self.folder} holds the beginnings of another extraction; delete it.")
-        self.images_per_shard = plan["images_per_shard"]
+            raise cannot_write(self.folder, error) from error
+        try:
+            plan = json.loads(text)
+            ours = (plan["schema"], plan["fingerprint"], plan["dtype"]) == (SCHEMA, self.fingerprint, self.dtype)
+            self.images_per_shard = int(plan["images_per_shard"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path} cannot be read ({error!r}); delete {self.folder} and extract again.") from error
+        if not ours:
+            raise StoreError(f"{self.folder} holds the beginnings of another extraction; delete it and extract again.")
 
     # --- shards -------------------------------------------------------------------------------------
     def has(self, index: int) -> bool:
@@ -77,9 +84,12 @@ class StoreWriter:
         """A held lock on shard ``index``, or None while another process holds it. Release it when done."""
         lock = FileLock(self.folder / CLAIMS / f"{index}.lock", thread_local=False)
         try:
+            (self.folder / CLAIMS).mkdir(exist_ok=True)
             lock.acquire(timeout=0)
-        except Timeout:
+        except (Timeout, FileNotFoundError):  # the latter when another process seals the store just now
             return None
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
         return lock
 
     def begin(self, index: int) -> ShardFile:
@@ -87,21 +97,21 @@ class StoreWriter:
         return ShardFile(self.folder / shard_name(index), self.dtype)
 
     def finish(
-        self, index: int, shard: ShardFile, image_ids: list[str], labels: list[int] | list[str],
+        self, index: int, shard: ShardFile | None, image_ids: list[str], labels: list[int] | list[str],
         captions: list[str] | None = None, skipped: list[str] | None = None, state: dict | None = None,
     ) -> None:  # fmt: skip
-        """Close the shard and write its record; only now does it count."""
-        shape = shard._shape
-        if shape is None:
-            shard.abort()
-            raise StoreError(f"No image of shard {index} of {self.folder} could be read; check the images.")
-        about, moments = shard.finish()
+        """Close the shard and write its record; only now does it count. None for a shard without a readable image."""
+        if shard is None:
+            about, moments, shape = Shard(shard_name(index), 0, 0, "", 0), Moments.none(), (0, 0)
+        else:
+            (about, moments), shape = shard.finish(), shard.shape
         record = Record(about, shape, moments, image_ids, labels, captions, skipped or [], state)
         try:
             write_record(self.folder, index, record)
         except OSError as error:
             raise StoreError(
-                f"Writing the record of {shard.path} failed ({error}). Free space; the same command goes on."
+                f"Writing {record_path(self.folder, index)} failed: {cause(error)}. Free space or set paths.stores to "
+                "another disk; finished shards are kept and the same command goes on from them."
             ) from error
 
     def count(self) -> int:
@@ -114,23 +124,25 @@ class StoreWriter:
     # --- the end ------------------------------------------------------------------------------------
     def seal(self, n_shards: int) -> None:
         """Write statistics, table and manifest; StoreError when a shard is missing. A sealed store is left as it is."""
-        with FileLock(self.folder / CLAIMS / "seal.lock"):
-            if self.sealed:
-                return
-            missing = [i for i in range(n_shards) if not record_path(self.folder, i).is_file()]
-            if missing:
-                raise StoreError(f"{self.folder}: {len(missing)} of {n_shards} shards are missing; it stays unsealed.")
-            self._seal([read_record(self.folder, i) for i in range(n_shards)])
-        for left in self.folder.glob(".shard-*"):
-            left.unlink(missing_ok=True)
-        (self.folder / PLAN).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / CLAIMS, ignore_errors=True)
+        with state_lock(self.folder):
+            if not self.sealed:
+                missing = [i for i in range(n_shards) if not record_path(self.folder, i).is_file()]
+                if missing:
+                    raise StoreError(
+                        f"{self.folder}: {len(missing)} of {n_shards} shards are missing; it stays unsealed. Run the "
+                        "same command again."
+                    )
+                self._seal([read_record(self.folder, i) for i in range(n_shards)])
+            tidy(self.folder)
 
     def _seal(self, records: list[Record]) -> None:
-        shapes = sorted({r.shape for r in records})
+        held = [r for r in records if r.shard.images]
+        if not held:
+            raise StoreError(f"No image of {self.folder} could be read; check the images.")
+        shapes = sorted({r.shape for r in held})
         if len(shapes) > 1:
             raise StoreError(f"{self.folder}: shards of different shapes {shapes}; delete it and extract again.")
-        moments = merge(r.moments for r in records)
+        moments = merge(r.moments for r in held)
         deviation = (moments.m2 / moments.count).sqrt()
         n_patches, d_in = shapes[0]
         class_names, labels = whole_labels(self.about["class_names"], [x for r in records for x in r.labels])
@@ -138,9 +150,11 @@ class StoreWriter:
         if all(r.captions is not None for r in records):
             columns["caption"] = [x for r in records for x in r.captions or []]
         try:
-            save_file({"mean": moments.mean, "deviation": deviation}, self.folder / "statistics.safetensors")
-            pq.write_table(pa.table(columns), self.folder / "images.parquet")
-            files = {n: data_sha256(self.folder / n, 0) for n in ("statistics.safetensors", "images.parquet")}
+            write_atomically(self.folder / STATISTICS, save({"mean": moments.mean, "deviation": deviation}))
+            table = io.BytesIO()
+            pq.write_table(pa.table(columns), table)
+            write_atomically(self.folder / TABLE, table.getvalue())
+            files = {n: data_sha256(self.folder / n, 0) for n in (STATISTICS, TABLE)}
             mean_length, spread = float(moments.mean.norm()), float(deviation.norm())
             about = self.about | {"class_names": class_names}
             Manifest(
@@ -154,7 +168,8 @@ class StoreWriter:
             sync_folder(self.folder)
         except OSError as error:
             raise StoreError(
-                f"Sealing {self.folder} failed ({error}). All shards are kept; free space and run the same command."
+                f"Sealing {self.folder} failed: {cause(error)}. Free space; all shards are kept and the same command "
+                "goes on from them."
             ) from error
 
 
@@ -164,3 +179,35 @@ def whole_labels(class_names: list[str] | None, labels: list[Any]) -> tuple[list
         return class_names, np.asarray(labels, dtype=np.int64)
     found = sorted(set(labels))
     return [str(name) for name in found], np.searchsorted(np.asarray(found), np.asarray(labels)).astype(np.int64)
+
+
+# --- the folder's state ---------------------------------------------------------------------------------
+def state_lock(folder: Path) -> FileLock:
+    """To be held while a store is begun, sealed, tidied or mended; it lies beside the folder, hidden."""
+    return FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
+def write_plan(folder: Path, fingerprint: str, dtype: str, images_per_shard: int) -> None:
+    """Say what is being made in ``folder``."""
+    plan = {"schema": SCHEMA, "fingerprint": fingerprint, "dtype": dtype, "images_per_shard": images_per_shard}
+    write_atomically(folder / PLAN, json.dumps(plan))
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What the making of a store has left in its folder: plan, claims, and half files of killed processes."""
+    half = [path for place in (folder, folder / RECORDS) for path in place.glob(".*.*-*")]
+    return half + [path for path in (folder / PLAN, folder / CLAIMS) if path.exists()]
+
+
+def tidy(folder: Path) -> None:
+    """Remove the leftovers from a sealed store."""
+    for path in leftovers(folder):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def cannot_write(folder: Path, error: OSError) -> StoreError:
+    """The sentence for a folder that cannot be made or written."""
+    return StoreError(f"{folder} cannot be written: {cause(error)}. Free space or set paths.stores to another disk.")

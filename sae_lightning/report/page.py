@@ -35,11 +35,12 @@ def load_run(folder: Path) -> dict[str, Any]:
     scores = json.loads((folder / SCORES).read_text())
     result = json.loads((folder / "result.json").read_text())
     k = "–" if cfg["k"] is None else f"{cfg['k']:g} of {cfg['d_in']}"
-    label = f"{cfg['backbone']} · {cfg['variant']} ×{cfg['expansion']}" + (
-        "" if cfg["k"] is None else f" k {cfg['k']:g}"
-    )
+    kind = "" if cfg["features"] == "patch" else cfg["features"]
+    features = " ".join(filter(None, (kind, "" if cfg["layer"] is None else f"L{cfg['layer']}")))
+    label = f"{cfg['backbone']} {kind}".strip() + f" · {cfg['variant']} ×{cfg['expansion']}"
+    label += "" if cfg["k"] is None else f" k {cfg['k']:g}"
     return {
-        "folder": folder, "name": folder.name, "cfg": cfg, "k": k, "label": label, "seconds": result["seconds"],
+        "folder": folder, "name": folder.name, "cfg": cfg, "k": k, "label": label, "features": features, "seconds": result["seconds"],
         "metrics": scores["metrics"], "split": scores["split"], "n_images": scores["n_images"],
         "n_tokens": scores["n_tokens"], "store": scores["store"],
     }  # fmt: skip

@@ -37,6 +37,7 @@ def run_hash(cfg: DictConfig) -> str:
 
 
 def run_name(cfg: DictConfig) -> str:
-    """For example ``batchtopk-dinov2-x8-k16-s42-1a2b3c4d``; without k for a variant that has none."""
+    """For example ``batchtopk-dinov2-x8-k16-s42-1a2b3c4d``; names features that are not patch tokens, no k if none."""
     k = f"-k{cfg.k}" if uses_k(cfg.sae) else ""
-    return f"{cfg.sae.name}-{cfg.backbone.name}-x{cfg.expansion}{k}-s{cfg.seed}-{run_hash(cfg)}"
+    kind = "" if cfg.features == "patch" else f"-{cfg.features}"
+    return f"{cfg.sae.name}-{cfg.backbone.name}{kind}-x{cfg.expansion}{k}-s{cfg.seed}-{run_hash(cfg)}"

@@ -208,3 +208,21 @@ def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
+
+
+# --- dying ------------------------------------------------------------------------------------------------
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree"}
+
+
+def die_at(folder: Path, n: int) -> None:
+    """Let this process SIGKILL itself just before the ``n``-th time it changes a file of ``folder`` (from 1)."""
+    left = [n]
+
+    def hook(event: str, args: tuple) -> None:
+        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if (writes or event in CHANGES) and str(args[0]).startswith(str(folder)):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
