@@ -21,7 +21,7 @@ from sae_lightning.data import DataError, ImageData, ImageStream, load_images
 from sae_lightning.features.codec import check_dtype
 from sae_lightning.features.extract import Settings, extract
 from sae_lightning.features.given import given_store
-from sae_lightning.features.manifest import MANIFEST
+from sae_lightning.features.manifest import MANIFEST, Manifest
 from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.features.stream_extract import extract_stream
 from sae_lightning.features.upkeep import mend, merge_stores
@@ -29,6 +29,7 @@ from sae_lightning.features.writer import StoreWriter, cannot_write
 
 FORMAT = "2"  # of what a store holds, for the fingerprint
 SHARD_BYTES = 256 << 20  # of patch tokens
+LOSSY = 1e-3  # share of variance lost by the store's type from which a warning says so
 Images = ImageData | ImageStream
 
 
@@ -132,6 +133,14 @@ def _extract(cfg: DictConfig, images: Images, folders: dict[Tap, Path]) -> None:
     if summary.images:
         busy = f"the encoder busy {summary.busy_share:.0%} of the time"
         print(f"{summary.images} images in {summary.seconds:.0f} s, {busy}.", flush=True)
+    for folder in folders.values():
+        lost = Manifest.read(folder).rounding if (folder / MANIFEST).is_file() else 0.0
+        if lost > LOSSY:
+            print(
+                f"{folder}: warning: {cfg.extract.dtype} lost {lost:.2%} of the features' variance; an SAE cannot "
+                "explain more than the rest. Use extract.dtype=float16 or bfloat16.",
+                flush=True,
+            )
 
 
 def writer(cfg: DictConfig, images: Images, backbone: Backbone, tap: Tap, folder: Path) -> StoreWriter:

@@ -49,7 +49,7 @@ class ShardFile:
             raise StoreError(f"Features of shape {tuple(x.shape[1:])} in a shard of {self.shape}.")
         stored = self._encode(x, image_ids)
         kept = decode(stored["features"], stored.get("scale"), self._frame)
-        lost = 0.0 if kept.dtype == x.dtype else float((x.float() - kept.float()).double().square().sum())
+        lost = 0.0 if kept.dtype == x.dtype else float((x.float() - kept).square_().sum(dtype=torch.float64))
         self._moments.append(Moments.of(kept, lost))
         if "scale" in stored:
             self._scales.append(stored["scale"].cpu())

@@ -32,6 +32,9 @@ class History(L.Callback):
             self._append(trainer, ("val/",))
             self.write(trainer)
 
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+        self.write(trainer)  # so that a run that goes on there has all rows before it
+
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.write(trainer)
 
