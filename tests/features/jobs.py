@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
-from sae_lightning.backbones import Tap
+from sae_lightning.backbones import Backbone, BackboneError, Tap
 from sae_lightning.data import DataError, ImageData, load_images
 from sae_lightning.features.ensure import extract_stores, plain
 from sae_lightning.features.extract import Settings, Summary, extract
@@ -30,7 +35,7 @@ PATCH = Tap("patch", 4)
 # Processes are forked off a server that has imported everything and computed nothing, so that one costs 50 ms.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__, "sae_lightning.training.run"])
+PROCESSES.set_forkserver_preload([__name__, "sae_lightning.training.run", "datasets", "pandas"])
 
 
 class Job:
@@ -49,7 +54,7 @@ class Job:
         return self.process.exitcode == -signal.SIGKILL
 
     def end(self, timeout: float = 120) -> int:
-        """Its exit status."""
+        """Its exit status; negative for a signal."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.kill()
@@ -57,7 +62,14 @@ class Job:
         return self.process.exitcode
 
     def said(self) -> str:
-        return self.log.read_text()
+        """What it has printed so far."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def sentence(self) -> str:
+        """The error that it ended with, which is one sentence or two, not a traceback."""
+        assert self.end() == 1, self.said()
+        assert "Traceback" not in self.said(), self.said()
+        return self.said().splitlines()[-1]
 
 
 def _run(log: Path, before: Callable[[], object] | None, work: Callable, args: tuple) -> None:
@@ -70,17 +82,20 @@ def _run(log: Path, before: Callable[[], object] | None, work: Callable, args: t
         before()
     try:
         work(*args)
-    except (DataError, StoreError) as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
+    except Exception as error:
+        limit_files()
+        with log.open("a") as file:
+            known = isinstance(error, (DataError, StoreError, BackboneError))
+            file.write(f"\n{type(error).__name__}: {error}\n" if known else traceback.format_exc())
         sys.exit(1)
 
 
 # --- real extractions -------------------------------------------------------------------------------------
-def make_pictures(folder: Path, n: int, splits: tuple[str, ...] = ("train",)) -> Path:
-    """``folder/<split>/<even or odd>/<i>.png``, noise of 32 x 32."""
+def make_pictures(folder: Path, n: int, others: int = 2) -> Path:
+    """``folder/<split>/<even or odd>/<i>.png``, noise of 32 x 32: ``n`` to train on, ``others`` in val and in test."""
     rng = np.random.default_rng(0)
-    for i in range(n):
-        for split in splits:
+    for split, size in {"train": n, "val": others, "test": others}.items():
+        for i in range(size):
             target = folder / split / ("even", "odd")[i % 2] / f"{i}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(target)
@@ -151,13 +166,13 @@ class PixelEncoder:
         return dict.fromkeys(taps, images.flatten(2).transpose(1, 2))
 
 
-def pixel_writer(folder: Path, per_shard: int = 4, **changes: Any) -> StoreWriter:
+def pixel_writer(folder: Path, per_shard: int = 4, dtype: str = "float16") -> StoreWriter:
     """A writer for the features of ``PixelEncoder``."""
     about = {
         "data": "noise", "split": "train", "backbone": "pixels (test)", "kind": "patch", "layer": 0, "grid": (4, 4),
         "class_names": ["a", "b", "c"],
-    } | changes  # fmt: skip
-    return StoreWriter(folder, "f" * 64, about, per_shard)
+    }  # fmt: skip
+    return StoreWriter(folder, "f" * 64, about, per_shard, dtype)
 
 
 def extract_pixels(
@@ -165,7 +180,9 @@ def extract_pixels(
 ) -> Summary:
     """Make or complete the store ``folder`` of the pixels of ``images``."""
     chosen = Settings(**({"batch_size": 3, "device": "cpu"} | settings))
-    return extract(images or noise_images(), encoder or PixelEncoder(), {PIXELS: pixel_writer(folder, per_shard)}, chosen)
+    return extract(
+        images or noise_images(), encoder or PixelEncoder(), {PIXELS: pixel_writer(folder, per_shard)}, chosen
+    )
 
 
 # --- what must be equal, and what must be gone ------------------------------------------------------------
@@ -195,7 +212,9 @@ def litter(folder: Path) -> list[str]:
     shards = len(json.loads((folder / "manifest.json").read_text())["shards"])
     known = {"manifest.json", "statistics.safetensors", "images.parquet", "records"}
     known |= {f"shard-{i:05d}.safetensors" for i in range(shards)} | {f"records/{i:05d}.json" for i in range(shards)}
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if str(path.relative_to(folder)) not in known)
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if str(path.relative_to(folder)) not in known
+    )
 
 
 def cut(path: Path, n: int = 10) -> None:
@@ -210,19 +229,70 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-# --- dying ------------------------------------------------------------------------------------------------
+# --- what happens to a process in the middle of its work ---------------------------------------------------
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree"}
 
 
-def die_at(folder: Path, n: int) -> None:
-    """Let this process SIGKILL itself just before the ``n``-th time it changes a file of ``folder`` (from 1)."""
-    left = [n]
+class Changes:
+    """Calls ``act()`` just before this process changes a file below ``folder`` for the ``n``-th time (from 1)."""
 
-    def hook(event: str, args: tuple) -> None:
+    def __init__(self) -> None:
+        self.folder, self.left, self.act = "", 0, lambda: None
+        sys.addaudithook(self._hook)
+
+    def at(self, folder: Path, n: int, act: Callable[[], Any]) -> None:
+        self.folder, self.left, self.act = str(folder), n, act
+
+    def _hook(self, event: str, args: tuple) -> None:
         writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if (writes or event in CHANGES) and str(args[0]).startswith(str(folder)):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if self.left and (writes or event in CHANGES) and str(args[0]).startswith(self.folder):
+            self.left -= 1
+            if self.left == 0:
+                self.act()
 
-    sys.addaudithook(hook)
+
+def die() -> None:
+    """As by kill -9."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(folder: Path, n: int) -> None:
+    """Die before the ``n``-th change below ``folder``."""
+    Changes().at(folder, n, die)
+
+
+def limit_files(size: int = -1) -> None:
+    """No file of this process may grow beyond ``size`` bytes (writing is then refused as on a full disk); -1: any."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size < 0 else size, hard))
+
+
+def obey_permissions() -> None:
+    """Give up root's right to write where the permissions forbid it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capset(header, none) == 0, os.strerror(ctypes.get_errno())
+
+
+def count_encoded(path: Path, seconds: float = 0, stuck: int = 0) -> None:
+    """Let every batch that is encoded take ``seconds`` more and leave its length in ``path``.
+
+    After the batch number ``stuck`` the encoder hangs, and ``<path>.stuck`` says so.
+    """
+    inner, batches = Backbone.forward_features, count(1)
+
+    def forward_features(self: Backbone, images: torch.Tensor, taps: list[Tap]) -> dict[Tap, torch.Tensor]:
+        time.sleep(seconds)
+        with path.open("a") as file:
+            file.write(f"{len(images)}\n")
+        if next(batches) == stuck:
+            path.with_suffix(".stuck").touch()
+            time.sleep(1000)
+        return inner(self, images, taps)
+
+    Backbone.forward_features = forward_features  # type: ignore[method-assign]
+
+
+def encoded(path: Path) -> int:
+    """Images that ``count_encoded`` counted."""
+    return sum(map(int, path.read_text().split())) if path.exists() else 0

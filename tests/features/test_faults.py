@@ -1,19 +1,59 @@
-"""Kills, full disks, broken files, wrong stores: nothing is lost, nothing is taken for whole, all is said in a sentence."""
+"""Kills, full disks, broken shards, several processes, wrong stores: nothing is lost or taken for whole."""
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import shutil
 import signal
+import subprocess
+import time
 from functools import partial
 from itertools import count
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from sae_lightning.backbones import Backbone, Tap
+from sae_lightning.benchmark.evaluate import score
+from sae_lightning.features.ensure import ensure_store
+from sae_lightning.features.manifest import Manifest
 from sae_lightning.features.store import FeatureStore, StoreError
+from sae_lightning.saes import Normalizer, TopK
+from tests.conftest import write_store
 from tests.features import jobs
-from tests.features.jobs import Job, content, extract_pixels, finished, litter, times
+from tests.features.jobs import (
+    PATCH,
+    Job,
+    content,
+    cut,
+    encoded,
+    extract_pixels,
+    extract_split,
+    finished,
+    flip,
+    litter,
+    made,
+    make_pictures,
+    noise_images,
+    picture_config,
+    times,
+)
 
 
-# --- kill -9 of an extraction -----------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As in jobs, so that features are bitwise the same."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The content of a store of ``noise_images()`` that was never interrupted."""
@@ -23,6 +63,32 @@ def undisturbed(tmp_path_factory):
     return content(folder)
 
 
+@pytest.fixture(scope="module")
+def sixty(tmp_path_factory) -> Path:
+    """Sixty pictures to train on."""
+    return make_pictures(tmp_path_factory.mktemp("pictures"), 60)
+
+
+@pytest.fixture(scope="module")
+def sixty_whole(sixty, tmp_path_factory):
+    """The content of their store, never interrupted."""
+    torch.set_num_threads(1)
+    return content(extract_split(picture_config(sixty, tmp_path_factory.mktemp("whole")))[PATCH])
+
+
+def folder_of(root: Path) -> Path:
+    """The only store that is being made below ``root``."""
+    (folder,) = {path.parent for path in root.rglob("records")}
+    return folder
+
+
+def unopenable(folder: Path) -> None:
+    with pytest.raises(StoreError, match=r"did not finish|There is no feature store"):
+        FeatureStore.open(folder)
+
+
+# --- kill -9 of an extraction -----------------------------------------------------------------------------
+@pytest.mark.slow
 def test_killed_before_any_change_of_any_file_an_extraction_goes_on(undisturbed, tmp_path):
     """Between a shard and its record, in the middle of sealing, while tidying up: everywhere."""
     sealed = 0
@@ -36,8 +102,7 @@ def test_killed_before_any_change_of_any_file_an_extraction_goes_on(undisturbed,
             sealed += 1
             assert content(folder) == undisturbed
         else:
-            with pytest.raises(StoreError, match="did not finish|There is no feature store"):
-                FeatureStore.open(folder)
+            unopenable(folder)
         kept = finished(folder)
         encoder = jobs.PixelEncoder()
         extract_pixels(folder, encoder=encoder)
@@ -47,3 +112,385 @@ def test_killed_before_any_change_of_any_file_an_extraction_goes_on(undisturbed,
         assert litter(folder) == [], n
     assert n > 30
     assert sealed > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_killed_at_random_moments_an_extraction_ends_as_if_it_had_not_been(workers, sixty, sixty_whole, tmp_path):
+    cfg = picture_config(sixty, tmp_path, f"extract.num_workers={workers}")
+    rng, kept = random.Random(workers), {}
+    slow = partial(jobs.count_encoded, tmp_path / "encoded", seconds=0.03)
+    for attempt in count():
+        job = Job(tmp_path / "log", extract_split, cfg, before=slow)
+        if not job.kill(after=rng.uniform(0.2, 0.6) + 0.05 * attempt):
+            assert job.end() == 0, job.said()
+            break
+        if (tmp_path / "stores").exists():
+            unopenable(folder_of(tmp_path))
+            now = finished(folder_of(tmp_path))
+            assert kept.items() <= now.items()
+            kept = now
+    folder = folder_of(tmp_path)
+    assert attempt > 1
+    assert content(folder) == sixty_whole
+    assert kept.items() <= times(folder).items()
+    assert litter(folder) == []
+
+
+# --- several at once --------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_several_extractions_share_the_work_and_encode_each_image_once(n, sixty, sixty_whole, tmp_path):
+    cfg = picture_config(sixty, tmp_path)
+    logs = [tmp_path / f"encoded-{i}" for i in range(n)]
+    running = [
+        Job(tmp_path / f"log-{i}", extract_split, cfg, before=partial(jobs.count_encoded, log, seconds=0.1))
+        for i, log in enumerate(logs)
+    ]
+    assert [job.end() for job in running] == [0] * n, [job.said() for job in running]
+    assert content(folder_of(tmp_path)) == sixty_whole
+    assert sum(map(encoded, logs)) == 60
+    assert all(map(encoded, logs)), "each took part"
+    assert litter(folder_of(tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_others_take_over_the_shard_of_one_that_was_killed(sixty, sixty_whole, tmp_path):
+    cfg = picture_config(sixty, tmp_path, "extract.images_per_shard=12")
+    victim = Job(
+        tmp_path / "log", extract_split, cfg, before=partial(jobs.count_encoded, tmp_path / "victim.txt", stuck=2)
+    )
+    waits_for((tmp_path / "victim.stuck").exists)
+    other = Job(tmp_path / "log-2", extract_split, cfg, before=partial(jobs.count_encoded, tmp_path / "other.txt"))
+    waits_for(lambda: len(finished(folder_of(tmp_path))) == 4)
+    time.sleep(1)
+    assert other.process.is_alive(), "it waits for the shard that the victim holds"
+    unopenable(folder_of(tmp_path))
+    assert victim.kill()
+    assert other.end() == 0, other.said()
+    folder = folder_of(tmp_path)
+    assert encoded(tmp_path / "other.txt") == 60
+    assert content(folder)["features"] == sixty_whole["features"]
+    assert litter(folder) == []
+
+
+def waits_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_jobs_with_the_same_taps_in_another_order_do_not_wait_for_each_other(sixty, tmp_path):
+    cfg = picture_config(sixty, tmp_path)
+    taps = [Tap("cls", 1), Tap("patch", 1), Tap("cls", 2)]
+    slow = partial(jobs.count_encoded, tmp_path / "encoded", seconds=0.02)
+    running = [
+        Job(tmp_path / f"log-{i}", extract_split, cfg, order, before=slow) for i, order in enumerate([taps, taps[::-1]])
+    ]
+    assert [job.end() for job in running] == [0, 0], [job.said() for job in running]
+    folders = extract_split(cfg, taps)
+    assert all(litter(folder) == [] for folder in folders.values())
+    assert {len(FeatureStore.open(folder)) for folder in folders.values()} == {60}
+
+
+@pytest.mark.slow
+def test_of_two_jobs_that_want_a_store_the_second_waits(sixty, tmp_path):
+    cfg = picture_config(sixty, tmp_path)
+    slow = partial(jobs.count_encoded, tmp_path / "encoded", seconds=0.05)
+    first = Job(tmp_path / "log-1", ensure_store, cfg, "train", before=slow)
+    waits_for(lambda: encoded(tmp_path / "encoded") > 4)
+    second = Job(tmp_path / "log-2", ensure_store, cfg, "train", before=slow)
+    assert [first.end(), second.end()] == [0, 0], second.said()
+    assert "Another job is extracting" in second.said()
+    assert encoded(tmp_path / "encoded") == 60
+
+
+# --- full disks -------------------------------------------------------------------------------------------
+def fill_up_everywhere(root: Path, expected: dict) -> None:
+    """In a job: from the n-th change of a file on nothing can be written, for every n; then there is space again."""
+    changes = jobs.Changes()
+    sentences = set()
+    for n in count(1):
+        folder = root / str(n) / "store"
+        changes.at(root / str(n), n, partial(jobs.limit_files, 0))
+        said = None
+        try:
+            extract_pixels(folder)
+        except StoreError as error:
+            said = str(error)
+        jobs.limit_files()
+        if changes.left:
+            break
+        if said is not None:
+            sentences.add(said.split(str(folder))[0])
+            assert "the disk is full" in said, said
+            assert "ree space" in said, said
+            assert not (folder / "manifest.json").exists()
+        kept = finished(folder)
+        assert not list(folder.glob(".*")), "half files are removed at once, as they take space"
+        extract_pixels(folder)
+        assert content(folder) == expected
+        assert kept.items() <= times(folder).items()
+        assert litter(folder) == [], n
+    assert n > 25
+    assert sentences == {"", "Writing ", "Sealing "}
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_any_moment_is_a_sentence_and_loses_nothing(undisturbed, tmp_path):
+    """For plan, shards, records, statistics, table and manifest."""
+    quiet = partial(os.dup2, os.open(os.devnull, os.O_WRONLY), 2)
+    job = Job(tmp_path / "log", fill_up_everywhere, tmp_path, undisturbed, before=quiet)
+    assert job.end() == 0, job.said()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 500 KB, which ``grow()`` makes one of 5 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=5m", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_small_disk_is_filled_then_freed_and_the_same_command_ends(small_disk, sixty, sixty_whole):
+    disk, grow = small_disk
+    cfg = picture_config(sixty, disk)
+    with pytest.raises(StoreError, match=r"Writing .*shard-0000\d\.safetensors failed: the disk is full\. Free space"):
+        extract_split(cfg)
+    folder = folder_of(disk)
+    kept = finished(folder)
+    assert len(kept) > 3
+    unopenable(folder)
+    assert not list(folder.glob(".*"))
+    grow()
+    extract_split(cfg)
+    assert content(folder) == sixty_whole
+    assert kept.items() <= times(folder).items()
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(sixty, tmp_path):
+    """Also what lies there whole stays usable."""
+    cfg = picture_config(sixty, tmp_path)
+    folder = extract_split(cfg, split="val")[PATCH]
+    places = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    for path in places:
+        path.chmod(0o555)
+    try:
+        assert Job(tmp_path / "a", ensure_store, cfg, "val", before=jobs.obey_permissions).end() == 0
+        assert Job(tmp_path / "b", extract_split, cfg, [PATCH], "val", before=jobs.obey_permissions).end() == 0
+        for work in (partial(ensure_store, cfg, "train"), partial(extract_split, cfg)):
+            job = Job(tmp_path / work.func.__name__, work, before=jobs.obey_permissions)
+            assert "cannot be written" in job.sentence()
+            assert "set paths.stores to another disk" in job.sentence()
+    finally:
+        for path in places:
+            path.chmod(0o755)
+    assert len(FeatureStore.open(folder)) == 2
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot be written"):
+        ensure_store(made(tmp_path, "data=folder", f"data.path={sixty}", "backbone=mae", "backbone.size=tiny",
+                          f"paths.stores={tmp_path / 'file'}"), "train")  # fmt: skip
+
+
+# --- features that cannot be stored -----------------------------------------------------------------------
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 70_000.0])
+def test_features_that_cannot_be_stored_are_refused_naming_the_image(value, tmp_path, monkeypatch):
+    """And when the cause is gone the same command goes on from the shards before."""
+    pictures = make_pictures(tmp_path / "p", 12)
+    Image.new("RGB", (32, 32), "white").save(pictures / "train" / "even" / "6.png")
+    cfg = picture_config(pictures, tmp_path, "data.shuffle=false")
+    sound = Backbone.forward_features
+
+    def broken(self, images, taps):
+        features = sound(self, images, taps)
+        white = (images == images[0, :, :1, :1]).flatten(1).all(1) | (images.flatten(1).std(1) < 0.3)
+        return {tap: torch.where(white[:, None, None], value, x) for tap, x in features.items()}
+
+    monkeypatch.setattr(Backbone, "forward_features", broken)
+    why = "too large for float16" if value == 70_000 else "NaN or infinite"
+    with pytest.raises(StoreError, match=rf"features of image 'train/even/6\.png' are {why}; .*extract\.precision"):
+        extract_split(cfg)
+    folder = folder_of(tmp_path)
+    unopenable(folder)
+    kept = finished(folder)
+    assert not list(folder.glob(".*"))
+    assert list(times(folder)) == list(kept)
+    monkeypatch.undo()
+    extract_split(cfg)
+    assert kept.items() <= times(folder).items()
+    whole = extract_split(picture_config(pictures, tmp_path / "whole", "data.shuffle=false"))[PATCH]
+    assert content(folder) == content(whole)
+
+
+def test_large_features_fit_bfloat16(tmp_path):
+    class Loud(jobs.PixelEncoder):
+        def forward_features(self, images, taps):
+            return {tap: 1000 * x for tap, x in super().forward_features(images, taps).items()}
+
+    writer = jobs.pixel_writer(tmp_path / "s", dtype="bfloat16")
+    jobs.extract(noise_images(), Loud(), {jobs.PIXELS: writer}, jobs.Settings(batch_size=3, device="cpu"))
+    assert FeatureStore.open(tmp_path / "s").features([0]).max() > 70_000
+
+
+# --- broken shards ----------------------------------------------------------------------------------------
+SHARD = "shard-00001.safetensors"
+DAMAGE = {
+    "cut": lambda f: cut(f / SHARD),
+    "gone": lambda f: (f / SHARD).unlink(),
+    "changed at an end": lambda f: flip(f / SHARD, -1),
+    "header changed": lambda f: flip(f / SHARD, 20),
+    "record gone": lambda f: (f / "records" / "00001.json").unlink(),
+    "record cut": lambda f: cut(f / "records" / "00001.json", 50),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_extracting_again_redoes_a_damaged_shard_alone(damage, tmp_path, capsys):
+    cfg = picture_config(make_pictures(tmp_path / "p", 10), tmp_path)
+    folder = extract_split(cfg)[PATCH]
+    expected, before = content(folder), times(folder)
+    damage(folder)
+    capsys.readouterr()
+    assert extract_split(cfg)[PATCH] == folder
+    said = capsys.readouterr().out
+    assert SHARD in said
+    assert "4 images in" in said
+    assert content(folder) == expected
+    assert {name for name, t in times(folder).items() if t != before[name]} == {SHARD}
+    assert litter(folder) == []
+
+
+@pytest.mark.parametrize("name", ["images.parquet", "statistics.safetensors"])
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+def test_extracting_again_makes_table_and_statistics_anew_without_encoding(name, damage, tmp_path, capsys):
+    cfg = picture_config(make_pictures(tmp_path / "p", 10), tmp_path)
+    folder = extract_split(cfg)[PATCH]
+    expected, before = content(folder), times(folder)
+    damage(folder / name)
+    with pytest.raises(StoreError, match=rf"{name}.*Run extract\.py again"):
+        ensure_store(cfg, "train")
+    capsys.readouterr()
+    extract_split(picture_config(tmp_path / "p", tmp_path, "extract.images_per_shard=3"))
+    assert "images in" not in capsys.readouterr().out
+    assert content(folder) == expected
+    assert times(folder) == before
+
+
+def test_damaged_shards_are_refused_by_name_or_skipped_and_counted_when_a_job_asks_for_the_store(tmp_path):
+    pictures = make_pictures(tmp_path / "p", 10)
+    whole = ensure_store(picture_config(pictures, tmp_path), "train")
+    flip(whole.folder / SHARD, 4096 + 4 * 64 * 128)
+    assert len(ensure_store(picture_config(pictures, tmp_path), "train")) == 10, "a glance does not see it"
+    for verify, damage in ((True, lambda: None), (False, lambda: cut(whole.folder / SHARD))):
+        damage()
+        options = [f"stream.verify={verify}"]
+        with pytest.raises(StoreError, match=SHARD):
+            ensure_store(picture_config(pictures, tmp_path, *options), "train")
+        with pytest.warns(UserWarning, match=rf"1 damaged of 3 shards are skipped, 4 images: {SHARD}"):
+            rest = ensure_store(picture_config(pictures, tmp_path, *options, "stream.damaged=skip"), "train")
+        assert len(rest) == 6
+        assert rest.skipped == [SHARD]
+
+
+# --- wrong stores -----------------------------------------------------------------------------------------
+def given(folder: Path, *overrides: str):
+    return made(folder.parent, "data=store", f"data.train={folder}", "backbone=deit", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["backbone=mae", "backbone.layer=4"],
+            r"holds features of deit \(tiny\), but backbone=mae\. Set backbone=deit",
+        ),
+        ([], r"holds patch features of layer 4; .* asks for patch-L11\. Set features=patch and backbone\.layer=4"),
+        (["features=cls", "backbone.layer=4"], r"asks for cls-L4\. Set features=patch and backbone\.layer=4"),
+        (["features=pooled"], r"asks for pooled\. Set features=patch and backbone\.layer=4"),
+    ],
+)
+def test_a_given_store_of_something_else_is_refused(overrides, sentence, tmp_path):
+    folder = write_store(tmp_path / "s", 120, 1, backbone="deit (tiny)", layer=4).folder
+    with pytest.raises(StoreError, match=sentence):
+        ensure_store(given(folder, *overrides), "train")
+
+
+def test_a_given_store_is_used_and_cut(tmp_path):
+    folder = write_store(tmp_path / "s", 120, 1, backbone="deit (tiny)", layer=4).folder
+    parts = {s: ensure_store(given(folder, "backbone.layer=4"), s) for s in ("train", "val", "test")}
+    assert [len(part) for part in parts.values()] == [108, 6, 6]
+    assert len({image for part in parts.values() for image in part.image_ids}) == 120
+    with pytest.raises(StoreError, match="There is no feature store"):
+        ensure_store(given(tmp_path / "nowhere", "backbone.layer=4"), "train")
+
+
+def test_a_store_of_an_old_schema_says_what_to_do(tmp_path):
+    cfg = picture_config(make_pictures(tmp_path / "p", 6), tmp_path)
+    folder = extract_split(cfg)[PATCH]
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
+    for work in (extract_split, partial(ensure_store, split="train")):
+        with pytest.raises(StoreError, match=r"schema 1; .* delete the folder and extract again"):
+            work(cfg)
+    with pytest.raises(StoreError, match="schema 1"):
+        ensure_store(given(folder, "backbone.layer=4"), "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"schema": None}, "schema None; .* extract again"),
+        ({"schema": 3}, "schema 3; .* update sae-lightning"),
+        ({"surprise": 1}, "not a manifest .*surprise.* extract again"),
+        ({"shards": [{"file": "x"}]}, "not a manifest .* extract again"),
+    ],
+)
+def test_manifests_of_something_else_are_refused(change, sentence, tmp_path):
+    folder = write_store(tmp_path / "s", 10, 1).folder
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(StoreError, match=sentence):
+        Manifest.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        ('{"schema": 2, "fingerprint": "e", "dtype": "float16", "images_per_shard": 4}', "beginnings of another"),
+        ('{"schema": 1, "fingerprint": "f", "dtype": "float16", "images_per_shard": 4}', "beginnings of another"),
+        ('{"schema": 2, "fing', "plan.json cannot be read .* delete .* and extract again"),
+        ('["something", "else"]', "plan.json cannot be read .* delete .* and extract again"),
+    ],
+)
+def test_a_plan_of_something_else_is_refused(plan, sentence, tmp_path):
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "plan.json").write_text(plan)
+    with pytest.raises(StoreError, match=sentence):
+        extract_pixels(folder)
+
+
+def test_an_sae_is_not_scored_on_a_store_of_another_width(tmp_path, stores):
+    other = write_store(tmp_path / "wide", 10, 1)
+    sae = TopK(other.d_in + 4, 40, 3, normalizer=Normalizer(other.d_in + 4), seed=1)
+    sae.save(tmp_path / "run", name="run", backbone=other.backbone, layer=other.layer, features=other.kind, k=3,
+             config={})  # fmt: skip
+    with pytest.raises(StoreError, match=r"run was trained on .* 16\).* holds .* 12\)"):
+        score(tmp_path / "run", other)
+    assert not (tmp_path / "run" / "scores.json").exists()
+
+
+def test_stores_that_were_begun_differently_are_finished_one_by_one(tmp_path):
+    cfg = picture_config(make_pictures(tmp_path / "p", 10), tmp_path, "extract.part=0/2")
+    extract_split(cfg, [PATCH])
+    other = picture_config(tmp_path / "p", tmp_path, "extract.images_per_shard=5")
+    with pytest.raises(StoreError, match=r"begun with \[4, 5\] images a shard; finish each by itself"):
+        extract_split(other, [PATCH, Tap("cls", 4)])
+    for tap in (PATCH, Tap("cls", 4)):
+        assert np.sum([s.images for s in FeatureStore.open(extract_split(other, [tap])[tap]).manifest.shards]) == 10
