@@ -5,12 +5,12 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 PEERS  := $(VENV)/.peers
 
-.PHONY: help install demo test check lint types format clean bench
+.PHONY: help install demo test check lint types format clean bench bench-features
 
 help:
 	@echo "make demo    train SAEs on the bundled pictures, score them, write reports/report.html"
 	@echo "make test    run all tests"
-	@echo "make bench   time training steps against other packages"
+	@echo "make bench   time training steps against other packages; make bench-features: reading and extraction"
 	@echo "make check   lint, types and tests"
 	@echo "make format  sort imports and format"
 	@echo "make clean   remove stores, runs and reports (not .venv)"
@@ -50,6 +50,10 @@ test: $(PEERS)
 
 bench: $(PEERS)
 	$(PY) -m experiments.bench.train_step --memory --json reports/bench/train_step.json
+
+bench-features: $(PEERS)
+	$(PY) -m experiments.bench.formats --json reports/bench/formats.json
+	$(PY) -m experiments.bench.features --json reports/bench/features.json
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -18,7 +18,10 @@ class Buffer:
     """
 
     def __init__(self, nbytes: int, pinned: bool, returns: queue.SimpleQueue[Buffer]) -> None:
-        self.memory: np.ndarray = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).numpy()
+        # NumPy asks for huge pages, whose first touch costs half
+        self.memory: np.ndarray = (
+            torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy() if pinned else np.empty(nbytes, np.uint8)
+        )
         self.pinned = pinned
         self.owed, self.returned = 0, 0
         self._returns = returns
