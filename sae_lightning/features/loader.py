@@ -35,7 +35,7 @@ class FeatureLoader:
 
     def __init__(
         self, store: FeatureStore, batch_size: int, *, seed: int = 42, unit: str = "tokens", buffer_mb: float = 1024,
-        block_mb: float = 1, lanes: int = 8, readers: int = 4, rank: int = 0, world: int = 1,
+        block_mb: float = 4, lanes: int = 8, readers: int = 4, rank: int = 0, world: int = 1,
         pinned: bool | None = None,
     ) -> None:  # fmt: skip
         if unit not in UNITS:

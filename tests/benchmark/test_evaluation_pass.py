@@ -20,7 +20,7 @@ def run(tmp_path, stores):
     store = stores["test"]
     sae = TopK(store.d_in, 40, 3, normalizer=Normalizer(store.d_in, store.mean, store.std), seed=1)
     folder = tmp_path / "topk-run"
-    sae.save(folder, name="topk-run", backbone=store.backbone, layer=store.layer, k=3, config={})
+    sae.save(folder, name="topk-run", backbone=store.backbone, features=store.kind, layer=store.layer, k=3, config={})
     return folder
 
 
