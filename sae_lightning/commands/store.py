@@ -53,11 +53,11 @@ def _ls(args: argparse.Namespace) -> int:
         table.add_column(column, justify="right" if column in ("images", "size") else "left", overflow="fold")
     for folder in folders:
         name = str(folder.relative_to(args.root))
-        if not (folder / MANIFEST).is_file():
-            shards, images = unfinished(folder)
-            table.add_row(name, f"{images:,}", f"unfinished, {shards} shards so far", style="yellow")
-            continue
         try:
+            if not (folder / MANIFEST).is_file():
+                shards, images = unfinished(folder)
+                table.add_row(name, f"{images:,}", f"unfinished, {shards} shards so far", style="yellow")
+                continue
             m = Manifest.read(folder)
         except StoreError as error:
             broken.append(str(error))
@@ -81,14 +81,15 @@ def _verify(args: argparse.Namespace) -> int:
                 console.print(f"{folder}: unfinished; extract.py goes on from it.")
                 continue
             try:
-                bad = FeatureStore(folder, Manifest.read(folder)).damage(verify=True)
+                store = FeatureStore(folder, Manifest.read(folder))
+                bad, files = store.damage(verify=True), store.damaged_files()
             except StoreError as error:
                 console.print(str(error), style="red")
                 worst = 1
                 continue
-            for what in bad.values():
+            for what in (*bad.values(), *files.values()):
                 console.print(str(what), style="red")
-            if not bad:
+            if not (bad or files):
                 console.print(f"{folder}: whole.")
                 continue
             worst = 1

@@ -31,7 +31,8 @@ class Claims:
     def __init__(
         self, n_images: int, writers: Sequence[StoreWriter], batch_size: int, part: int = 0, parts: int = 1
     ) -> None:
-        self.n_images, self.writers, self.batch_size = n_images, list(writers), batch_size
+        self.n_images, self.batch_size = n_images, batch_size
+        self.writers = sorted(writers, key=lambda writer: writer.folder)  # all claim in the same order
         sizes = sorted({writer.images_per_shard for writer in writers})
         if len(sizes) > 1:
             raise StoreError(

@@ -11,11 +11,13 @@ import signal
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
@@ -75,6 +77,7 @@ class Job:
 def _run(log: Path, before: Callable[[], object] | None, work: Callable, args: tuple) -> None:
     """An error with a sentence is printed as such and exits 1; any other shows its traceback."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a job that a user starts
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -106,7 +109,7 @@ def picture_config(pictures: Path, root: Path, *overrides: str, backbone: str = 
     """A tiny backbone on ``pictures``, four a batch and a shard; stores and runs below ``root``."""
     return made(
         root, "data=folder", f"data.path={pictures}", f"backbone={backbone}", "backbone.size=tiny",
-        "extract.batch_size=4", "extract.images_per_shard=4", *overrides,
+        "extract.batch_size=4", "extract.images_per_shard=4", "extract.device=cpu", *overrides,
     )  # fmt: skip
 
 
@@ -245,7 +248,7 @@ class Changes:
 
     def _hook(self, event: str, args: tuple) -> None:
         writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if self.left and (writes or event in CHANGES) and str(args[0]).startswith(self.folder):
+        if self.left and (writes or event in CHANGES) and any(str(arg).startswith(self.folder) for arg in args[:2]):
             self.left -= 1
             if self.left == 0:
                 self.act()
@@ -265,6 +268,11 @@ def limit_files(size: int = -1) -> None:
     """No file of this process may grow beyond ``size`` bytes (writing is then refused as on a full disk); -1: any."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size < 0 else size, hard))
+
+
+def silence() -> None:
+    """Show no progress, whose log would grow too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def obey_permissions() -> None:
@@ -296,3 +304,52 @@ def count_encoded(path: Path, seconds: float = 0, stuck: int = 0) -> None:
 def encoded(path: Path) -> int:
     """Images that ``count_encoded`` counted."""
     return sum(map(int, path.read_text().split())) if path.exists() else 0
+
+
+def waits_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Return when ``condition()`` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# --- trainings --------------------------------------------------------------------------------------------
+class Diary(L.Callback):
+    """Writes a line into ``path`` for every step that is done: number, epoch, and a sum over the batch's rows.
+
+    Before the steps (from 0) of ``die`` the process, or that of ``rank``, is killed, once each.
+    """
+
+    def __init__(self, path: str, die: tuple[int, ...] = (), rank: int = 0) -> None:
+        self.path, self.die, self.rank = Path(path), die, rank
+        self.rows = 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
+        self.rows = sum(zlib.crc32(row.tobytes()) for row in batch.numpy())
+        died = self.path.with_name(f"{self.path.name}-died-{trainer.global_step}")
+        if trainer.global_step in self.die and trainer.global_rank == self.rank and not died.exists():
+            died.touch()
+            die()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{trainer.global_step} {trainer.current_epoch} {trainer.world_size} {self.rows}\n")
+
+
+def read_diary(path: Path) -> tuple[list[tuple[int, int]], dict[int, tuple[int, int]]]:
+    """The steps in the order in which they were done, each with its ranks; and what stands of them in the end.
+
+    That is, by step: its epoch and the sum over its global batch. A step that was done again counts the last time.
+    """
+    order: list[tuple[int, int]] = []
+    final: dict[int, list[tuple[int, int]]] = {}
+    for line in path.read_text().splitlines():
+        step, epoch, ranks, rows = map(int, line.split())
+        if (step, ranks) not in order[-3:] or len(final[step]) == ranks:
+            order.append((step, ranks))
+            final[step] = []
+        final[step].append((epoch, rows))
+    return order, {step: (parts[0][0], sum(rows for _, rows in parts)) for step, parts in final.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -23,7 +22,9 @@ from sae_lightning.benchmark.evaluate import score
 from sae_lightning.features.ensure import ensure_store
 from sae_lightning.features.manifest import Manifest
 from sae_lightning.features.store import FeatureStore, StoreError
-from sae_lightning.saes import Normalizer, TopK
+from sae_lightning.saes import SAE, Normalizer, TopK
+from sae_lightning.training.identity import run_name
+from sae_lightning.training.run import train
 from tests.conftest import write_store
 from tests.features import jobs
 from tests.features.jobs import (
@@ -119,10 +120,10 @@ def test_killed_before_any_change_of_any_file_an_extraction_goes_on(undisturbed,
 def test_killed_at_random_moments_an_extraction_ends_as_if_it_had_not_been(workers, sixty, sixty_whole, tmp_path):
     cfg = picture_config(sixty, tmp_path, f"extract.num_workers={workers}")
     rng, kept = random.Random(workers), {}
-    slow = partial(jobs.count_encoded, tmp_path / "encoded", seconds=0.03)
+    slow = partial(jobs.count_encoded, tmp_path / "encoded", seconds=0.08)
     for attempt in count():
         job = Job(tmp_path / "log", extract_split, cfg, before=slow)
-        if not job.kill(after=rng.uniform(0.2, 0.6) + 0.05 * attempt):
+        if not job.kill(after=rng.uniform(0.3, 0.8) + 0.05 * attempt):
             assert job.end() == 0, job.said()
             break
         if (tmp_path / "stores").exists():
@@ -160,9 +161,9 @@ def test_others_take_over_the_shard_of_one_that_was_killed(sixty, sixty_whole, t
     victim = Job(
         tmp_path / "log", extract_split, cfg, before=partial(jobs.count_encoded, tmp_path / "victim.txt", stuck=2)
     )
-    waits_for((tmp_path / "victim.stuck").exists)
+    jobs.waits_for((tmp_path / "victim.stuck").exists)
     other = Job(tmp_path / "log-2", extract_split, cfg, before=partial(jobs.count_encoded, tmp_path / "other.txt"))
-    waits_for(lambda: len(finished(folder_of(tmp_path))) == 4)
+    jobs.waits_for(lambda: len(finished(folder_of(tmp_path))) == 4)
     time.sleep(1)
     assert other.process.is_alive(), "it waits for the shard that the victim holds"
     unopenable(folder_of(tmp_path))
@@ -172,13 +173,6 @@ def test_others_take_over_the_shard_of_one_that_was_killed(sixty, sixty_whole, t
     assert encoded(tmp_path / "other.txt") == 60
     assert content(folder)["features"] == sixty_whole["features"]
     assert litter(folder) == []
-
-
-def waits_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.slow
@@ -196,11 +190,40 @@ def test_two_jobs_with_the_same_taps_in_another_order_do_not_wait_for_each_other
 
 
 @pytest.mark.slow
+def test_stores_that_four_processes_finish_at_the_same_time_are_sealed_once(undisturbed, tmp_path):
+    """Of one image a shard, so that they meet at every claim and at the end."""
+    for attempt in range(4):
+        folder = tmp_path / str(attempt) / "store"
+        running = [
+            Job(tmp_path / f"log-{attempt}-{i}", extract_pixels, folder, noise_images(), None, 1) for i in range(4)
+        ]
+        assert [job.end() for job in running] == [0] * 4, [job.said() for job in running]
+        assert len(times(folder)) == 11
+        assert content(folder)["features"] == undisturbed["features"]
+        assert litter(folder) == []
+
+
+@pytest.mark.slow
+def test_processes_that_find_the_same_damage_mend_it_together(sixty, sixty_whole, tmp_path):
+    cfg = picture_config(sixty, tmp_path)
+    folder = extract_split(cfg)[PATCH]
+    for attempt in range(3):
+        for i in range(1, 15, 2):
+            cut(folder / f"shard-{i:05d}.safetensors")
+        before = times(folder)
+        running = [Job(tmp_path / f"log-{attempt}-{i}", extract_split, cfg) for i in range(3)]
+        assert [job.end() for job in running] == [0] * 3, [job.said() for job in running]
+        assert content(folder) == sixty_whole
+        assert litter(folder) == []
+        assert {name: t for name, t in before.items() if int(name[6:11]) % 2 == 0}.items() <= times(folder).items()
+
+
+@pytest.mark.slow
 def test_of_two_jobs_that_want_a_store_the_second_waits(sixty, tmp_path):
     cfg = picture_config(sixty, tmp_path)
     slow = partial(jobs.count_encoded, tmp_path / "encoded", seconds=0.05)
     first = Job(tmp_path / "log-1", ensure_store, cfg, "train", before=slow)
-    waits_for(lambda: encoded(tmp_path / "encoded") > 4)
+    jobs.waits_for(lambda: encoded(tmp_path / "encoded") > 4)
     second = Job(tmp_path / "log-2", ensure_store, cfg, "train", before=slow)
     assert [first.end(), second.end()] == [0, 0], second.said()
     assert "Another job is extracting" in second.said()
@@ -241,8 +264,7 @@ def fill_up_everywhere(root: Path, expected: dict) -> None:
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_any_moment_is_a_sentence_and_loses_nothing(undisturbed, tmp_path):
     """For plan, shards, records, statistics, table and manifest."""
-    quiet = partial(os.dup2, os.open(os.devnull, os.O_WRONLY), 2)
-    job = Job(tmp_path / "log", fill_up_everywhere, tmp_path, undisturbed, before=quiet)
+    job = Job(tmp_path / "log", fill_up_everywhere, tmp_path, undisturbed, before=jobs.silence)
     assert job.end() == 0, job.said()
 
 
@@ -396,6 +418,106 @@ def test_damaged_shards_are_refused_by_name_or_skipped_and_counted_when_a_job_as
             rest = ensure_store(picture_config(pictures, tmp_path, *options, "stream.damaged=skip"), "train")
         assert len(rest) == 6
         assert rest.skipped == [SHARD]
+
+
+# --- kill -9 of a training --------------------------------------------------------------------------------
+def training(pictures: Path, root: Path, *overrides: str):
+    """20 steps an epoch, three epochs, a checkpoint every third step."""
+    return picture_config(
+        pictures, root, "k=8", "expansion=2", "batch_size=192", "trainer.accelerator=cpu", "trainer.max_epochs=3",
+        "dead_after=1000", "trainer.enable_progress_bar=false", "checkpoint.every_steps=3", *overrides,
+    )  # fmt: skip
+
+
+def diary(path: Path, *die: int, rank: int = 0) -> str:
+    return f"+callbacks.diary={{_target_: tests.features.jobs.Diary, path: {path}, die: {list(die)}, rank: {rank}}}"
+
+
+@pytest.fixture(scope="module")
+def whole_training(sixty, tmp_path_factory):
+    """A run that was never interrupted: its weights, and its diary."""
+    root = tmp_path_factory.mktemp("training")
+    job = Job(root / "log", train, training(sixty, root, diary(root / "diary")))
+    assert job.end() == 0, job.said()
+    (run,) = (root / "runs").iterdir()
+    order, steps = jobs.read_diary(root / "diary")
+    assert order == [(step, 1) for step in range(1, 61)]
+    assert len(set(steps.values())) == 60
+    return SAE.load(run).state_dict(), steps, root / "stores"
+
+
+def same_weights(folder: Path, expected: dict) -> None:
+    for name, tensor in SAE.load(folder).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.slow
+def test_a_training_that_was_killed_ends_with_the_same_weights(whole_training, sixty, tmp_path):
+    """Killed in the middle of the first epoch, right before a checkpoint, at an epoch's ends, and from outside."""
+    weights, steps, stores = whole_training
+    cfg = training(sixty, tmp_path, f"paths.stores={stores}", diary(tmp_path / "diary", 7, 11, 20, 39, 58))
+    for attempt in count():
+        job = Job(tmp_path / f"log-{attempt}", train, cfg)
+        if attempt == 2:  # from outside, wherever it is then
+            lines = len((tmp_path / "diary").read_text().splitlines())
+            jobs.waits_for(lambda lines=lines: len((tmp_path / "diary").read_text().splitlines()) > lines + 3)
+            job.process.kill()
+        if job.end() == 0:
+            break
+        assert job.process.exitcode == -signal.SIGKILL, job.said()
+    assert attempt >= 5
+    (run,) = (tmp_path / "runs").iterdir()
+    same_weights(run, weights)
+    order, final = jobs.read_diary(tmp_path / "diary")
+    assert final == steps, "every batch once, in its place"
+    begun = [step for before, (step, _) in zip([(0, 1), *order], order, strict=False) if step != before[0] + 1]
+    assert begun[0] == 7, "after the checkpoint of step 6"
+    assert len(order) <= 60 + 3 * attempt, "no more than three steps are done again"
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_where_one_stopped_and_one_where_two_did(whole_training, sixty, tmp_path):
+    _, steps, stores = whole_training
+    options = [f"paths.stores={stores}", diary(tmp_path / "diary", 8, rank=0)]
+    first = Job(tmp_path / "log-1", train, training(sixty, tmp_path, *options))
+    assert first.end() == -signal.SIGKILL
+    options[1] = diary(tmp_path / "diary", 29, rank=1)
+    second = Job(tmp_path / "log-2", train, training(sixty, tmp_path, "trainer.devices=2", *options))
+    assert second.end(300) == 1
+    assert "one of its 2 ranks failed" in second.said()
+    third = Job(tmp_path / "log-3", train, training(sixty, tmp_path, *options))
+    assert third.end() == 0, third.said()
+    order, final = jobs.read_diary(tmp_path / "diary")
+    assert final == steps
+    ranks = dict(order)
+    assert [ranks[step] for step in range(1, 61)] == [1] * 6 + [2] * 21 + [1] * 33
+    result = json.loads(next((tmp_path / "runs").glob("*/result.json")).read_text())
+    assert (result["steps"], result["devices"]) == (60, 1)
+
+
+def test_a_checkpoint_of_another_batch_size_is_refused(whole_training, sixty, tmp_path):
+    _, _, stores = whole_training
+    cfg = training(sixty, tmp_path, f"paths.stores={stores}", diary(tmp_path / "diary", 8))
+    assert Job(tmp_path / "log", train, cfg).end() == -signal.SIGKILL
+    other = training(sixty, tmp_path, f"paths.stores={stores}", "batch_size=128")
+    shutil.copytree(Path(cfg.paths.runs) / run_name(cfg), Path(other.paths.runs) / run_name(other))
+    with pytest.raises(ValueError, match=r"another order of the features \(batch_size 192 there, 128 now"):
+        train(other)
+
+
+def test_a_training_on_a_store_with_a_damaged_shard_refuses_or_skips_it(sixty, tmp_path):
+    cfg = training(sixty, tmp_path, "trainer.max_epochs=1")
+    cut(ensure_store(cfg, "train").folder / SHARD)
+    with pytest.raises(StoreError, match=SHARD):
+        train(cfg)
+    cfg.stream.damaged = "skip"
+    with pytest.warns(UserWarning, match=rf"1 damaged of 15 shards are skipped, 4 images: {SHARD}"):
+        run = train(cfg)
+    assert json.loads((run / "result.json").read_text())["steps"] == 56 * 64 // 192
+    store = ensure_store(cfg, "train")
+    extract_split(cfg)
+    assert json.loads((run / "cfg.json").read_text())["store"]["train"] == store.fingerprint
+    assert ensure_store(cfg, "train").fingerprint != store.fingerprint
 
 
 # --- wrong stores -----------------------------------------------------------------------------------------
