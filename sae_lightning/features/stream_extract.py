@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from sae_lightning.backbones import Backbone, Tap
 from sae_lightning.data import DataError, ImageStream, Item, decode
-from sae_lightning.features.extract import POLL, Settings, Summary, check_captions, collate, encoder, progress
+from sae_lightning.features.extract import (
+    POLL, Features, Settings, Summary, check_captions, collate, encoder, progress,
+)  # fmt: skip
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.record import RECORDS, read_record
 from sae_lightning.features.sink import Encoded, Sink
@@ -32,6 +34,14 @@ class Part:
     items: list[Item]
     last: bool
     state: dict | None = None
+
+    def encoded(self, features: Features, errors: Collection[int]) -> Encoded:
+        """For the sink: all items but those at the positions ``errors``, whose ``features`` these are."""
+        kept = [item for i, item in enumerate(self.items) if i not in errors]
+        return Encoded(
+            self.shard, self.last, [item.image_id for item in kept], [item.label for item in kept],
+            [item.caption or "" for item in kept], features, [self.items[i].image_id for i in errors], self.state,
+        )  # fmt: skip
 
 
 def extract_stream(
@@ -72,7 +82,7 @@ def _run(
     look = encoder(backbone, seen, settings)
     tell = encoder(backbone, text, settings)
     start = mark = time.perf_counter()
-    sink = Sink(writers, lambda shard: None)
+    sinks = [Sink({tap: writers[tap] for tap in group}, lambda shard: None) for group in (seen, text)]
     try:
         with progress(backbone, writers, images.name, images.split, images.length) as bar:
             bar.update(sum(shard.images for shard in done.values()))
@@ -81,23 +91,24 @@ def _run(
                 payload, errors = collate(samples) if seen else (None, {})
                 settings.allow(errors)
                 summary.waiting += time.perf_counter() - mark
-                kept = [item for i, item in enumerate(part.items) if i not in errors]
                 features = look(payload) if payload is not None else {}
-                if text and kept:
-                    check_captions(images.name, all(item.caption is not None for item in kept))
-                    features |= tell([item.caption or "" for item in kept])
+                told: Features = {}
+                if text and part.items:
+                    check_captions(images.name, all(item.caption is not None for item in part.items))
+                    told = tell([item.caption or "" for item in part.items])
                 mark = time.perf_counter()
-                sink.put(Encoded(
-                    part.shard, part.last, [item.image_id for item in kept], [item.label for item in kept],
-                    [item.caption or "" for item in kept], features, [part.items[i].image_id for i in errors],
-                    part.state,
-                ))  # fmt: skip
+                if seen:
+                    sinks[0].put(part.encoded(features, errors))
+                if text:  # also of pictures that cannot be read
+                    sinks[1].put(part.encoded(told, ()))
                 summary.images += len(part.items)
                 bar.update(len(part.items))
-            sink.close()
+            for sink in sinks:
+                sink.close()
             summary.waiting += time.perf_counter() - mark
     finally:
-        sink.stop()
+        for sink in sinks:
+            sink.stop()
         summary.seconds += time.perf_counter() - start
     if not any(writer.count() for writer in writers.values()):
         raise DataError(f"The {images.split} split of '{images.name}' has no images.")

@@ -6,6 +6,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import sys
@@ -13,6 +14,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -282,23 +284,40 @@ def obey_permissions() -> None:
     assert libc.capset(header, none) == 0, os.strerror(ctypes.get_errno())
 
 
-def count_encoded(path: Path, seconds: float = 0, stuck: int = 0) -> None:
+def count_encoded(path: Path, seconds: float = 0, stuck: int = 0, gate: Path | None = None) -> None:
     """Let every batch that is encoded take ``seconds`` more and leave its length in ``path``.
 
-    After the batch number ``stuck`` the encoder hangs, and ``<path>.stuck`` says so.
+    At its first batch the encoder says so by ``<path>.ready`` and waits until there is a ``gate``. At the batch number
+    ``stuck`` it hangs, and ``<path>.stuck`` says so.
     """
     inner, batches = Backbone.forward_features, count(1)
 
     def forward_features(self: Backbone, images: torch.Tensor, taps: list[Tap]) -> dict[Tap, torch.Tensor]:
+        number = next(batches)
+        if number == 1:
+            path.with_suffix(".ready").touch()
+            while gate is not None and not gate.exists():
+                time.sleep(0.01)
         time.sleep(seconds)
         with path.open("a") as file:
             file.write(f"{len(images)}\n")
-        if next(batches) == stuck:
+        if number == stuck:
             path.with_suffix(".stuck").touch()
             time.sleep(1000)
         return inner(self, images, taps)
 
     Backbone.forward_features = forward_features  # type: ignore[method-assign]
+
+
+def kill_at_random(log: Path, counted: Path, rng: random.Random, work: Callable, *args: Any) -> bool:
+    """Start an extraction and kill it after a few batches, at any moment of one; False when it was done before."""
+    so_far = encoded(counted) + rng.randrange(4, 24)
+    job = Job(log, work, *args, before=partial(count_encoded, counted, seconds=0.05))
+    waits_for(lambda: encoded(counted) >= so_far or not job.process.is_alive())
+    if job.kill(after=rng.uniform(0, 0.1)):
+        return True
+    assert job.end() == 0, job.said()
+    return False
 
 
 def encoded(path: Path) -> int:

@@ -30,6 +30,8 @@ from tests.features.jobs import (
     times,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def ten(tmp_path_factory) -> Path:

@@ -45,14 +45,7 @@ from tests.features.jobs import (
     times,
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As in jobs, so that features are bitwise the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -119,20 +112,15 @@ def test_killed_before_any_change_of_any_file_an_extraction_goes_on(undisturbed,
 @pytest.mark.parametrize("workers", [0, 1])
 def test_killed_at_random_moments_an_extraction_ends_as_if_it_had_not_been(workers, sixty, sixty_whole, tmp_path):
     cfg = picture_config(sixty, tmp_path, f"extract.num_workers={workers}")
-    rng, kept = random.Random(workers), {}
-    slow = partial(jobs.count_encoded, tmp_path / "encoded", seconds=0.08)
-    for attempt in count():
-        job = Job(tmp_path / "log", extract_split, cfg, before=slow)
-        if not job.kill(after=rng.uniform(0.3, 0.8) + 0.05 * attempt):
-            assert job.end() == 0, job.said()
-            break
-        if (tmp_path / "stores").exists():
-            unopenable(folder_of(tmp_path))
-            now = finished(folder_of(tmp_path))
-            assert kept.items() <= now.items()
-            kept = now
+    rng, kept, attempts = random.Random(workers), {}, 0
+    while jobs.kill_at_random(tmp_path / "log", tmp_path / "encoded", rng, extract_split, cfg):
+        attempts += 1
+        unopenable(folder_of(tmp_path))
+        now = finished(folder_of(tmp_path))
+        assert kept.items() <= now.items()
+        kept = now
     folder = folder_of(tmp_path)
-    assert attempt > 1
+    assert attempts > 1
     assert content(folder) == sixty_whole
     assert kept.items() <= times(folder).items()
     assert litter(folder) == []
@@ -143,11 +131,13 @@ def test_killed_at_random_moments_an_extraction_ends_as_if_it_had_not_been(worke
 @pytest.mark.parametrize("n", [2, 4])
 def test_several_extractions_share_the_work_and_encode_each_image_once(n, sixty, sixty_whole, tmp_path):
     cfg = picture_config(sixty, tmp_path)
-    logs = [tmp_path / f"encoded-{i}" for i in range(n)]
+    logs, gate = [tmp_path / f"encoded-{i}" for i in range(n)], tmp_path / "gate"
     running = [
-        Job(tmp_path / f"log-{i}", extract_split, cfg, before=partial(jobs.count_encoded, log, seconds=0.1))
+        Job(tmp_path / f"log-{i}", extract_split, cfg, before=partial(jobs.count_encoded, log, 0.01, gate=gate))
         for i, log in enumerate(logs)
     ]
+    jobs.waits_for(lambda: all(log.with_suffix(".ready").exists() for log in logs))
+    gate.touch()
     assert [job.end() for job in running] == [0] * n, [job.said() for job in running]
     assert content(folder_of(tmp_path)) == sixty_whole
     assert sum(map(encoded, logs)) == 60
@@ -221,12 +211,13 @@ def test_processes_that_find_the_same_damage_mend_it_together(sixty, sixty_whole
 @pytest.mark.slow
 def test_of_two_jobs_that_want_a_store_the_second_waits(sixty, tmp_path):
     cfg = picture_config(sixty, tmp_path)
-    slow = partial(jobs.count_encoded, tmp_path / "encoded", seconds=0.05)
-    first = Job(tmp_path / "log-1", ensure_store, cfg, "train", before=slow)
-    jobs.waits_for(lambda: encoded(tmp_path / "encoded") > 4)
-    second = Job(tmp_path / "log-2", ensure_store, cfg, "train", before=slow)
+    counted = partial(jobs.count_encoded, tmp_path / "encoded", gate=tmp_path / "gate")
+    first = Job(tmp_path / "log-1", ensure_store, cfg, "train", before=counted)
+    jobs.waits_for((tmp_path / "encoded.ready").exists)
+    second = Job(tmp_path / "log-2", ensure_store, cfg, "train", before=counted)
+    jobs.waits_for(lambda: "Another job is extracting" in second.said())
+    (tmp_path / "gate").touch()
     assert [first.end(), second.end()] == [0, 0], second.said()
-    assert "Another job is extracting" in second.said()
     assert encoded(tmp_path / "encoded") == 60
 
 

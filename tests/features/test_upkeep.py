@@ -315,6 +315,7 @@ def test_merge_without_hard_links_copies(tmp_path, capsys):
         other.with_name(f".{other.name}.lock").unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_the_command_is_installed_and_exits_with_its_status(tmp_path):
     command = [sys.executable, "-m", "sae_lightning.commands.main", "store", "ls", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from experiments.bench.feature_peers import synthetic
 from experiments.bench.feature_peers.synthetic import Features
 from sae_lightning.backbones import Tap
-from sae_lightning.data import ImageData, load_images
+from sae_lightning.data import ImageData
 from sae_lightning.features.datamodule import FeatureDataModule
 from sae_lightning.features.extract import Settings
 from sae_lightning.features.extract import extract as extract_stores
@@ -79,9 +79,9 @@ def extract(pictures: Path, folder: Path, encoder: nn.Module, device: str) -> No
 
     ``encoder`` maps pixels [n, 3, 224, 224] to patch tokens [n, 196, 768] and times itself.
     """
-    data = {"source": "folder", "name": "pictures", "path": str(pictures), "shares": {"train": 1.0, "val": 0.0},
-            "seed": 0, "shuffle": False, "limit": None}  # fmt: skip
-    images = load_images(data, "train")
-    assert isinstance(images, ImageData)
+    paths = sorted(pictures.glob("*.jpg"))
+    images = ImageData(
+        "pictures", "train", ["unlabelled"], [0] * len(paths), [p.name for p in paths], paths.__getitem__
+    )
     settings = Settings(batch_size=16, device=device)
     extract_stores(images, _Encoder(encoder), {PATCH: _writer(folder, (14, 14), 850)}, settings)  # type: ignore[arg-type]

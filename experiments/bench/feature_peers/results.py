@@ -75,7 +75,7 @@ def print_results(results: Sequence[Result]) -> None:
         table.add_column("in words")
         for result in mine:
             table.add_row(_name(result), *_cells(result, share), _words(result, best))
-        Console().print(table)
+        Console(width=max(140, Console().width)).print(table)
 
 
 def _cells(result: Result, share: bool) -> list[str]:
