@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,10 @@ from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
 
 torch.set_num_threads(2)
+# one server for all tests, which imports once what the processes forked off it need
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["tests.data.test_images", "tests.features.jobs", "sae_lightning.training.run", "datasets", "pandas"]
+)
 
 N_PATCHES, D_IN, CLASSES = 16, 12, 3
 

@@ -16,8 +16,15 @@ from torch import Tensor
 from sae_lightning.backbones import Backbone, Tap
 from sae_lightning.data import DataError, ImageStream, Item, decode
 from sae_lightning.features.extract import (
-    POLL, Features, Settings, Summary, check_captions, collate, encoder, progress,
-)  # fmt: skip
+    POLL,
+    Features,
+    Settings,
+    Summary,
+    check_captions,
+    collate,
+    encoder,
+    progress,
+)
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.record import RECORDS, read_record
 from sae_lightning.features.sink import Encoded, Sink

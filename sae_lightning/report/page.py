@@ -40,7 +40,8 @@ def load_run(folder: Path) -> dict[str, Any]:
     label = f"{cfg['backbone']} {kind}".strip() + f" · {cfg['variant']} ×{cfg['expansion']}"
     label += "" if cfg["k"] is None else f" k {cfg['k']:g}"
     return {
-        "folder": folder, "name": folder.name, "cfg": cfg, "k": k, "label": label, "features": features, "seconds": result["seconds"],
+        "folder": folder, "name": folder.name, "cfg": cfg, "k": k, "label": label,
+        "features": features, "seconds": result["seconds"],
         "metrics": scores["metrics"], "split": scores["split"], "n_images": scores["n_images"],
         "n_tokens": scores["n_tokens"], "store": scores["store"],
     }  # fmt: skip

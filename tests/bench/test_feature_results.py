@@ -40,5 +40,5 @@ def test_a_pass_counts_bytes_and_stops_at_its_limit():
 
 
 def test_memory_is_seen():
-    memory = watch(lambda: torch.ones(2**24).sum())
-    assert 60 < memory.peak_mb < 200
+    memory = watch(lambda: torch.ones(2**26).sum())  # 256 MB, beside what the system takes from or gives to the rest
+    assert 150 < memory.peak_mb < 500

@@ -182,6 +182,5 @@ def test_workers_read_the_same_pictures_from_every_source(sources, method):
     together = ConcatDataset([Arrays(images) for images in sources.values()])
     expected = [together[i] for i in range(len(together))]
     context = multiprocessing.get_context(method)
-    context.set_forkserver_preload([__name__])  # imports torch once instead of in each worker
     loader = DataLoader(together, batch_size=None, num_workers=2, multiprocessing_context=context)
     assert all(torch.equal(a, b) for a, b in zip(loader, expected, strict=True))

@@ -39,7 +39,6 @@ PATCH = Tap("patch", 4)
 # Processes are forked off a server that has imported everything and computed nothing, so that one costs 50 ms.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__, "sae_lightning.training.run", "datasets", "pandas"])
 
 
 class Job:

@@ -102,7 +102,7 @@ def test_a_checkpoint_of_another_order_is_refused(changes, what, whole, stores, 
 
 def test_a_checkpoint_of_another_store_is_refused(whole, stores, tmp_path):
     other = FeatureDataModule(stores["train"].subset(images=390), stores["val"], batch_size=128, seed=3, **ORDER)
-    with pytest.raises(ValueError, match="another order of the features.*store"):
+    with pytest.raises(ValueError, match=r"another order of the features.*store"):
         trainer(tmp_path).fit(Recorder(), other, ckpt_path=whole[0] / "step=7.ckpt", weights_only=True)
 
 

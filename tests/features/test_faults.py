@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import shutil
@@ -416,7 +417,9 @@ def training(pictures: Path, root: Path, *overrides: str):
     """20 steps an epoch, three epochs, a checkpoint every third step."""
     return picture_config(
         pictures, root, "k=8", "expansion=2", "batch_size=192", "trainer.accelerator=cpu", "trainer.max_epochs=3",
-        "dead_after=1000", "trainer.enable_progress_bar=false", "checkpoint.every_steps=3", *overrides,
+        "dead_after=1000", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=2",
+        "checkpoint.every_steps=3",
+        *overrides,
     )  # fmt: skip
 
 
@@ -467,6 +470,28 @@ def test_a_training_that_was_killed_ends_with_the_same_weights(whole_training, s
 
 
 @pytest.mark.slow
+def test_a_training_that_was_killed_while_it_wrote_a_checkpoint_goes_on(whole_training, sixty, tmp_path):
+    weights, _, stores = whole_training
+    for n in (1, 2, 3, 8):
+        cfg = training(sixty, tmp_path / str(n), f"paths.stores={stores}")
+        checkpoints = Path(cfg.paths.runs) / run_name(cfg) / "checkpoints"
+        job = Job(tmp_path / f"log-{n}", train, cfg, before=partial(jobs.die_at, checkpoints, n))
+        assert job.end() == -signal.SIGKILL, job.said()
+        assert Job(tmp_path / f"log-{n}", train, cfg).end() == 0
+        same_weights(checkpoints.parent, weights)
+
+
+@pytest.mark.xfail(strict=True, reason="training/history.py reads the old rows before Lightning restores the step")
+def test_the_history_of_a_training_that_was_killed_is_whole(whole_training, sixty, tmp_path):
+    _, _, stores = whole_training
+    cfg = training(sixty, tmp_path, f"paths.stores={stores}", "trainer.max_epochs=1", diary(tmp_path / "diary", 8))
+    assert [Job(tmp_path / "log", train, cfg).end() for _ in range(2)] == [-signal.SIGKILL, 0]
+    with next((tmp_path / "runs").glob("*/history.csv")).open() as file:
+        logged = [int(row["step"]) for row in csv.DictReader(file) if row["loss/reconstruction"]]
+    assert logged == list(range(2, 21, 2))
+
+
+@pytest.mark.slow
 def test_two_ranks_go_on_where_one_stopped_and_one_where_two_did(whole_training, sixty, tmp_path):
     _, steps, stores = whole_training
     options = [f"paths.stores={stores}", diary(tmp_path / "diary", 8, rank=0)]
@@ -505,10 +530,9 @@ def test_a_training_on_a_store_with_a_damaged_shard_refuses_or_skips_it(sixty, t
     with pytest.warns(UserWarning, match=rf"1 damaged of 15 shards are skipped, 4 images: {SHARD}"):
         run = train(cfg)
     assert json.loads((run / "result.json").read_text())["steps"] == 56 * 64 // 192
-    store = ensure_store(cfg, "train")
+    trained_on = json.loads((run / "cfg.json").read_text())["store"]["train"]
     extract_split(cfg)
-    assert json.loads((run / "cfg.json").read_text())["store"]["train"] == store.fingerprint
-    assert ensure_store(cfg, "train").fingerprint != store.fingerprint
+    assert ensure_store(cfg, "train").fingerprint != trained_on, "it says that it saw a part only"
 
 
 # --- wrong stores -----------------------------------------------------------------------------------------
