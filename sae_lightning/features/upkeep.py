@@ -32,10 +32,13 @@ def mend(folder: Path, damage: Iterable[int] | None = None) -> list[str]:
     Removes damaged shards with their records, and the manifest; everything whole stays. ``damage`` are the shards known
     to be bad, by default those that a glance shows. Leaves a store alone that is not sealed (any more).
     """
-    if not (_lost(folder, damage) or leftovers(folder)):
-        return []  # without a lock: whole stores may lie where nobody can write
+    lost = _lost(folder, damage)
+    if not (lost or leftovers(folder)):
+        return []
     try:
         with state_lock(folder):
+            if not (folder / MANIFEST).is_file():
+                return []
             bad, files = _lost(folder, damage) or ([], [])
             if not (bad or files):
                 tidy(folder)
@@ -48,6 +51,8 @@ def mend(folder: Path, damage: Iterable[int] | None = None) -> list[str]:
             (folder / MANIFEST).unlink()
             return [manifest.shards[i].file for i in bad] + files
     except OSError as error:
+        if lost is None:
+            return []  # whole stores may lie where nobody can write
         raise cannot_write(folder, error) from error
 
 

@@ -18,7 +18,8 @@ class History(L.Callback):
         self.path = path
         self.rows: list[dict[str, str | int | float]] = []
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # not in on_fit_start: the step is not restored by then
         if trainer.is_global_zero and self.path.is_file() and trainer.global_step > 0:
             with self.path.open() as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= trainer.global_step]

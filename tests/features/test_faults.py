@@ -292,6 +292,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(sixty, tmp_path):
     """Also what lies there whole stays usable."""
     cfg = picture_config(sixty, tmp_path)
     folder = extract_split(cfg, split="val")[PATCH]
+    (folder / "plan.json").touch()  # a leftover that cannot be removed harms nobody
     places = [path for path in tmp_path.rglob("*") if path.is_dir()]
     for path in places:
         path.chmod(0o555)
@@ -481,7 +482,6 @@ def test_a_training_that_was_killed_while_it_wrote_a_checkpoint_goes_on(whole_tr
         same_weights(checkpoints.parent, weights)
 
 
-@pytest.mark.xfail(strict=True, reason="training/history.py reads the old rows before Lightning restores the step")
 def test_the_history_of_a_training_that_was_killed_is_whole(whole_training, sixty, tmp_path):
     _, _, stores = whole_training
     cfg = training(sixty, tmp_path, f"paths.stores={stores}", "trainer.max_epochs=1", diary(tmp_path / "diary", 8))

@@ -49,6 +49,7 @@ def test_mending_removes_damaged_shards_alone(tmp_path):
         FeatureStore.open(folder)
     assert json.loads((folder / "plan.json").read_text())["images_per_shard"] == 50
     assert mend(folder) == [], "it is not sealed any more"
+    assert (folder / "plan.json").is_file(), "so what belongs to its making stays"
 
 
 def test_shards_that_only_verification_finds_are_mended_when_they_are_named(tmp_path):
