@@ -64,9 +64,10 @@ def dense_mono_loss(activations: Tensor, embeddings: Tensor, through_embeddings:
     least = activations.amin(0)
     raised = activations - (_MinOverRanks.apply(least) if world_size() > 1 else least)
     w = sum_over_ranks(raised.T @ unit)  # [M, d]
-    u, v = sum_over_ranks(torch.stack([raised.sum(0), raised.square().sum(0)]))
-    # unit norm of every embedding makes Σ ã² |h|² = Σ ã²
-    return mean_score_loss(w.square().sum(1) - v, u.square() - v, u)
+    squares = raised.square()
+    own = (squares * unit.square().sum(1, keepdim=True)).sum(0)  # |h|² is 1, or 0 for an embedding of zeros
+    u, v, own = sum_over_ranks(torch.stack([raised.sum(0), squares.sum(0), own]))
+    return mean_score_loss(w.square().sum(1) - own, u.square() - v, u)
 
 
 def mean_score_loss(numerator: Tensor, denominator: Tensor, u: Tensor) -> Tensor:
