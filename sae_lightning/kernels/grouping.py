@@ -33,3 +33,17 @@ def grouped(latents: Tensor, values: Tensor, offsets: Tensor, group: Tensor, n_g
     sort = native.by_latent if native.available(values.detach()) else portable.by_latent
     starts, order, _ = sort(bag, torch.tensor([0, len(bag)], device=bag.device), n_bags)
     return latents[order], values[order], starts
+
+
+def union(latents: Tensor, offsets: Tensor, each: int, d_sae: int) -> Entries:
+    """Which latents are active in each group of ``each`` rows, ascending, with offsets and each entry's place there.
+
+    The latents of group g are ``pooled[starts[g]:starts[g + 1]]``; entry e's latent is ``pooled[place[e]]``.
+    """
+    if native.available(torch.empty(0, device=latents.device)):
+        return native.union(latents.contiguous(), offsets, each, d_sae)
+    n_groups = (len(offsets) - 1) // each
+    key, place = torch.unique(
+        rows_of(offsets, len(latents)) // each * d_sae + latents, sorted=True, return_inverse=True
+    )
+    return key % d_sae, portable.offsets_of(torch.bincount(key // d_sae, minlength=n_groups)), place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,6 +56,51 @@ def by_latent(latents: Tensor, offsets: Tensor, d_sae: int) -> tuple[Tensor, Ten
     order, rows = torch.empty_like(latents), torch.empty_like(latents)
     _call("sort_by_latent", latents, offsets, len(offsets) - 1, d_sae, starts, order, rows)
     return starts, order, rows
+
+
+def mono_rows(
+    latents: Tensor, values: Tensor, offsets: Tensor, embeddings: Tensor, inverse: Tensor, d_sae: int, nothing: float,
+    carried: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Each latent's MonoScore on a batch [d_sae], which have one [d_sae] bool, and its derivative by each value [nnz].
+
+    ``embeddings`` [N, d] float16 (where ``takes_half``) or float32, ``inverse`` [N] of their norms; a latent has none
+    where (Σa)² - Σa² <= nothing · (Σa)². ``carried``: sums of a·h [d_sae, d], a and a² [d_sae] that count as well.
+    """
+    scores, valid = inverse.new_empty(d_sae), torch.empty(d_sae, dtype=torch.bool)
+    grad = torch.empty_like(values)
+    half = embeddings.dtype == torch.float16
+    _call(
+        "mono_rows", *by_latent(latents, offsets, d_sae), values, embeddings, half, inverse,
+        *(carried or (None, None, None)), float(nothing), scores, valid, grad, embeddings.shape[1], d_sae,
+    )  # fmt: skip
+    return scores, valid, grad
+
+
+@cache
+def takes_half() -> bool:
+    """Whether ``mono_rows`` reads float16."""
+    library = load_native()
+    return library is not None and bool(library.takes_half())
+
+
+def add_rows(latents: Tensor, values: Tensor, offsets: Tensor, x: Tensor, inverse: Tensor, out: Tensor) -> None:
+    """``out`` [d_sae, d] float64 += sums of ``values[e] * inverse[row] * x[row]`` over each latent's entries.
+
+    ``x`` [N, d] float32, ``inverse`` [N] float64.
+    """
+    _call("add_rows", *by_latent(latents, offsets, len(out)), values, x, inverse, out, out.shape[1], len(out))
+
+
+def union(latents: Tensor, offsets: Tensor, each: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``grouping.union``."""
+    groups = (len(offsets) - 1) // each
+    counts = torch.empty(groups, dtype=torch.long)
+    _call("count_union", latents, offsets, each, d_sae, counts, groups)
+    starts = offsets_of(counts)
+    pooled, place = torch.empty(int(starts[-1]), dtype=torch.long), torch.empty_like(latents)
+    _call("fill_union", latents, offsets, each, d_sae, starts, pooled, place, groups)
+    return pooled, starts, place
 
 
 def decode_backward(latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,5 +6,6 @@ from sae_lightning.metrics.decoder import decoder_cosine
 from sae_lightning.metrics.firing import Firing
 from sae_lightning.metrics.fvu import FVU
 from sae_lightning.metrics.l0 import L0
+from sae_lightning.metrics.monoscore import MonoScore, MSScore
 
-__all__ = ["FVU", "L0", "Cosine", "Firing", "SumMetric", "decoder_cosine"]
+__all__ = ["FVU", "L0", "Cosine", "Firing", "MSScore", "MonoScore", "SumMetric", "decoder_cosine"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.kernels import sparse_decode
-from sae_lightning.kernels.grouping import rank_groups
+from sae_lightning.kernels.grouping import rank_groups, union
 from sae_lightning.kernels.portable import offsets_of, rows_of
 from sae_lightning.kernels.selection import keep
 
@@ -80,6 +80,26 @@ class SparseCodes:
         ks = torch.tensor([k, k + 1], device=self.offsets.device)
         return self.where(rank_groups(self.values.detach(), self.offsets, ks) == 0)
 
+    def pool(self, each: int, how: str = "max") -> SparseCodes:
+        """Codes of images from those of their ``each`` consecutive tokens: the ``max`` or ``mean`` of every latent.
+
+        [N / each] samples, differentiable in the values. ValueError when the samples do not divide into images.
+        """
+        if how not in ("max", "mean"):
+            raise ValueError(f"Unknown pooling '{how}'; choose max or mean.")
+        if each < 1 or self.n_samples % each:
+            raise ValueError(f"{self.n_samples} samples are not whole images of {each} tokens.")
+        return self if each == 1 else self._pool(each, how)
+
+    def _pool(self, each: int, how: str) -> SparseCodes:
+        latents, offsets, place = union(self.latents, self.offsets, each, self.d_sae)
+        nothing = self.values.new_zeros(len(latents))
+        if how == "max":
+            values = nothing.scatter_reduce(0, place, self.values, "amax")
+        else:
+            values = nothing.index_add(0, place, self.values) / each
+        return SparseCodes(latents, values, offsets, self.d_sae)
+
     @staticmethod
     def select(pre_acts: Tensor, active: Tensor) -> SparseCodes:
         """The entries of dense ``pre_acts`` [N, d_sae] where the mask ``active`` holds, differentiable in them."""
@@ -99,7 +119,8 @@ class DenseCodes(SparseCodes):
 
     @cached_property
     def _lists(self) -> SparseCodes:
-        return SparseCodes.select(self.dense, self.dense.detach() > 0)
+        with torch.set_grad_enabled(self.dense.requires_grad):  # kept for later, whoever asks first
+            return SparseCodes.select(self.dense, self.dense.detach() > 0)
 
     latents = property(lambda self: self._lists.latents)  # type: ignore[assignment]
     values = property(lambda self: self._lists.values)  # type: ignore[assignment]
@@ -124,6 +145,10 @@ class DenseCodes(SparseCodes):
 
     def decode(self, W_dec: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.dense @ W_dec if bias is None else torch.addmm(bias, self.dense, W_dec)
+
+    def _pool(self, each: int, how: str) -> SparseCodes:
+        images = self.dense.unflatten(0, (-1, each))
+        return DenseCodes(images.amax(1) if how == "max" else images.mean(1))
 
     def total(self, weights: Tensor | None = None) -> Tensor:
         sums = self.dense.sum(0)

@@ -98,3 +98,34 @@ def test_codes_round_trip_through_a_matrix():
     assert codes.rows().tolist() == [0, 2, 2]
     assert codes.latents.tolist() == [1, 0, 2]
     assert torch.equal(codes.to_dense(), dense)
+
+
+@pytest.mark.parametrize("how", ["max", "mean"])
+@pytest.mark.parametrize("kind", [0, 1], ids=["sparse", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pooling_tokens_into_images(how, kind, dtype):
+    codes, source = both(matrix(0.3, n=12).to(dtype))[kind]
+    images = source.unflatten(0, (-1, 4))
+    expected = images.amax(1) if how == "max" else images.mean(1)
+    pooled = codes.pool(4, how)
+    torch.testing.assert_close(pooled.to_dense(), expected)
+    assert pooled.n_samples == 3
+    assert pooled.latents.tolist() == expected.detach().nonzero()[:, 1].tolist()
+    slope = torch.autograd.grad(pooled.to_dense().square().sum(), source, retain_graph=True)[0]
+    torch.testing.assert_close(slope, torch.autograd.grad(expected.square().sum(), source)[0])
+    assert codes.pool(1) is codes
+
+
+def test_pooling_refuses_what_cannot_be():
+    codes, _ = both(matrix(0.3, n=12))[0]
+    with pytest.raises(ValueError, match="12 samples are not whole images of 5 tokens"):
+        codes.pool(5)
+    with pytest.raises(ValueError, match="choose max or mean"):
+        codes.pool(4, "median")
+
+
+def test_lists_first_asked_for_without_gradient_have_one_later():
+    (_, _), (codes, source) = both(matrix(0.5))
+    with torch.no_grad():
+        codes.latents  # noqa: B018  makes the lists
+    assert torch.autograd.grad(codes.values.sum(), source)[0].any()

@@ -1,0 +1,171 @@
+/* Sums behind the MonoScore, latent after latent, from entries sorted by latent (see sort_by_latent). */
+#include "common.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define HAS_HALF 1
+#else
+#define HAS_HALF 0
+#endif
+
+/* Whether mono_rows takes embeddings of float16. */
+int takes_half(void) { return HAS_HALF; }
+
+/* ---- a batch: each latent's score, and the score's derivative by each of its values --------------------------- */
+/* w += sum of c[i] * row i over four rows of d numbers, and out[i] = <w, row i> */
+static inline void add_four(float *w, const float *const *h, const float *c, i64 d) {
+    const float *h0 = h[0], *h1 = h[1], *h2 = h[2], *h3 = h[3];
+#pragma omp simd
+    for (i64 j = 0; j < d; j++) w[j] += c[0] * h0[j] + c[1] * h1[j] + c[2] * h2[j] + c[3] * h3[j];
+}
+
+static inline void dot_four(const float *w, const float *const *h, float *out, i64 d) {
+    const float *h0 = h[0], *h1 = h[1], *h2 = h[2], *h3 = h[3];
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (i64 j = 0; j < d; j++) {
+        s0 += w[j] * h0[j];
+        s1 += w[j] * h1[j];
+        s2 += w[j] * h2[j];
+        s3 += w[j] * h3[j];
+    }
+    out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
+}
+
+#if HAS_HALF
+static inline __m512 wide(const uint16_t *p, __mmask16 m) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p));
+}
+
+static inline __mmask16 mask(i64 left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
+
+static inline void add_four_half(float *w, const uint16_t *const *h, const float *c, i64 d) {
+    const __m512 c0 = _mm512_set1_ps(c[0]), c1 = _mm512_set1_ps(c[1]);
+    const __m512 c2 = _mm512_set1_ps(c[2]), c3 = _mm512_set1_ps(c[3]);
+    for (i64 j = 0; j < d; j += 16) {
+        const __mmask16 m = mask(d - j);
+        __m512 even = _mm512_fmadd_ps(c0, wide(h[0] + j, m), _mm512_maskz_loadu_ps(m, w + j));
+        __m512 odd = _mm512_mul_ps(c1, wide(h[1] + j, m));
+        even = _mm512_fmadd_ps(c2, wide(h[2] + j, m), even);
+        odd = _mm512_fmadd_ps(c3, wide(h[3] + j, m), odd);
+        _mm512_mask_storeu_ps(w + j, m, _mm512_add_ps(even, odd));
+    }
+}
+
+static inline void dot_four_half(const float *w, const uint16_t *const *h, float *out, i64 d) {
+    __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
+    for (i64 j = 0; j < d; j += 16) {
+        const __mmask16 m = mask(d - j);
+        const __m512 a = _mm512_maskz_loadu_ps(m, w + j);
+        s0 = _mm512_fmadd_ps(a, wide(h[0] + j, m), s0);
+        s1 = _mm512_fmadd_ps(a, wide(h[1] + j, m), s1);
+        s2 = _mm512_fmadd_ps(a, wide(h[2] + j, m), s2);
+        s3 = _mm512_fmadd_ps(a, wide(h[3] + j, m), s3);
+    }
+    out[0] = _mm512_reduce_add_ps(s0), out[1] = _mm512_reduce_add_ps(s1);
+    out[2] = _mm512_reduce_add_ps(s2), out[3] = _mm512_reduce_add_ps(s3);
+}
+#endif
+
+/* Rows of the last incomplete four are filled up with the first entry's row at weight zero. */
+#define FOUR(T, t)                                                                                                    \
+    const T *h[4];                                                                                                    \
+    float c[4];                                                                                                       \
+    const i64 here = end - t < 4 ? end - t : 4;                                                                       \
+    for (i64 i = 0; i < 4; i++) {                                                                                     \
+        const i64 at = i < here ? t + i : t;                                                                          \
+        h[i] = (const T *)H + rows[at] * d;                                                                           \
+        c[i] = i < here ? values[order[at]] * inverse[rows[at]] : 0;                                                  \
+    }
+
+/* values [nnz] >= 0, H [n_rows, d] of float32 (or float16 with ``half``), inverse [n_rows] of its rows' norms.
+ * carried [n, d], carried_u and carried_v [n] are earlier batches' sums of a h, a and a², or null.
+ * scores [n] (0 where it has none), valid [n], grad [nnz]: of each latent's score by its values. */
+void mono_rows(const i64 *starts, const i64 *order, const i64 *rows, const float *values, const void *H, int half,
+               const float *inverse, const float *carried, const float *carried_u, const float *carried_v,
+               float nothing, float *scores, unsigned char *valid, float *grad, i64 d, i64 n) {
+#pragma omp parallel if (starts[n] * d > FEW)
+    {
+        float *w = malloc(d * sizeof(float));
+#pragma omp for schedule(dynamic, 64)
+        for (i64 l = 0; l < n; l++) {
+            const i64 begin = starts[l], end = starts[l + 1];
+            double u = carried ? carried_u[l] : 0, v = carried ? carried_v[l] : 0, q = 0;
+            scores[l] = 0;
+            valid[l] = 0;
+            for (i64 t = begin; t < end; t++) {
+                const double a = values[order[t]];
+                u += a;
+                v += a * a;
+                grad[order[t]] = 0;
+            }
+            const double den = u * u - v;
+            if (begin == end || !(den > nothing * u * u)) continue;
+            if (carried) memcpy(w, carried + l * d, d * sizeof(float));
+            else memset(w, 0, d * sizeof(float));
+            for (i64 t = begin; t < end; t += 4) {
+#if HAS_HALF
+                if (half) {
+                    FOUR(uint16_t, t)
+                    add_four_half(w, h, c, d);
+                    continue;
+                }
+#endif
+                FOUR(float, t)
+                add_four(w, h, c, d);
+            }
+            for (i64 j = 0; j < d; j += 256) {
+                float part = 0;
+                const i64 stop = j + 256 < d ? j + 256 : d;
+#pragma omp simd reduction(+ : part)
+                for (i64 i = j; i < stop; i++) part += w[i] * w[i];
+                q += part;
+            }
+            const double score = (q - v) / den;
+            scores[l] = score;
+            valid[l] = 1;
+            for (i64 t = begin; t < end; t += 4) {
+                float dots[4];
+                i64 here;
+#if HAS_HALF
+                if (half) {
+                    FOUR(uint16_t, t)
+                    dot_four_half(w, h, dots, d);
+                } else
+#endif
+                {
+                    FOUR(float, t)
+                    dot_four(w, h, dots, d);
+                }
+                here = end - t < 4 ? end - t : 4;
+                for (i64 i = 0; i < here; i++) {
+                    const double a = values[order[t + i]];
+                    grad[order[t + i]] = 2 * (dots[i] * inverse[rows[t + i]] - a - score * (u - a)) / den;
+                }
+            }
+        }
+        free(w);
+    }
+}
+
+/* ---- all batches: w[l] += sum of values[e] * inverse[row] * H[row] over latent l's entries, in float64 --------- */
+void add_rows(const i64 *starts, const i64 *order, const i64 *rows, const float *values, const float *H,
+              const double *inverse, double *w, i64 d, i64 n) {
+#pragma omp parallel for schedule(dynamic, 64) if (starts[n] * d > FEW)
+    for (i64 l = 0; l < n; l++) {
+        double *restrict o = w + l * d;
+        for (i64 t = starts[l]; t < starts[l + 1]; t += 4) {
+            const float *h[4];
+            double c[4];
+            for (i64 i = 0; i < 4; i++) {
+                const i64 at = t + i < starts[l + 1] ? t + i : t;
+                h[i] = H + rows[at] * d;
+                c[i] = t + i < starts[l + 1] ? values[order[at]] * inverse[rows[at]] : 0;
+            }
+            const float *h0 = h[0], *h1 = h[1], *h2 = h[2], *h3 = h[3];
+#pragma omp simd
+            for (i64 j = 0; j < d; j++)
+                o[j] += (c[0] * h0[j] + c[1] * h1[j]) + (c[2] * h2[j] + c[3] * h3[j]);
+        }
+    }
+}
