@@ -21,8 +21,14 @@ from sae_lightning.saes.topk import topk_codes
 LossTerm = Callable[..., Tensor]
 
 
-def reconstruction(sae: SAE, run: Pass) -> Tensor:
-    """Mean squared error over samples and dimensions; in normalised space about the FVU."""
+def reconstruction(sae: SAE, run: Pass, relative: bool = False) -> Tensor:
+    """Mean squared error over samples and dimensions; in normalised space about the FVU.
+
+    ``relative``: mean over samples of each one's squared error divided by its squared norm.
+    """
+    if relative:
+        squares = run.x.square().sum(1).clamp_min(1e-12)
+        return ((run.reconstruction - run.x).square().sum(1) / squares).mean()
     return F.mse_loss(run.reconstruction, run.x)
 
 
@@ -45,9 +51,12 @@ def nested(sae: SAE, run: Pass) -> Tensor:
     return level_errors(run.levels, run.x) @ run.level_weights
 
 
-def sparsity(sae: SAE, run: Pass, decoder_norms: bool = True) -> Tensor:
-    """What the variant penalises (L1 of the codes or of the gate, L0 for jumprelu), a sample and input dimension."""
-    return sae.sparsity(run, decoder_norms) / (run.codes.n_samples * sae.d_in)
+def sparsity(sae: SAE, run: Pass, decoder_norms: bool = True, per_dimension: bool = True) -> Tensor:
+    """What the variant penalises (L1 of the codes or of the gate, L0 for jumprelu), a sample and input dimension.
+
+    ``per_dimension=False``: a sample.
+    """
+    return sae.sparsity(run, decoder_norms) / (run.codes.n_samples * (sae.d_in if per_dimension else 1))
 
 
 def gate(sae: SAE, run: Pass) -> Tensor:

@@ -22,6 +22,10 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         del kept["k"]
     kept["extract"] = {key: plain["extract"].get(key) for key in ("precision", "dtype")}
     kept["stream"] = {key: plain["stream"].get(key) for key in STREAM_KEYS}
+    if cfg.get("d_sae") is not None:
+        kept["d_sae"], kept["expansion"] = cfg.d_sae, None
+    if loss_callbacks(cfg):
+        kept["callbacks"] = {name: plain["callbacks"][name] for name in loss_callbacks(cfg)}
     kept["trainer"] = {key: plain["trainer"].get(key) for key in TRAINER_KEYS}
     return kept
 
@@ -31,13 +35,26 @@ def uses_k(sae: Any) -> bool:
     return "k" in sae["settings"] or sae.get("target_l0") is not None
 
 
+def callbacks_on(cfg: DictConfig) -> list[str]:
+    """The callbacks that are switched on, sorted: entries with a ``_target_`` whose weight, if any, is not 0."""
+    entries = (cfg.get("callbacks") or {}).items()
+    return sorted(str(name) for name, e in entries if e is not None and "_target_" in e and e.get("weight") != 0)
+
+
+def loss_callbacks(cfg: DictConfig) -> list[str]:
+    """Those that add to the loss, which have a weight; others are taken not to change the result."""
+    return [name for name in callbacks_on(cfg) if "weight" in cfg.callbacks[name]]
+
+
 def run_hash(cfg: DictConfig) -> str:
     """Eight hex digits of the identity's SHA-256."""
     return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run_name(cfg: DictConfig) -> str:
-    """For example ``batchtopk-dinov2-x8-k16-s42-1a2b3c4d``; names features that are not patch tokens, no k if none."""
+    """For example ``batchtopk-dinov2-x8-k16-s42-1a2b3c4d``, with features that are not patch tokens, and callbacks."""
     k = f"-k{cfg.k}" if uses_k(cfg.sae) else ""
     kind = "" if cfg.features == "patch" else f"-{cfg.features}"
-    return f"{cfg.sae.name}-{cfg.backbone.name}{kind}-x{cfg.expansion}{k}-s{cfg.seed}-{run_hash(cfg)}"
+    extra = "".join(f"-{name}" for name in loss_callbacks(cfg))
+    size = f"x{cfg.expansion}" if cfg.get("d_sae") is None else f"d{cfg.d_sae}"
+    return f"{cfg.sae.name}-{cfg.backbone.name}{kind}-{size}{k}{extra}-s{cfg.seed}-{run_hash(cfg)}"

@@ -1,8 +1,8 @@
 """Starting the ranks of one job from its own resolved config.
 
 Lightning starts further ranks by running ``sys.argv`` again, which under Hydra's ``-m`` would start the
-whole sweep in every rank. Here torchrun starts ``sae_lightning.training.run`` on the config that the job
-has already resolved; Lightning finds its environment and starts nothing itself.
+whole sweep in every rank. Here torchrun starts a module, by default ``sae_lightning.training.run``, on the config
+that the job has already resolved; Lightning finds its environment and starts nothing itself.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def n_ranks(cfg: DictConfig) -> int:
     return len(devices)
 
 
-def launch_ranks(cfg: DictConfig, folder: Path) -> None:
-    """Run the job in ``n_ranks(cfg)`` processes; RuntimeError when one of them fails, all others then stopped."""
+def launch_ranks(cfg: DictConfig, folder: Path, module: str = "sae_lightning.training.run") -> None:
+    """Run ``module`` on config and folder in ``n_ranks(cfg)`` processes; RuntimeError when one of them fails, all
+    others then stopped."""
     config = folder / "resolved.yaml"
     OmegaConf.save(cfg, config, resolve=True)
     count = n_ranks(cfg)
@@ -43,7 +44,7 @@ def launch_ranks(cfg: DictConfig, folder: Path) -> None:
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
-        "-m", "sae_lightning.training.run", str(config), str(folder),
+        "-m", module, str(config), str(folder),
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, check=False)
     if done.returncode != 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -12,12 +13,14 @@ from torchmetrics import Metric
 
 from sae_lightning.metrics import FVU, L0, Cosine, Firing
 from sae_lightning.saes import SAE, JumpReLU, Pass
-from sae_lightning.saes.losses import check_terms, loss_terms, total_loss
+from sae_lightning.saes.losses import TERMS, check_terms, loss_terms, total_loss
 from sae_lightning.saes.ranks import any_over_ranks, mean_over_ranks, world_size
 from sae_lightning.training.optimizer import UnitRowAdam, build_optimizer, check_name
 from sae_lightning.training.schedule import Schedule
 
 CONTROL = 0.02  # how fast the sparsity weight follows its target: log-weight a step at L0 twice the target
+Term = Callable[[Pass, Tensor], Tensor]
+Weight = Callable[[int, int], float]
 FOLLOW = 0.1  # share of all steps in which JumpReLU's thresholds are set, not learnt
 
 
@@ -54,6 +57,7 @@ class SAEModule(L.LightningModule):
         self.schedule = Schedule.of(schedule)
         self.dead_after = dead_after
         self.target_l0 = target_l0
+        self.added: dict[str, tuple[Term, Weight]] = {}
         if target_l0 is not None and not self.loss.get("sparsity"):
             raise ValueError(
                 f"target_l0={target_l0} steers the weight of the term sparsity; set loss.sparsity above 0."
@@ -69,9 +73,19 @@ class SAEModule(L.LightningModule):
             }
         )
 
+    def add_term(self, name: str, term: Term, weight: Weight) -> None:
+        """Add ``weight(step, steps)`` times ``term(run, features)`` to the loss, logged as ``loss/<name>``.
+
+        For callbacks. ``features`` are the batch's raw ones as they came, [B, d_in] or [n, P, d_in]; where the weight
+        is 0 the term is not computed. ValueError for a name that is taken.
+        """
+        if name in TERMS or name in self.added:
+            raise ValueError(f"There is a loss term '{name}' already; give the callback's term another name.")
+        self.added[name] = (term, weight)
+
     # --- steps ------------------------------------------------------------------------------------
-    def training_step(self, features: Tensor, batch_idx: int) -> Tensor:
-        features = features.flatten(0, -2)  # batches of images [n, P, d_in] are batches of their tokens
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        features = batch.flatten(0, -2)  # batches of images [n, P, d_in] are batches of their tokens
         step, steps = self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
         if self.sae.k is not None and hasattr(self.sae, "k_now"):
             self.sae.k_now = self.schedule.k_at(float(self.sae.k), step, steps)
@@ -80,7 +94,12 @@ class SAEModule(L.LightningModule):
             self.sae.start_at(x, self.target_l0)
         run = self.sae.run(x)
         terms = loss_terms(self.sae, run, self.loss, self.loss_options)
-        loss = total_loss(terms, self._weights(step, steps, self._steer(run)))
+        weights = self._weights(step, steps, self._steer(run))
+        for name, (term, weight) in self.added.items():
+            weights[name] = weight(step, steps)
+            if weights[name]:
+                terms[name] = term(run, batch)
+        loss = total_loss(terms, weights)
         self.sae.count_firing(any_over_ranks(run.codes.fired()), len(features) * world_size())
         if (step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_step(run, loss.detach(), terms)

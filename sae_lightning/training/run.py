@@ -24,7 +24,7 @@ from sae_lightning.features.store import FeatureStore
 from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
 from sae_lightning.saes.artefact import read_cfg, write_json
 from sae_lightning.training.history import History
-from sae_lightning.training.identity import run_hash, run_name, uses_k
+from sae_lightning.training.identity import callbacks_on, run_hash, run_name, uses_k
 from sae_lightning.training.launch import launch_ranks, wants_ranks
 from sae_lightning.training.loggers import build_logger
 from sae_lightning.training.module import SAEModule
@@ -67,7 +67,7 @@ def check(cfg: DictConfig) -> None:
     """Refuse settings that cannot work, in a sentence."""
     if cfg.sae.name not in VARIANTS:
         raise ValueError(f"Unknown sae.name={cfg.sae.name}; choose one of {', '.join(sorted(VARIANTS))}.")
-    for name in ("expansion", "batch_size", "seed"):
+    for name in ("expansion" if cfg.d_sae is None else "d_sae", "batch_size", "seed"):
         if int(cfg[name]) != cfg[name] or cfg[name] < (0 if name == "seed" else 1):
             raise ValueError(f"{name}={cfg[name]} must be a whole number of at least {0 if name == 'seed' else 1}.")
     if uses_k(cfg.sae) and cfg.k <= 0:
@@ -172,9 +172,8 @@ def build_module(cfg: DictConfig, store: FeatureStore) -> SAEModule:
     """The module for ``cfg`` on the features of ``store``; ValueError when k does not fit d_sae."""
     normalizer = Normalizer(store.d_in, store.mean, store.std) if cfg.normalize == "standard" else None
     settings: dict[str, Any] = OmegaConf.to_container(cfg.sae.settings, resolve=True)  # type: ignore[assignment]
-    sae = VARIANTS[cfg.sae.name](
-        store.d_in, int(cfg.expansion) * store.d_in, normalizer=normalizer, seed=cfg.seed, **settings
-    )
+    d_sae = int(cfg.expansion) * store.d_in if cfg.d_sae is None else int(cfg.d_sae)
+    sae = VARIANTS[cfg.sae.name](store.d_in, d_sae, normalizer=normalizer, seed=cfg.seed, **settings)
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     prepare(sae, store, cfg.init.b_pre, cfg.sae.get("target_l0"))
     return SAEModule(
@@ -184,10 +183,10 @@ def build_module(cfg: DictConfig, store: FeatureStore) -> SAEModule:
 
 
 def build_callbacks(cfg: DictConfig) -> list[L.Callback]:
-    """The callbacks of the config group, each an entry with a ``_target_``."""
+    """The callbacks of the config group that are switched on, each an entry with a ``_target_``."""
     from hydra.utils import instantiate
 
-    return [instantiate(entry) for entry in cfg.callbacks.values() if entry is not None]
+    return [instantiate(cfg.callbacks[name]) for name in callbacks_on(cfg)]
 
 
 def calibrate(cfg: DictConfig, module: SAEModule, store: FeatureStore) -> None:
@@ -206,7 +205,8 @@ def record(cfg: DictConfig, stores: dict[str, FeatureStore]) -> dict[str, Any]:
     store = stores["train"]
     return {
         "name": run_name(cfg), "hash": run_hash(cfg), "k": cfg.k if uses_k(cfg.sae) else None,
-        "expansion": cfg.expansion, "seed": cfg.seed, "backbone": store.backbone, "layer": store.layer,
+        "expansion": cfg.expansion if cfg.d_sae is None else round(cfg.d_sae / store.d_in, 2),
+        "seed": cfg.seed, "backbone": store.backbone, "layer": store.layer,
         "data": store.data, "features": store.kind, "severity": store.manifest.severity,
         "store": {split: s.fingerprint for split, s in stores.items()},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
