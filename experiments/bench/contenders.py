@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.bench.peers.common import Step, autocast, matryoshka_widths
-from sae_lightning.saes import SAE, VARIANTS
+from sae_lightning.saes import SAE, VARIANTS, SparseCodes
 from sae_lightning.saes.losses import loss_terms, total_loss
 from sae_lightning.training.optimizer import build_optimizer
 
@@ -35,8 +35,11 @@ def settings(variant: str, d_sae: int, k: int) -> dict[str, Any]:
     return {"k": k} if variant in ("topk", "batchtopk") else {}
 
 
-def ours(variant: str) -> Callable[..., Step]:
-    """Builder of our step: forward, losses, dead-latent counters, backward, clipping, Adam with unit rows."""
+def ours(variant: str, mono: Callable[[SparseCodes, Tensor], Tensor] | None = None) -> Callable[..., Step]:
+    """Builder of our step: forward, losses, dead-latent counters, backward, clipping, Adam with unit rows.
+
+    ``mono``: a further loss term of codes and float16 features, weighted 0.1.
+    """
 
     def build(d_in: int, d_sae: int, k: int, batch: int, device: str, precision: str) -> Step:
         sae = VARIANTS[variant](d_in, d_sae, seed=0, **settings(variant, d_sae, k)).to(device).train()
@@ -44,15 +47,20 @@ def ours(variant: str) -> Callable[..., Step]:
         optimizer = build_optimizer(sae, lr=1e-3)
         optimizer.clip = 1.0
         weights = LOSSES[variant]
+        raw: dict[int, Tensor] = {}
 
         def step(x: Tensor) -> None:
             nonlocal started
+            if mono is not None and id(x) not in raw:
+                raw[id(x)] = x.half()  # what a store gives
             if not started:
                 sae.start_at(x, k)  # type: ignore[operator]
                 started = True
             with autocast(device, precision):
                 run = sae.run(sae.normalizer.normalize(x))
                 loss = total_loss(loss_terms(sae, run, weights, {"aux": {"dead_after": 10_000_000}}), weights)
+                if mono is not None:
+                    loss = loss + 0.1 * mono(run.codes, raw[id(x)])
             sae.count_firing(run.codes.fired(), len(x))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -60,19 +60,20 @@ def by_latent(latents: Tensor, offsets: Tensor, d_sae: int) -> tuple[Tensor, Ten
 
 def mono_rows(
     latents: Tensor, values: Tensor, offsets: Tensor, embeddings: Tensor, inverse: Tensor, d_sae: int, nothing: float,
-    carried: tuple[Tensor, Tensor, Tensor] | None = None,
+    carried: tuple[Tensor, Tensor, Tensor] | None = None, decay: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Each latent's MonoScore on a batch [d_sae], which have one [d_sae] bool, and its derivative by each value [nnz].
 
     ``embeddings`` [N, d] float16 (where ``takes_half``) or float32, ``inverse`` [N] of their norms; a latent has none
-    where (Σa)² - Σa² <= nothing · (Σa)². ``carried``: sums of a·h [d_sae, d], a and a² [d_sae] that count as well.
+    where (Σa)² - Σa² <= nothing · (Σa)². ``carried``: sums of a·h [d_sae, d], a and a² [d_sae] that count as well;
+    this batch's are added to them, and they fade as if every activation were multiplied by ``decay``.
     """
     scores, valid = inverse.new_empty(d_sae), torch.empty(d_sae, dtype=torch.bool)
     grad = torch.empty_like(values)
     half = embeddings.dtype == torch.float16
     _call(
         "mono_rows", *by_latent(latents, offsets, d_sae), values, embeddings, half, inverse,
-        *(carried or (None, None, None)), float(nothing), scores, valid, grad, embeddings.shape[1], d_sae,
+        *(carried or (None, None, None)), float(decay), float(nothing), scores, valid, grad, embeddings.shape[1], d_sae,
     )  # fmt: skip
     return scores, valid, grad
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,34 @@ from sae_lightning.kernels.portable import rows_of
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
 from sae_lightning.saes.ranks import world_size
 
-Carried = tuple[Tensor, Tensor, Tensor]  # sums of a·h [d_sae, d], a and a² [d_sae] over earlier batches
 NOTHING = 1e-6  # a denominator below this share of (Σ ã)² is numerically zero
+
+
+@dataclass
+class Memory:
+    """What earlier batches leave: sums ``w`` [d_sae, d] of a·h, ``u`` of a and ``v`` of a² [d_sae] over all ranks.
+
+    Each batch adds its own and then lets all fade as if every activation were multiplied by ``decay``, so that an image
+    of m batches ago counts with decay^m of its activation: an exponential moving MonoScore.
+    """
+
+    decay: float
+    w: Tensor
+    u: Tensor
+    v: Tensor
+
+    @classmethod
+    def empty(cls, decay: float, d_sae: int, d: int, like: Tensor) -> Memory:
+        """A memory of nothing, of ``like``'s type and device."""
+        return cls(decay, like.new_zeros(d_sae, d), like.new_zeros(d_sae), like.new_zeros(d_sae))
+
+    def add(self, w: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums with a batch's; faded, they are what is remembered."""
+        w, u, v = w + self.w, u + self.u, v + self.v
+        self.w.copy_(self.decay * w)
+        self.u.copy_(self.decay * u)
+        self.v.copy_(self.decay**2 * v)
+        return w, u, v
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -87,22 +114,23 @@ def mean_score_loss(numerator: Tensor, denominator: Tensor, u: Tensor) -> Tensor
     return 1 - scores.sum() / valid.sum().clamp_min(1)
 
 
-def mono_loss(codes: SparseCodes, embeddings: Tensor, carried: Carried | None = None) -> Tensor:
+def mono_loss(codes: SparseCodes, embeddings: Tensor, memory: Memory | None = None) -> Tensor:
     """MonoLoss of ``codes`` of N images (or tokens), from their ``embeddings`` [N, d]; a scalar.
 
     As ``dense_mono_loss`` on the same activations, at O(nnz · d): gradient through the codes alone. The loss is
     computed from sums over each latent's entries, and its gradient with it: one pass over the rows of ``embeddings``
-    in the CPU's kernel. With ``carried``, the sums of earlier batches count as further, fixed images.
+    in the CPU's kernel. With a ``memory``, earlier batches count as further images, which are given no gradient, and
+    activations are taken as they are, without their minimum; this batch is then remembered.
     """
-    if isinstance(codes, DenseCodes) and carried is None and world_size() == 1:  # ranks must agree on the way
+    if isinstance(codes, DenseCodes) and memory is None and world_size() == 1:  # ranks must agree on the way
         return dense_mono_loss(codes.dense, embeddings)
     embeddings = embeddings.detach()
     norms = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.promote_types(embeddings.dtype, torch.float32))
     inverse = torch.where(norms > 0, 1 / norms, 0)
-    values = codes.values if carried is not None else _raised(codes)
+    values = codes.values if memory is not None else _raised(codes)
     if not bool((norms > 0).all()):
         values = values * (norms > 0)[codes.rows()]
-    return _SparseMonoLoss.apply(values, codes.latents, codes.offsets, embeddings, inverse, codes.d_sae, carried)
+    return _SparseMonoLoss.apply(values, codes.latents, codes.offsets, embeddings, inverse, codes.d_sae, memory)
 
 
 def _raised(codes: SparseCodes) -> Tensor:
@@ -133,12 +161,12 @@ class _SparseMonoLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, latents: Tensor, offsets: Tensor, embeddings: Tensor, inverse: Tensor, d_sae: int,
-        carried: Carried | None,
+        memory: Memory | None,
     ) -> Tensor:  # fmt: skip
         values = values.contiguous()
         fused = world_size() == 1 and native.available(values) and embeddings.device.type == "cpu"
         scored = _fused if fused else _two_products
-        loss, grad = scored(values, latents, offsets, embeddings, inverse, d_sae, carried)
+        loss, grad = scored(values, latents, offsets, embeddings, inverse, d_sae, memory)
         ctx.save_for_backward(grad)
         return loss
 
@@ -150,17 +178,20 @@ class _SparseMonoLoss(torch.autograd.Function):
 
 
 def _fused(
-    values: Tensor, latents: Tensor, offsets: Tensor, h: Tensor, inverse: Tensor, d_sae: int, carried: Carried | None
+    values: Tensor, latents: Tensor, offsets: Tensor, h: Tensor, inverse: Tensor, d_sae: int, memory: Memory | None
 ) -> tuple[Tensor, Tensor]:
     """Loss and its gradient by each value; every latent's rows are read once."""
     h = h if h.dtype == torch.float16 and native.takes_half() else h.float()
-    scores, valid, grad = native.mono_rows(latents, values, offsets, h.contiguous(), inverse, d_sae, NOTHING, carried)
+    carried = (memory.w, memory.u, memory.v) if memory is not None else None
+    scores, valid, grad = native.mono_rows(
+        latents, values, offsets, h.contiguous(), inverse, d_sae, NOTHING, carried, memory.decay if memory else 0.0
+    )
     n = valid.sum().clamp_min(1)
     return 1 - scores.sum() / n, grad.div_(-n)
 
 
 def _two_products(
-    values: Tensor, latents: Tensor, offsets: Tensor, h: Tensor, inverse: Tensor, d_sae: int, carried: Carried | None
+    values: Tensor, latents: Tensor, offsets: Tensor, h: Tensor, inverse: Tensor, d_sae: int, memory: Memory | None
 ) -> tuple[Tensor, Tensor]:
     """The same from one sparse product each way, with the sums of all ranks between them."""
     h = h.to(values.dtype).contiguous()
@@ -174,8 +205,8 @@ def _two_products(
     if world_size() > 1:
         for total in (w, u, v):
             dist.all_reduce(total)
-    if carried is not None:
-        w, u, v = w + carried[0], u + carried[1], v + carried[2]
+    if memory is not None:
+        w, u, v = memory.add(w, u, v)
     denominator = u.square() - v
     here = torch.bincount(latents, minlength=d_sae)
     if world_size() > 1:

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from sae_lightning.kernels import dispatch, native
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
-from sae_lightning.saes.monoloss import dense_mono_loss, mono_loss
+from sae_lightning.saes.monoloss import Memory, dense_mono_loss, mono_loss
 
 
 def reference(activations: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
@@ -49,8 +49,8 @@ def value_and_gradient(loss_of, a: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return loss.detach(), torch.zeros_like(a) if grad is None else grad
 
 
-def sparse_loss(h: torch.Tensor):
-    return lambda a: mono_loss(SparseCodes.select(a, a.detach() > 0), h)
+def sparse_loss(h: torch.Tensor, memory: Memory | None = None):
+    return lambda a: mono_loss(SparseCodes.select(a, a.detach() > 0), h, memory)
 
 
 @pytest.mark.parametrize("form", ["sparse", "dense codes", "matrix"])
@@ -117,22 +117,25 @@ def test_a_rescaled_latent_has_the_same_score_and_a_step_down_the_gradient_raise
     assert float(sparse_loss(h)((a - 0.01 * grad).clamp_min(0))) < float(loss)
 
 
-def test_earlier_batches_count_as_fixed_images():
-    """The score of batch and history together, in which only the batch has a gradient."""
-    a, h = activations(40)[:, [0, 6, 7, 8]], similar(40)
-    old, new = a[:25], a[25:]
-    unit = torch.nn.functional.normalize(h, dim=1)
-    carried = (old.T @ unit[:25], old.sum(0), old.square().sum(0))
-    loss, grad = value_and_gradient(lambda x: mono_loss(SparseCodes.select(x, x.detach() > 0), h[25:], carried), new)
-    expected, slope = value_and_gradient(lambda x: reference(torch.cat([old, x]), h), new)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(grad, slope * (new > 0), rtol=1e-9, atol=1e-12)
-    single = tuple(t.float() for t in carried)
-    fused, fused_grad = value_and_gradient(
-        lambda x: mono_loss(SparseCodes.select(x, x.detach() > 0), h[25:].float(), single), new.float()
-    )
-    torch.testing.assert_close(fused, expected.float(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(fused_grad, grad.float(), rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["products", "kernel"])
+def test_memory_is_the_score_of_all_batches_with_faded_activations(dtype):
+    """Only the newest batch has a gradient; a latent that it does not activate has no part in the mean."""
+    a, h = activations(60, dtype=dtype)[:, [0, 3, 5, 6, 7, 8]], similar(60, dtype=dtype)
+    a[40:, 3] = 0  # active before, silent in the last batch
+    memory = Memory.empty(0.8, 6, 5, a)
+    batches = [slice(0, 25), slice(25, 40), slice(40, 60)]
+    for age, rows in enumerate(batches):
+        loss, grad = value_and_gradient(sparse_loss(h[rows], memory), a[rows])
+        past = [0.8 ** (age - i) * a[earlier] for i, earlier in enumerate(batches[:age])]
+        here = (a[rows] > 0).any(0)
+
+        def whole(x, past=past, rows=rows, here=here):
+            return reference(torch.cat([*past, x])[:, here], h[: rows.stop])
+
+        expected, slope = value_and_gradient(whole, a[rows])
+        exact = dtype == torch.float64
+        torch.testing.assert_close(loss, expected, rtol=1e-12 if exact else 1e-5, atol=1e-14 if exact else 1e-6)
+        torch.testing.assert_close(grad, slope * (a[rows] > 0), rtol=1e-9 if exact else 1e-3, atol=1e-6)
 
 
 def test_gradient_through_the_embeddings_on_request():
@@ -148,6 +151,9 @@ def losses(rows: slice, a: torch.Tensor, h: torch.Tensor) -> dict[str, torch.Ten
     out: dict[str, torch.Tensor] = {}
     out["sparse"], out["sparse grad"] = value_and_gradient(sparse_loss(like), part)
     out["dense"], out["dense grad"] = value_and_gradient(lambda x: dense_mono_loss(x, like), part)
+    memory = Memory.empty(0.9, a.shape[1], h.shape[1], a)
+    for _ in range(2):
+        out["memory"], out["memory grad"] = value_and_gradient(sparse_loss(like, memory), part)
     mixed = (lambda x: mono_loss(DenseCodes(x), like)) if rows.start == 0 else sparse_loss(like)
     out["mixed"], slope = value_and_gradient(mixed, part)
     return out | {"mixed grad": slope * (part > 0)}

@@ -91,7 +91,8 @@ def test_what_it_is_set_to_makes_another_run_and_weight_zero_is_none(config):
     ("settings", "sentence"),
     [
         ({"weight": -1}, "weight=-1 must be at least 0"), ({"weight": 1, "warmup": 2}, "warmup=2 a share"),
-        ({"weight": 1, "every": 0}, "every=0 at least 1"), ({"weight": 1, "pool": "sum"}, "choose one of max, mean"),
+        ({"weight": 1, "every": 0}, "every=0 at least 1"), ({"weight": 1, "memory": 1}, "memory=1 at least 0 and below 1"),
+        ({"weight": 1, "pool": "sum"}, "choose one of max, mean"),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(settings, sentence):
@@ -123,7 +124,7 @@ def test_the_batch_reaches_it_as_it_was_read(unit, config, monkeypatch):
 @pytest.mark.parametrize("unit", [(), IMAGES], ids=["tokens", "images"])
 def test_two_ranks_equal_one(unit, config, tmp_path, monkeypatch):
     monkeypatch.chdir(CONF.parent)
-    choice = [*ON, *unit, "trainer.precision=64-true", "trainer.max_epochs=2", "callbacks.monoloss.warmup=0.3"]
+    choice = [*ON, *unit, "trainer.precision=64-true", "trainer.max_epochs=2", "callbacks.monoloss.memory=0.9"]
     folders = {n: train(config(*choice, f"trainer.devices={n}", f"paths.runs={tmp_path / str(n)}")) for n in (1, 2)}
     one, two = (SAE.load(folders[n]).state_dict() for n in (1, 2))
     for name, tensor in one.items():
@@ -135,7 +136,7 @@ def test_two_ranks_equal_one(unit, config, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(config, tmp_path):
-    choice = [*ON, "callbacks.monoloss.warmup=0.5", "callbacks.monoloss.every=2"]
+    choice = [*ON, "callbacks.monoloss.warmup=0.5", "callbacks.monoloss.every=2", "callbacks.monoloss.memory=0.9"]
     whole = SAE.load(train(config(*choice, f"paths.runs={tmp_path / 'whole'}"))).state_dict()
     with pytest.raises(RuntimeError, match="the power went out"):
         train(config(*choice, "+callbacks.crash={_target_: tests.training.crash.Crash, epoch: 2}"))

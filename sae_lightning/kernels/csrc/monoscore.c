@@ -79,17 +79,19 @@ static inline void dot_four_half(const float *w, const uint16_t *const *h, float
     }
 
 /* values [nnz] >= 0, H [n_rows, d] of float32 (or float16 with ``half``), inverse [n_rows] of its rows' norms.
- * carried [n, d], carried_u and carried_v [n] are earlier batches' sums of a h, a and a², or null.
+ * carried [n, d], carried_u and carried_v [n] are earlier batches' sums of a h, a and a², or null; this batch's are
+ * added to them, and then every earlier activation fades by ``decay``.
  * scores [n] (0 where it has none), valid [n], grad [nnz]: of each latent's score by its values. */
 void mono_rows(const i64 *starts, const i64 *order, const i64 *rows, const float *values, const void *H, int half,
-               const float *inverse, const float *carried, const float *carried_u, const float *carried_v,
-               float nothing, float *scores, unsigned char *valid, float *grad, i64 d, i64 n) {
+               const float *inverse, float *carried, float *carried_u, float *carried_v, float decay, float nothing,
+               float *scores, unsigned char *valid, float *grad, i64 d, i64 n) {
 #pragma omp parallel if (starts[n] * d > FEW)
     {
         float *w = malloc(d * sizeof(float));
 #pragma omp for schedule(dynamic, 64)
         for (i64 l = 0; l < n; l++) {
             const i64 begin = starts[l], end = starts[l + 1];
+            float *row = carried ? carried + l * d : NULL;
             double u = carried ? carried_u[l] : 0, v = carried ? carried_v[l] : 0, q = 0;
             scores[l] = 0;
             valid[l] = 0;
@@ -100,9 +102,14 @@ void mono_rows(const i64 *starts, const i64 *order, const i64 *rows, const float
                 grad[order[t]] = 0;
             }
             const double den = u * u - v;
-            if (begin == end || !(den > nothing * u * u)) continue;
-            if (carried) memcpy(w, carried + l * d, d * sizeof(float));
-            else memset(w, 0, d * sizeof(float));
+            if (carried) {
+                carried_u[l] = decay * u;
+                carried_v[l] = decay * decay * v;
+                memcpy(w, row, d * sizeof(float));
+            } else {
+                if (!(den > nothing * u * u)) continue;
+                memset(w, 0, d * sizeof(float));
+            }
             for (i64 t = begin; t < end; t += 4) {
 #if HAS_HALF
                 if (half) {
@@ -114,6 +121,9 @@ void mono_rows(const i64 *starts, const i64 *order, const i64 *rows, const float
                 FOUR(float, t)
                 add_four(w, h, c, d);
             }
+            if (carried)
+                for (i64 j = 0; j < d; j++) row[j] = decay * w[j];
+            if (begin == end || !(den > nothing * u * u)) continue;
             for (i64 j = 0; j < d; j += 256) {
                 float part = 0;
                 const i64 stop = j + 256 < d ? j + 256 : d;
