@@ -11,7 +11,8 @@ from sae_lightning.report.page import build
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="report")
 def main(cfg: DictConfig) -> None:
-    out = build(finished_runs(cfg.runs, Path(cfg.paths.runs)), Path(cfg.out))
+    found = finished_runs(cfg.runs, Path(cfg.paths.runs))
+    out = build(found, Path(cfg.out), cfg.detailed, cfg.detailed_seeds, cfg.grids)
     print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB); open it in a browser.")
 
 

@@ -3,39 +3,67 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lightning.benchmark.image_codes import ImageCodes
+from sae_lightning.benchmark.latents import (
+    BAND_IMAGES,
+    LATENTS,
+    TOP_IMAGES,
+    save_bands,
+    save_top_images,
+    write_tensors,
+)
+from sae_lightning.benchmark.similarity import Judge, Similarity
 from sae_lightning.benchmark.top_images import TopImages, choose_latents, top_purity
+from sae_lightning.data.labels import UNLABELLED
 from sae_lightning.features.ensure import ensure_store
 from sae_lightning.features.store import FeatureStore, StoreError
-from sae_lightning.metrics import FVU, L0, Cosine, Firing, decoder_cosine
+from sae_lightning.metrics import FVU, L0, Cosine, Firing, MonoScore, decoder_cosine
+from sae_lightning.metrics.purity import Purity
+from sae_lightning.metrics.r2 import R2
 from sae_lightning.saes import SAE
 from sae_lightning.saes.artefact import read_cfg, write_json
 
-SCORES, TOP_IMAGES = "scores.json", "top_images.safetensors"
+SCORES = "scores.json"
+SCHEMA = 2  # 1 had no MonoScore, R² and purity
+FILES = (SCORES, LATENTS, TOP_IMAGES, BAND_IMAGES)  # what scoring leaves in the run's folder
+ABOVE = (0.25, 0.5, 0.75)
 
 
-def evaluate_run(run: Path, split: str = "test", batch_tokens: int = 4096, latents_shown: int = 12) -> dict[str, Any]:
-    """Score the SAE in ``run`` on ``split`` of its own data; extracts the store if it is missing."""
-    cfg = read_cfg(run)
-    store = ensure_store(OmegaConf.create(cfg["config"]), split)
-    return score(run, store, batch_tokens, latents_shown)
+def evaluate_run(
+    run: Path, split: str = "test", batch_tokens: int = 4096, latents_shown: int = 12,
+    similarity: Similarity | None = None, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Score the SAE in ``run`` on ``split`` of its own data; extracts the store if it is missing.
+
+    ``similarity`` judges how alike images are (by default the SAE's own features); ``options`` are those of ``score``.
+    """
+    config = read_cfg(run)["config"]
+    similarity = similarity or Similarity()
+    store = ensure_store(OmegaConf.create(config), split)
+    judge = Judge(store, similarity.open(config, split), similarity.key(config))
+    return score(run, store, batch_tokens, latents_shown, judge, **options)
 
 
 @torch.no_grad()
-def score(run: Path, store: FeatureStore, batch_tokens: int = 4096, latents_shown: int = 12) -> dict[str, Any]:
-    """Write ``scores.json`` and ``top_images.safetensors`` into ``run``; returns the former.
+def score(
+    run: Path, store: FeatureStore, batch_tokens: int = 4096, latents_shown: int = 12, judge: Judge | None = None,
+    above: Sequence[float] = ABOVE, band_ranks: int = 24, band_images: int = 8,
+) -> dict[str, Any]:  # fmt: skip
+    """Write ``scores.json``, ``latents.safetensors``, ``top_images.safetensors`` and ``bands.safetensors``.
 
-    Raises StoreError when the store is of another backbone, layer or width than the SAE.
+    They go into ``run``; the first is returned. MonoScore and purity work on codes of images: of patch tokens the
+    maximum over an image's patches. ``judge`` gives the images' embeddings (by default their own features). ``above``
+    are the MonoScores from which the share of latents is counted; ``band_ranks`` latents get ``band_images`` images a
+    band. Raises StoreError when the store is of another backbone, layer or width than the SAE.
     """
     cfg, sae = read_cfg(run), SAE.load(run)
     made_for = (cfg["backbone"], cfg["features"], cfg["layer"], cfg["d_in"])
@@ -45,88 +73,97 @@ def score(run: Path, store: FeatureStore, batch_tokens: int = 4096, latents_show
             f"{run.name} was trained on (backbone, features, layer, d_in) = {made_for}; the store {store.folder} holds "
             f"{found}. Evaluate it on a store of its own backbone."
         )
+    judge = judge or Judge(store)
     mean = sae.normalizer.mean
-    reconstruction = [FVU(sae.d_in, center=mean), Cosine(center=mean)]
-    firing = Firing(sae.d_sae)
+    reconstruction = [FVU(sae.d_in, center=mean), R2(sae.d_in, center=mean), Cosine(center=mean)]
+    firing, mono = Firing(sae.d_sae), MonoScore(sae.d_sae, judge.d)
     sparsity = [L0(), firing]
-    top = TopImages(sae.d_sae, store.n_patches)
+    purity = Purity(sae.d_sae, len(store.class_names)) if labelled(store) else None
+    top = TopImages(sae.d_sae)
     images = max(1, batch_tokens // store.n_patches)
-    for start in tqdm(range(0, len(store), images), desc=f"Scoring {run.name}", unit="batch", leave=False):
-        features = store.features(slice(start, start + images)).reshape(-1, store.d_in).float()
-        codes = sae.encode(features)
-        rebuilt = sae.decode(codes)
-        for metric in reconstruction:
-            metric.update(features, rebuilt)
-        for metric in sparsity:
-            metric.update(codes)
-        top.update(codes)
+    with ImageCodes(sae.d_sae, run) as image_codes:
+        for start in tqdm(range(0, len(store), images), desc=f"Scoring {run.name}", unit="batch", leave=False):
+            span = slice(start, start + images)
+            read = store.features(span)
+            features = read.reshape(-1, store.d_in).float()
+            codes = sae.encode(features)
+            rebuilt = sae.decode(codes)
+            for metric in reconstruction:
+                metric.update(features, rebuilt)
+            for metric in sparsity:
+                metric.update(codes)
+            pooled = codes.pool(store.n_patches, "max") if store.n_patches > 1 else codes
+            mono.update(pooled, judge.embeddings(span, read))
+            if purity is not None:
+                purity.update(pooled, store.labels[span])
+            top.update(pooled)
+            image_codes.append(pooled)
+        save_bands(run, store, image_codes, mono.scores(), band_ranks, band_images)
     metrics: dict[str, float] = {}
-    for metric in (*reconstruction, *sparsity):
+    for metric in (*reconstruction, *sparsity, mono, *([] if purity is None else [purity])):
         metrics |= {name: float(value) for name, value in metric.compute().items()}
-    metrics |= decoder_cosine(sae.W_dec)
-    label, purity = top_purity(top.images(), store.labels)
-    metrics["top_purity"] = float(purity[top.images_fired >= 10].mean()) if (top.images_fired >= 10).any() else 0.0
-    chosen = choose_latents(firing.counts, top.images_fired, purity, latents_shown)
-    _save_top_images(run, sae, store, top, firing.counts, purity, label, chosen)
+    baseline = metrics.pop("similarity_baseline")  # says something of the judge, not of the SAE
+    metrics |= shares_above(mono.scores(), above) | decoder_cosine(sae.W_dec)
+    label, top_share = top_purity(top.images(), store.labels)
+    enough = top.images_fired >= 10
+    metrics["top_purity"] = float(top_share[enough].mean()) if enough.any() else 0.0
+    chosen = choose_latents(firing.counts, top.images_fired, top_share, latents_shown)
+    save_top_images(run, sae, store, top, firing.counts, top_share, label, chosen)
+    _save_latents(run, mono, purity, firing, top)
     scores = {
-        "schema": 1, "split": store.split, "store": store.fingerprint, "n_images": len(store),
-        "n_tokens": store.n_tokens, "metrics": metrics,
+        "schema": SCHEMA, "split": store.split, "store": store.fingerprint, "n_images": len(store),
+        "n_tokens": store.n_tokens, "similarity": judge.about() | {"baseline": baseline},
+        "metrics": metrics,
     }  # fmt: skip
     write_json(run / SCORES, scores)
     return scores
 
 
-def _save_top_images(
-    run: Path, sae: SAE, store: FeatureStore, top: TopImages, counts: Tensor, purity: Tensor, label: Tensor,
-    chosen: dict[str, Tensor],
-) -> None:  # fmt: skip
-    """The chosen latents with their top images [n, 9] and patch activations [n, 9, P] (fp16)."""
-    latents = torch.cat(list(chosen.values()))
-    images = top.images()[latents]
-    tensors = {
-        "latents": latents,
-        "group": torch.cat([torch.full((len(v),), i) for i, v in enumerate(chosen.values())]),
-        "images": images,
-        "maps": activation_maps(sae, store, latents, images).half(),
-        "firing_share": counts[latents] / store.n_tokens,
-        "images_fired": top.images_fired[latents],
-        "peak": top.peaks()[latents],
-        "purity": purity[latents],
-        "label": label[latents],
-        "counts": counts,
-    }
-    partial = run / (TOP_IMAGES + ".partial")
-    ids = {str(i): store.image_ids[i] for i in images[images >= 0].unique().tolist()}
-    metadata = {"groups": "|".join(chosen), "grid": "x".join(map(str, store.grid)), "image_ids": json.dumps(ids)}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
-    os.replace(partial, run / TOP_IMAGES)
+def labelled(store: FeatureStore) -> bool:
+    """Whether the images have classes, without which there is no purity."""
+    return store.class_names != [UNLABELLED]
 
 
-def activation_maps(sae: SAE, store: FeatureStore, latents: Tensor, images: Tensor) -> Tensor:
-    """Activations [n, m, P] of each of ``latents`` [n] on the patches of its ``images`` [n, m] (-1: none, zeros)."""
-    maps = torch.zeros(*images.shape, store.n_patches)
-    wanted = images[images >= 0].unique()
-    for some in wanted.split(64):
-        codes = sae.encode(store.features(some))
-        rows, place = codes.rows(), {int(image): i for i, image in enumerate(some)}
-        for n, latent in enumerate(latents.tolist()):
-            mine = codes.latents == latent
-            for m, image in enumerate(images[n].tolist()):
-                if image in place:
-                    here = mine & (rows // store.n_patches == place[image])
-                    maps[n, m, rows[here] % store.n_patches] = codes.values[here].float()
-    return maps
+def shares_above(scores: Tensor, above: Sequence[float]) -> dict[str, float]:
+    """The share of all latents whose MonoScore [d_sae] lies above each of ``above``."""
+    return {above_name(t): float((scores > t).double().mean()) for t in above}
 
 
-def stored_scores(run: Path, split: str, names: Iterable[str]) -> dict[str, Any] | None:
-    """The scores of ``run`` on ``split``; None unless whole, newer than the SAE and with every metric in ``names``."""
+def above_name(threshold: float) -> str:
+    """The name of the share of latents above a MonoScore."""
+    return f"monoscore_above_{threshold:g}"
+
+
+def _save_latents(run: Path, mono: MonoScore, purity: Purity | None, firing: Firing, top: TopImages) -> None:
+    """Per latent [d_sae]: MonoScore and whether it has one, purities and dominant class, images and tokens fired on."""
+    tensors: dict[str, Tensor] = {
+        "monoscore": mono.scores(), "scored": mono.scored(), "images_fired": top.images_fired, "counts": firing.counts
+    }  # fmt: skip
+    if purity is not None:
+        found = purity.per_latent()
+        tensors |= {
+            "purity": found.purity, "weighted_purity": found.weighted_purity, "dominant_class": found.dominant
+        }  # fmt: skip
+    write_tensors(run / LATENTS, tensors)
+
+
+def stored_scores(
+    run: Path, split: str, names: Iterable[str], similarity: Similarity | None = None
+) -> dict[str, Any] | None:
+    """The scores of ``run`` on ``split``; None unless whole, newer than the SAE, with every metric in ``names`` and,
+    where ``similarity`` is given, judged by it.
+    """
     path = run / SCORES
-    if not (path.is_file() and (run / TOP_IMAGES).is_file()):
+    if not all((run / name).is_file() for name in FILES):
         return None
     if path.stat().st_mtime < (run / "sae.safetensors").stat().st_mtime:
         return None
     scores = json.loads(path.read_text())
-    return scores if scores["split"] == split and set(names) <= set(scores["metrics"]) else None
+    if scores.get("schema") != SCHEMA or scores["split"] != split or not set(names) <= set(scores["metrics"]):
+        return None
+    if similarity is not None and scores["similarity"]["key"] != similarity.key(read_cfg(run)["config"]):
+        return None
+    return scores
 
 
 def finished_runs(patterns: str | Iterable[str], folder: Path) -> list[Path]:

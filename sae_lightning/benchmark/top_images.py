@@ -5,42 +5,48 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_lightning.kernels.portable import offsets_of
 from sae_lightning.saes import SparseCodes
 
 
 class TopImages:
-    """The ``n_top`` images of each latent by its largest patch activation, and on how many images it fires.
+    """The ``n_top`` images of each latent by its activation on them, and on how many images it fires.
 
-    ``update`` takes the codes of whole images, ``n_patches`` samples each, in the store's order. Memory
-    is O(n_top * d_sae), and O(images * d_sae) for the images of one update.
+    ``update`` takes the codes of images, one sample each (those of patch tokens pooled by their maximum), in the
+    store's order. Memory is O(n_top * d_sae); an update sorts the entries that enter the list of their latent.
     """
 
-    def __init__(self, d_sae: int, n_patches: int, n_top: int = 9) -> None:
-        self.n_patches, self.n_top, self.d_sae = n_patches, n_top, d_sae
+    def __init__(self, d_sae: int, n_top: int = 9) -> None:
+        self.n_top = n_top
         self.seen = 0
-        self.strength = torch.zeros(0, d_sae)
-        self.image = torch.zeros(0, d_sae, dtype=torch.long)
+        self.strength = torch.zeros(d_sae, n_top)
+        self.image = torch.full((d_sae, n_top), -1)
         self.images_fired = torch.zeros(d_sae, dtype=torch.long)
 
     def update(self, codes: SparseCodes) -> None:
-        count = codes.n_samples // self.n_patches
-        place = codes.rows() // self.n_patches * self.d_sae + codes.latents
-        peak = torch.zeros(count * self.d_sae).scatter_reduce(0, place, codes.values.float(), "amax")
-        peak = peak.view(count, self.d_sae)
-        self.images_fired += (peak > 0).sum(0)
-        own = torch.arange(self.seen, self.seen + count).unsqueeze(1).expand(-1, self.d_sae)
-        strength, image = torch.cat([self.strength, peak]), torch.cat([self.image, own])
-        best = strength.topk(min(self.n_top, len(strength)), dim=0)
-        self.strength, self.image = best.values, image.gather(0, best.indices)
-        self.seen += count
+        self.images_fired += torch.bincount(codes.latents, minlength=len(self.image))
+        enters = codes.values > self.strength[codes.latents, -1]
+        strength, image = codes.values[enters].float(), codes.rows()[enters] + self.seen
+        touched, group = codes.latents[enters].unique(return_inverse=True)
+        self.seen += codes.n_samples
+        # the lists of the touched latents with what enters them, sorted within each: the first n_top stay
+        kept = torch.arange(len(touched)).repeat_interleave(self.n_top)
+        group = torch.cat([kept, group])
+        strength = torch.cat([self.strength[touched].flatten(), strength])
+        image = torch.cat([self.image[touched].flatten(), image])
+        order = strength.argsort(descending=True, stable=True)  # of equals the earlier image
+        order = order[group[order].argsort(stable=True)]
+        starts = offsets_of(torch.bincount(group, minlength=len(touched)))
+        best = order[starts[:-1, None] + torch.arange(self.n_top)]
+        self.strength[touched], self.image[touched] = strength[best], image[best]
 
     def images(self) -> Tensor:
         """Image indices [d_sae, n_top], strongest first; -1 where a latent fires on fewer images."""
-        return torch.where(self.strength > 0, self.image, -1).T.contiguous()
+        return self.image
 
     def peaks(self) -> Tensor:
         """Largest activation of each latent, [d_sae]; 0 for one that never fires."""
-        return self.strength[0]
+        return self.strength[:, 0]
 
 
 def top_purity(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

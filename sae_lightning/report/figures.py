@@ -55,7 +55,7 @@ def training_curves(runs: list[dict[str, Any]]) -> str:
         axes[0].set_ylim(top=1.0)
         axes[1].set_ylim(0, 1.15 * axes[1].get_ylim()[1])
         axes[2].set_ylim(0, max(0.05, axes[2].get_ylim()[1]))
-        return _svg(figure)
+        return svg(figure)
 
 
 def tradeoff(runs: list[dict[str, Any]]) -> str:
@@ -69,10 +69,11 @@ def tradeoff(runs: list[dict[str, Any]]) -> str:
         axis.set_xlim(0, 1.15 * max(run["metrics"]["l0"] for run in runs))
         axis.set_xlabel("L0 (active latents a token)")
         axis.set_ylabel("explained variance (test)")
-        return _svg(figure)
+        return svg(figure)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The figure as an inline SVG element, without a date."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 from omegaconf import OmegaConf
-from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from sae_lightning import __version__
-from sae_lightning.benchmark.evaluate import SCORES, TOP_IMAGES
+from sae_lightning.benchmark.evaluate import FILES, SCORES
+from sae_lightning.benchmark.latents import TOP_IMAGES, read_tensors
 from sae_lightning.data import ImageData, load_images
 from sae_lightning.features.ensure import fingerprint, tap_of
 from sae_lightning.features.store import StoreError
+from sae_lightning.report.bands import band_grid
 from sae_lightning.report.figures import COLOURS, tradeoff, training_curves
+from sae_lightning.report.pairs import (
+    Group,
+    as_csv,
+    as_markdown,
+    first_of_settings,
+    groups_of,
+    monoloss_of,
+    rows,
+    shown,
+)
+from sae_lightning.report.profiles import group_profile, profiles
 from sae_lightning.report.strips import overlay, strip, thumbnail
 from sae_lightning.saes.artefact import read_cfg
 
@@ -39,22 +52,22 @@ def load_run(folder: Path) -> dict[str, Any]:
     features = " ".join(filter(None, (kind, "" if cfg["layer"] is None else f"L{cfg['layer']}")))
     label = f"{cfg['backbone']} {kind}".strip() + f" · {cfg['variant']} ×{cfg['expansion']}"
     label += "" if cfg["k"] is None else f" k {cfg['k']:g}"
+    weight, _ = monoloss_of(cfg["config"])
     return {
-        "folder": folder, "name": folder.name, "cfg": cfg, "k": k, "label": label,
-        "features": features, "seconds": result["seconds"],
+        "folder": folder, "name": folder.name, "cfg": cfg, "k": k, "title": label,
+        "label": label + (f" + MonoLoss {weight:g}" if weight else ""),
+        "features": features, "weight": weight, "seconds": result["seconds"],
         "metrics": scores["metrics"], "split": scores["split"], "n_images": scores["n_images"],
-        "n_tokens": scores["n_tokens"], "store": scores["store"],
+        "n_tokens": scores["n_tokens"], "store": scores["store"], "similarity": scores["similarity"],
     }  # fmt: skip
 
 
 def latent_groups(run: dict[str, Any], images: ImageData) -> list[dict[str, Any]]:
     """The cards of a run's chosen latents, grouped; strips are drawn from the images' own pixels."""
-    with safe_open(run["folder"] / TOP_IMAGES, "pt") as file:
-        names = file.metadata()["groups"].split("|")
-        shown = json.loads(file.metadata()["image_ids"])
-        rows, columns = map(int, file.metadata()["grid"].split("x"))
-        t = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    place = dict(zip(shown, images.index_of(list(shown.values())).tolist(), strict=True))  # rows of the store
+    t, metadata = read_tensors(run["folder"] / TOP_IMAGES)
+    names, ids = metadata["groups"].split("|"), json.loads(metadata["image_ids"])
+    height, width = map(int, metadata["grid"].split("x"))
+    place = dict(zip(ids, images.index_of(list(ids.values())).tolist(), strict=True))  # rows of the store
     groups = []
     for g, name in enumerate(names):
         cards = []
@@ -63,7 +76,7 @@ def latent_groups(run: dict[str, Any], images: ImageData) -> list[dict[str, Any]
             if not chosen:
                 continue
             pictures = [thumbnail(images[x]) for x in chosen]
-            maps = t["maps"][i].float().numpy().reshape(-1, rows, columns)
+            maps = t["maps"][i].float().numpy().reshape(-1, height, width)
             lit = [overlay(p, np.asarray(m), float(t["peak"][i])) for p, m in zip(pictures, maps, strict=False)]
             label, count = int(t["label"][i]), len(chosen)
             cards.append({
@@ -78,7 +91,7 @@ def latent_groups(run: dict[str, Any], images: ImageData) -> list[dict[str, Any]
     return groups
 
 
-def pictures(run: dict[str, Any]) -> ImageData | None:
+def pictures(run: Mapping[str, Any]) -> ImageData | None:
     """The pictures that a run was scored on; None where the config names only a store, or a stream of images.
 
     StoreError when they, or the backbone, have changed since.
@@ -94,25 +107,79 @@ def pictures(run: dict[str, Any]) -> ImageData | None:
     return images if isinstance(images, ImageData) else None
 
 
-def build(folders: list[Path], out: Path) -> Path:
-    """Write the page over evaluated runs to ``out``; StoreError when a run's pictures have changed since."""
+def comparison(group: Group, grids: bool) -> dict[str, Any]:
+    """What the page shows of one group: one table, one figure, and with ``grids`` pictures for each weight."""
+    tables = [{row["title"]: row for row in rows(group, arm)} for arm in group.with_loss]
+    return {
+        "title": group.title, "seeds": len(group.without.runs), "figure": group_profile(group),
+        "arms": [
+            {"label": group.label(arm), "seeds": len(arm.runs), "grid": _grid(group.first_pair(arm)) if grids else []}
+            for arm in group.with_loss
+        ],
+        "rows": [
+            {"title": title, "without": shown(row["without"]),
+             "arms": [(shown(t[title]["with"]), shown(t[title]["difference"], sign=True)) for t in tables]}
+            for title, row in tables[0].items() if all(title in t for t in tables)
+        ],
+    }  # fmt: skip
+
+
+def _grid(pair: tuple[Mapping[str, Any], Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The band grid of a run without and one with MonoLoss; empty where there are no pictures."""
+    without, with_loss = pictures(pair[0]), pictures(pair[1])
+    return [] if without is None or with_loss is None else band_grid(pair, (without, with_loss))
+
+
+def load_runs(folders: list[Path]) -> list[dict[str, Any]]:
+    """All runs of the page, with colours and different labels; FileNotFoundError names those that lack scores."""
     missing = [f.name for f in folders if not ((f / SCORES).is_file() and (f / TOP_IMAGES).is_file())]
     if missing:
         raise FileNotFoundError(f"These runs have no scores yet: {', '.join(missing)}. Run evaluate.py first.")
+    old = [f.name for f in folders if not all((f / name).is_file() for name in FILES)]
+    if old:
+        raise FileNotFoundError(
+            f"These runs were scored without MonoScore and purity: {', '.join(old)}. Evaluate them again: evaluate.py."
+        )
     runs = [load_run(folder) for folder in folders]
-    for i, run in enumerate(tqdm(runs, desc="Drawing", unit="run", leave=False)):
+    labels = [run["label"] for run in runs]
+    for i, run in enumerate(runs):
         run["colour"] = COLOURS[i % len(COLOURS)]
-        images = pictures(run)
+        run["label"] += f", seed {run['cfg']['seed']}" if labels.count(labels[i]) > 1 else ""
+    return runs
+
+
+def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int = 1, grids: int = 4) -> Path:
+    """Write the page over evaluated runs to ``out``, and beside it the tables of runs with and without MonoLoss.
+
+    Latents are drawn for at most ``detailed`` runs, ``detailed_seeds`` of those that differ only by seed; band grids
+    for the first ``grids`` groups. FileNotFoundError when a run has no scores, StoreError when its pictures have
+    changed since, ValueError when runs that belong together were judged differently.
+    """
+    runs = load_runs(folders)
+    in_detail = first_of_settings(runs, detailed_seeds, detailed)
+    for run in tqdm(runs, desc="Drawing", unit="run", leave=False):
+        images = pictures(run) if run["name"] in in_detail else None
         run["groups"] = latent_groups(run, images) if images is not None else []
+    groups = groups_of(runs)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("sae_lightning.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).get_template("report.html")
-    tiny = any("(tiny)" in run["cfg"]["backbone"] for run in runs)
     html = template.render(
-        runs=runs, curves=training_curves(runs), tradeoff=tradeoff(runs), tiny=tiny, version=__version__
-    )
+        runs=runs, curves=training_curves(runs), tradeoff=tradeoff(runs), version=__version__, profiles=profiles(runs),
+        tiny=any("(tiny)" in run["cfg"]["backbone"] for run in runs), shown=len(in_detail),
+        judges={run["similarity"]["title"]: run["similarity"]["baseline"] for run in runs},
+        comparisons=[comparison(group, i < grids) for i, group in enumerate(groups)],
+    )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".partial")
-    partial.write_text(html)
-    os.replace(partial, out)
+    if groups:
+        write_text(out.parent / "monoloss.csv", as_csv(groups))
+        write_text(out.parent / "monoloss.md", as_markdown(groups))
+    write_text(out, html)
     return out
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file, so that a reader sees the old one or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -8,6 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sae_lightning.metrics import FVU, L0, Cosine, Firing
+from sae_lightning.metrics.purity import Purity
+from sae_lightning.metrics.r2 import R2
 from sae_lightning.saes import SparseCodes
 
 
@@ -26,7 +28,10 @@ def scores(rows: slice) -> dict[str, torch.Tensor]:
     cosine.update(x, rebuilt)
     l0.update(codes)
     firing.update(codes)
-    return fvu.compute() | cosine.compute() | l0.compute() | firing.compute()
+    r2, purity = R2(6, center=torch.full((6,), 2.0)), Purity(12, 3)
+    r2.update(x, rebuilt)
+    purity.update(codes, torch.arange(50)[rows] % 3)
+    return fvu.compute() | cosine.compute() | l0.compute() | firing.compute() | r2.compute() | purity.compute()
 
 
 def rank_main(rank: int, port: int, folder: str) -> None:

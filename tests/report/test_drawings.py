@@ -33,14 +33,17 @@ def test_overlay_lights_the_patch_that_fires_and_only_it():
     assert len(np.unique(rest)) == 1
 
 
-def test_strip_keeps_every_pixel():
-    images = [noise(8, 8), Image.new("RGB", (8, 8), (1, 2, 3))]
+def test_strip_puts_images_side_by_side():
+    images = [noise(8, 8).resize((32, 32), Image.Resampling.BICUBIC), Image.new("RGB", (32, 32), (1, 2, 200))]
     uri = strip(images)
-    assert uri.startswith("data:image/png;base64,")
-    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).convert("RGB"))
-    assert sheet.shape == (8, 2 * 8 + GAP, 3)
-    np.testing.assert_array_equal(sheet[:, :8], np.asarray(images[0]))
-    np.testing.assert_array_equal(sheet[:, 8 + GAP :], np.asarray(images[1]))
+    assert uri.startswith("data:image/webp;base64,")
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).convert("RGBA")).astype(int)
+    assert sheet.shape == (32, 2 * 32 + GAP, 4)
+    for start, image in zip((0, 32 + GAP), images, strict=True):
+        assert (
+            np.abs(sheet[:, start : start + 32, :3] - np.asarray(image)).mean() < 10
+        )  # colour noise is the worst case
+    assert sheet[:, 32 : 32 + GAP, 3].max() < 128 < sheet[:, :32, 3].min()
 
 
 def test_history_skips_empty_cells(tmp_path):

@@ -91,7 +91,8 @@ def test_what_it_is_set_to_makes_another_run_and_weight_zero_is_none(config):
     ("settings", "sentence"),
     [
         ({"weight": -1}, "weight=-1 must be at least 0"), ({"weight": 1, "warmup": 2}, "warmup=2 a share"),
-        ({"weight": 1, "every": 0}, "every=0 at least 1"), ({"weight": 1, "memory": 1}, "memory=1 at least 0 and below 1"),
+        ({"weight": 1, "every": 0}, "every=0 at least 1"),
+        ({"weight": 1, "memory": 1}, "memory=1 at least 0 and below 1"),
         ({"weight": 1, "pool": "sum"}, "choose one of max, mean"),
     ],
 )  # fmt: skip
