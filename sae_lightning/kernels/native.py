@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -85,12 +86,23 @@ def takes_half() -> bool:
     return library is not None and bool(library.takes_half())
 
 
-def add_rows(latents: Tensor, values: Tensor, offsets: Tensor, x: Tensor, inverse: Tensor, out: Tensor) -> None:
-    """``out`` [d_sae, d] float64 += sums of ``values[e] * inverse[row] * x[row]`` over each latent's entries.
+def add_activations(
+    latents: Tensor, values: Tensor, offsets: Tensor, x: Tensor, inverse: Tensor, states: Sequence[Tensor]
+) -> None:
+    """Add entries to each latent's count [d_sae] int64 and sums, in place.
 
-    ``x`` [N, d] float32, ``inverse`` [N] float64.
+    ``states``, float64 but the first: count, Σa, Σa², least, two largest [2, d_sae], and Σ a · inverse[row] · x[row]
+    [d_sae, d]. ``x`` [N, d] float32, ``inverse`` [N] float64.
     """
-    _call("add_rows", *by_latent(latents, offsets, len(out)), values, x, inverse, out, out.shape[1], len(out))
+    d_sae, d = states[-1].shape
+    _call("add_activations", *by_latent(latents, offsets, d_sae), values, x, inverse, *states, d, d_sae)
+
+
+def unit_rows(x: Tensor, total: Tensor) -> Tensor:
+    """Norms [N] float64 of the rows of ``x`` [N, d] float32; ``total`` [d] float64 += the rows divided by them."""
+    norms = torch.empty(len(x), dtype=torch.float64)
+    _call("unit_rows", x, norms, total, x.shape[1], len(x))
+    return norms
 
 
 def union(latents: Tensor, offsets: Tensor, each: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,16 +55,29 @@ class MonoScore(SumMetric):
 
         ValueError when the shapes do not fit, or for an embedding that is zero or not finite and so has no cosine.
         """
-        norms = self._norms(activations, embeddings)
         if isinstance(activations, DenseCodes):
             activations = activations.dense
-        self.count += len(embeddings)
-        if isinstance(activations, SparseCodes):
-            self._add_codes(activations, embeddings, norms)
+        self._check_shapes(activations, embeddings)
+        if embeddings.dtype != torch.float64:
+            embeddings = embeddings.float()
+        x, of_batch = embeddings.contiguous(), torch.zeros_like(self.embedding)
+        if native.available(x):
+            norms = native.unit_rows(x, of_batch)
         else:
-            self._add_matrix(activations.double(), embeddings, norms)
+            norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+            of_batch += (x / norms[:, None]).sum(0)
+        bad = ~((norms > 0) & norms.isfinite())
+        if bool(bad.any()):
+            first = int(bad.nonzero()[0])
+            raise ValueError(f"The embedding of image {first} of this batch is zero or not finite: it has no cosine.")
+        self.count += len(x)
+        self.embedding += of_batch
+        if isinstance(activations, SparseCodes):
+            self._add_codes(activations, x, norms)
+        else:
+            self._add_matrix(activations.double(), x / norms[:, None])
 
-    def _norms(self, activations: SparseCodes | Tensor, embeddings: Tensor) -> Tensor:
+    def _check_shapes(self, activations: SparseCodes | Tensor, embeddings: Tensor) -> None:
         sparse = isinstance(activations, SparseCodes)
         n, width = (activations.n_samples, activations.d_sae) if sparse else activations.shape  # type: ignore[union-attr]
         if tuple(embeddings.shape) != (n, self.d) or width != self.d_sae:
@@ -72,35 +85,26 @@ class MonoScore(SumMetric):
                 f"Expected activations of {self.d_sae} latents and embeddings [N, {self.d}]; got {n} images of {width} "
                 f"latents and embeddings {list(embeddings.shape)}."
             )
-        norms = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64)
-        bad = ~((norms > 0) & norms.isfinite())
-        if bool(bad.any()):
-            first = int(bad.nonzero()[0])
-            raise ValueError(f"The embedding of image {first} of this batch is zero or not finite: it has no cosine.")
-        return norms
 
-    def _add_codes(self, codes: SparseCodes, embeddings: Tensor, norms: Tensor) -> None:
-        latents, values, exact = codes.latents, codes.values, codes.values.double()
+    def _add_codes(self, codes: SparseCodes, x: Tensor, norms: Tensor) -> None:
+        latents, values = codes.latents, codes.values.contiguous()
+        if native.available(values, x):
+            states = (self.listed, self.total, self.squares, self.least, self.largest, self.weighted)
+            native.add_activations(latents, values, codes.offsets, x, 1 / norms, states)
+            return
+        values = values.double()
         self.listed += torch.bincount(latents, minlength=self.d_sae)
-        self.total.index_add_(0, latents, exact)
-        self.squares.index_add_(0, latents, exact.square())
-        self.least.scatter_reduce_(0, latents, exact, "amin")
-        self.largest = _two_largest(torch.stack([self.largest, _largest(latents, exact, self.d_sae)]))
-        x = embeddings if embeddings.dtype == torch.float64 else embeddings.float().contiguous()
-        self.embedding += (x / norms[:, None]).sum(0)
-        if native.available(values, x) and self.weighted.device.type == "cpu":
-            native.add_rows(latents, values.contiguous(), codes.offsets, x, 1 / norms, self.weighted)
-        else:
-            unit = x.double() / norms[:, None]
-            self.weighted += portable.scatter(latents, exact, codes.offsets, unit, self.d_sae)[0]
+        self.total.index_add_(0, latents, values)
+        self.squares.index_add_(0, latents, values.square())
+        self.least.scatter_reduce_(0, latents, values, "amin")
+        self.largest = _two_largest(torch.stack([self.largest, _largest(latents, values, self.d_sae)]))
+        self.weighted += portable.scatter(latents, values, codes.offsets, x / norms[:, None], self.d_sae)[0]
 
-    def _add_matrix(self, activations: Tensor, embeddings: Tensor, norms: Tensor) -> None:
-        unit = embeddings.double() / norms[:, None]
+    def _add_matrix(self, activations: Tensor, unit: Tensor) -> None:
         self.listed += len(unit)
         self.total += activations.sum(0)
         self.squares += activations.square().sum(0)
         self.weighted.addmm_(activations.T, unit)
-        self.embedding += unit.sum(0)
         if len(unit):
             self.least = torch.minimum(self.least, activations.amin(0))
             top = activations.topk(min(2, len(unit)), dim=0).values

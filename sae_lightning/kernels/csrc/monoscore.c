@@ -158,24 +158,61 @@ void mono_rows(const i64 *starts, const i64 *order, const i64 *rows, const float
     }
 }
 
-/* ---- all batches: w[l] += sum of values[e] * inverse[row] * H[row] over latent l's entries, in float64 --------- */
-void add_rows(const i64 *starts, const i64 *order, const i64 *rows, const float *values, const float *H,
-              const double *inverse, double *w, i64 d, i64 n) {
+/* ---- all batches, in float64 ------------------------------------------------------------------------------------ */
+/* Adds a batch's entries to each latent's sums: how many there are, of a, of a² and of a h (h the rows of H [n_rows, d]
+ * times inverse), and keeps its least and two largest values (largest [2, n]). */
+void add_activations(const i64 *starts, const i64 *order, const i64 *rows, const float *values, const float *H,
+                     const double *inverse, i64 *listed, double *total, double *squares, double *least, double *largest,
+                     double *weighted, i64 d, i64 n) {
 #pragma omp parallel for schedule(dynamic, 64) if (starts[n] * d > FEW)
     for (i64 l = 0; l < n; l++) {
-        double *restrict o = w + l * d;
-        for (i64 t = starts[l]; t < starts[l + 1]; t += 4) {
+        const i64 begin = starts[l], end = starts[l + 1];
+        double *restrict w = weighted + l * d;
+        double u = 0, v = 0, low = least[l], first = largest[l], second = largest[n + l];
+        for (i64 t = begin; t < end; t++) {
+            const double a = values[order[t]];
+            u += a;
+            v += a * a;
+            if (a < low) low = a;
+            if (a > first) second = first, first = a;
+            else if (a > second) second = a;
+        }
+        listed[l] += end - begin;
+        total[l] += u;
+        squares[l] += v;
+        least[l] = low, largest[l] = first, largest[n + l] = second;
+        for (i64 t = begin; t < end; t += 4) {
             const float *h[4];
             double c[4];
             for (i64 i = 0; i < 4; i++) {
-                const i64 at = t + i < starts[l + 1] ? t + i : t;
+                const i64 at = t + i < end ? t + i : t;
                 h[i] = H + rows[at] * d;
-                c[i] = t + i < starts[l + 1] ? values[order[at]] * inverse[rows[at]] : 0;
+                c[i] = t + i < end ? values[order[at]] * inverse[rows[at]] : 0;
             }
             const float *h0 = h[0], *h1 = h[1], *h2 = h[2], *h3 = h[3];
 #pragma omp simd
-            for (i64 j = 0; j < d; j++)
-                o[j] += (c[0] * h0[j] + c[1] * h1[j]) + (c[2] * h2[j] + c[3] * h3[j]);
+            for (i64 j = 0; j < d; j++) w[j] += (c[0] * h0[j] + c[1] * h1[j]) + (c[2] * h2[j] + c[3] * h3[j]);
+        }
+    }
+}
+
+/* norms [n] of the rows of H [n, d], and sum [d] += each row divided by its norm. */
+void unit_rows(const float *H, double *norms, double *sum, i64 d, i64 n) {
+#pragma omp parallel for if (n * d > FEW)
+    for (i64 i = 0; i < n; i++) {
+        double s = 0;
+#pragma omp simd reduction(+ : s)
+        for (i64 j = 0; j < d; j++) s += (double)H[i * d + j] * H[i * d + j];
+        norms[i] = sqrt(s);
+    }
+#pragma omp parallel for schedule(static) if (n * d > FEW)
+    for (i64 part = 0; part < d; part += 64) {
+        const i64 stop = part + 64 < d ? part + 64 : d;
+        for (i64 i = 0; i < n; i++) {
+            const double c = 1 / norms[i];
+            const float *h = H + i * d;
+#pragma omp simd
+            for (i64 j = part; j < stop; j++) sum[j] += c * h[j];
         }
     }
 }
