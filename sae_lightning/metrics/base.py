@@ -22,7 +22,8 @@ class SumMetric(Metric):
 
     def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
         """Add a state of zeros [*shape] that sums over ranks."""
-        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+        self.add_state(name, torch.zeros((), dtype=dtype).expand(shape), dist_reduce_fx="sum")
+        setattr(self, name, torch.zeros(shape, dtype=dtype))  # the default that reset takes holds a single number
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
         def move(tensor: Tensor) -> Tensor:

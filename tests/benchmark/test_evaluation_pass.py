@@ -77,9 +77,9 @@ def test_monosemanticity_and_purity_equal_a_dense_pass(run, stores, tmp_path, ju
     embeddings, judge = x.reshape(90, 16, 12).mean(1), None
     if judged_by == "another store":
         embeddings = np.random.default_rng(0).normal(size=(90, 1, 5)).astype(np.float16)
-        shuffled = store_of_ids(tmp_path / "judge", torch.from_numpy(embeddings))
+        other = store_of_ids(tmp_path / "judge", torch.from_numpy(embeddings))
         embeddings = embeddings[:, 0].astype(np.float64)
-        judge = Judge(store, shuffled, "another")
+        judge = Judge(store, other, "another")
     scores = score(run, store, batch_tokens, judge=judge, above=[0.1, 0.9])
     latents, _ = read_tensors(run / LATENTS)
     expected = slow_scores(peaks, embeddings)
