@@ -10,6 +10,7 @@ import sae_lightning.backbones  # noqa: F401  registers a resolver that configs 
 from sae_lightning.data import SOURCES
 from sae_lightning.saes import VARIANTS
 from sae_lightning.saes.losses import TERMS
+from sae_lightning.training.identity import run_name
 from sae_lightning.training.loggers import KINDS
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -26,7 +27,7 @@ def load(*overrides: str, root: str = "config"):
 def test_every_choice_composes_and_resolves(path):
     group, name = path.parent.as_posix(), path.stem
     prefix = "+" if group == "experiment" else ""
-    needed = ["data.path=somewhere"] if name in ("cifar10", "folder", "imagenet", "webdataset") else []
+    needed = ["data.path=somewhere"] if name in ("cifar10", "folder", "imagenet", "openimages", "webdataset") else []
     needed += ["data.id=someone/something"] if name == "hf" else []
     needed += ["data.train=somewhere"] if name == "store" else []
     needed += ["backbone.published.model=some/model"] if name in ("timm", "transformers") else []
@@ -61,3 +62,34 @@ def test_a_missing_path_is_named():
 def test_unknown_keys_are_refused():
     with pytest.raises(Exception, match="exspansion"):
         load("exspansion=8")
+
+
+# Appendix B of MonoLoss: λ on Open Images and on ImageNet, for CLIP, SigLIP2 and the supervised ViT
+LAMBDAS = {
+    "topk": ((0.5, 0.3, 0.9), (0.09, 0.14, 0.09)),
+    "batchtopk": ((5e-4, 2e-4, 7e-4), (3e-4, 1e-4, 4e-4)),
+    "vanilla": ((1e-4, 3e-5, 1e-4), (1e-4, 3e-5, 9e-5)),
+    "jumprelu": ((5e-4, 1e-4, 5e-4), (5e-4, 1e-4, 7e-4)),
+}
+
+
+@pytest.mark.parametrize("sae", LAMBDAS)
+def test_the_settings_of_monoloss(sae):
+    for data, weights in zip(("openimages", "imagenet"), LAMBDAS[sae], strict=True):
+        for backbone, weight in zip(("clip_l14", "siglip2", "vit_l16"), weights, strict=True):
+            choice = [f"+experiment=monoloss/{sae}", f"data={data}", "data.path=x", f"backbone={backbone}"]
+            cfg = load(*choice)
+            assert (cfg.callbacks.monoloss.weight, cfg.callbacks.monoloss.memory) == (weight, 0)
+            assert (cfg.d_sae, cfg.batch_size, cfg.trainer.max_epochs) == (8192, 2048, 50)
+            assert (cfg.optimizer.lr, cfg.optimizer.eps) == (1e-4, 6.25e-10)
+            assert cfg.sae.settings.input_norm == "unit"
+            assert cfg.features == ("pooled" if backbone == "vit_l16" else "embedding")
+            without = load(*choice, "callbacks=default")
+            assert run_name(without).split("-")[3:] != run_name(cfg).split("-")[3:]
+            assert "monoloss" not in run_name(without)
+
+
+@pytest.mark.parametrize("name", ["demo", "cifar10", "memory"])
+def test_experiments_with_monoloss(name):
+    cfg = load(f"+experiment=monoloss/{name}", *(["data.path=x"] if name == "cifar10" else []))
+    assert "_target_" in OmegaConf.to_container(cfg, resolve=True)["callbacks"]["monoloss"]
