@@ -26,9 +26,7 @@ from sae_lightning.benchmark.top_images import TopImages, choose_latents, top_pu
 from sae_lightning.data.labels import UNLABELLED
 from sae_lightning.features.ensure import ensure_store
 from sae_lightning.features.store import FeatureStore, StoreError
-from sae_lightning.metrics import FVU, L0, Cosine, Firing, MonoScore, decoder_cosine
-from sae_lightning.metrics.purity import Purity
-from sae_lightning.metrics.r2 import R2
+from sae_lightning.metrics import FVU, L0, R2, Cosine, Firing, MonoScore, Purity, decoder_cosine
 from sae_lightning.saes import SAE
 from sae_lightning.saes.artefact import read_cfg, write_json
 

@@ -1,0 +1,97 @@
+"""What the pass finds out about single latents, as files in the run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_lightning.benchmark.bands import bands, ranked, spread_ranks
+from sae_lightning.benchmark.image_codes import ImageCodes
+from sae_lightning.benchmark.top_images import TopImages
+from sae_lightning.features.store import FeatureStore
+from sae_lightning.saes import SAE
+
+LATENTS, TOP_IMAGES, BAND_IMAGES = "latents.safetensors", "top_images.safetensors", "bands.safetensors"
+
+
+def save_top_images(
+    run: Path, sae: SAE, store: FeatureStore, top: TopImages, counts: Tensor, purity: Tensor, label: Tensor,
+    chosen: dict[str, Tensor],
+) -> None:  # fmt: skip
+    """The chosen latents with their top images [n, 9] and patch activations [n, 9, P] (fp16)."""
+    latents = torch.cat(list(chosen.values()))
+    images = top.images()[latents]
+    tensors = {
+        "latents": latents,
+        "group": torch.cat([torch.full((len(v),), i) for i, v in enumerate(chosen.values())]),
+        "images": images,
+        "maps": activation_maps(sae, store, latents, images).half(),
+        "firing_share": counts[latents] / store.n_tokens,
+        "images_fired": top.images_fired[latents],
+        "peak": top.peaks()[latents],
+        "purity": purity[latents],
+        "label": label[latents],
+        "counts": counts,
+    }
+    metadata = {
+        "groups": "|".join(chosen), "grid": "x".join(map(str, store.grid)), "image_ids": _ids(store, images)
+    }  # fmt: skip
+    write_tensors(run / TOP_IMAGES, tensors, metadata)
+
+
+def save_bands(
+    run: Path, store: FeatureStore, codes: ImageCodes, monoscores: Tensor, n_ranks: int, n_images: int
+) -> None:
+    """The top, middle and bottom images of the latents at ``n_ranks`` MonoScore ranks spread over all of them.
+
+    ``ranks`` and ``latents`` [r], ``monoscore`` [r], ``images`` and ``values`` [r, 3, n_images]; images as rows of the
+    store, -1 where there is none.
+    """
+    ranks = spread_ranks(len(monoscores), n_ranks)
+    latents = ranked(monoscores)[ranks]
+    images, values = bands(codes, latents, n_images)
+    tensors = {
+        "ranks": ranks, "latents": latents, "monoscore": monoscores[latents], "images": images, "values": values
+    }  # fmt: skip
+    write_tensors(run / BAND_IMAGES, tensors, {"image_ids": _ids(store, images)})
+
+
+def activation_maps(sae: SAE, store: FeatureStore, latents: Tensor, images: Tensor) -> Tensor:
+    """Activations [n, m, P] of each of ``latents`` [n] on the patches of its ``images`` [n, m] (-1: none, zeros)."""
+    maps = torch.zeros(*images.shape, store.n_patches)
+    columns, column_of = latents.unique(return_inverse=True)  # a latent may be named twice
+    column = torch.full((sae.d_sae,), -1)
+    column[columns] = torch.arange(len(columns))
+    for some in images[images >= 0].unique().split(64):
+        codes = sae.encode(store.features(some))
+        here = column[codes.latents] >= 0
+        part = torch.zeros(len(some) * store.n_patches, len(columns))
+        part[codes.rows()[here], column[codes.latents[here]]] = codes.values[here].float()
+        part = part.view(len(some), store.n_patches, -1)
+        n, m = torch.isin(images, some).nonzero(as_tuple=True)
+        maps[n, m] = part[torch.searchsorted(some, images[n, m]), :, column_of[n]]
+    return maps
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, so that a reader sees the old one or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+    os.replace(partial, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _ids(store: FeatureStore, images: Tensor) -> str:
+    """Ids of the images (rows of the store, -1 none) as JSON, by row."""
+    return json.dumps({str(i): store.image_ids[i] for i in images[images >= 0].unique().tolist()})
