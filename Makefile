@@ -5,12 +5,14 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 PEERS  := $(VENV)/.peers
 
-.PHONY: help install demo test check lint types format clean bench bench-features
+.PHONY: help install demo monoloss test check lint types format clean bench bench-features bench-monoscore
 
 help:
 	@echo "make demo    train SAEs on the bundled pictures, score them, write reports/report.html"
+	@echo "make monoloss  the same SAEs without and with MonoLoss, compared in reports/monoloss.html"
 	@echo "make test    run all tests"
-	@echo "make bench   time training steps against other packages; make bench-features: reading and extraction"
+	@echo "make bench   time training steps against other packages; bench-features: reading and extraction;"
+	@echo "             bench-monoscore: scoring, and steps with MonoLoss"
 	@echo "make check   lint, types and tests"
 	@echo "make format  sort imports and format"
 	@echo "make clean   remove stores, runs and reports (not .venv)"
@@ -45,6 +47,11 @@ demo: $(READY)
 	$(PY) evaluate.py
 	$(PY) report.py
 
+monoloss: $(READY)
+	$(PY) train.py -m +experiment=monoloss/demo paths.runs=runs/monoloss
+	$(PY) evaluate.py paths.runs=runs/monoloss
+	$(PY) report.py paths.runs=runs/monoloss out=reports/monoloss.html
+
 test: $(PEERS)
 	$(PY) -m pytest
 
@@ -54,6 +61,9 @@ bench: $(PEERS)
 bench-features: $(PEERS)
 	$(PY) -m experiments.bench.formats --json reports/bench/formats.json
 	$(PY) -m experiments.bench.features --json reports/bench/features.json
+
+bench-monoscore: $(READY)
+	$(PY) -m experiments.bench.monoscore --memory --json reports/bench/monoscore.json --plot reports/bench/monoscore.png
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

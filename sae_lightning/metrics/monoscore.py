@@ -23,8 +23,9 @@ class MonoScore(SumMetric):
     that a single image activates. ``scores()`` gives 0 for it, as the paper's algorithm does.
 
     ``compute`` gives float64 scalars: ``monoscore``, the mean over all latents (the paper's figure, in which latents
-    without a score count 0), ``monoscore_scored``, over those with one (0 without any), ``scored_share``, and ``similarity_baseline``,
-    the mean cosine of all pairs of images, which a latent that is equally active on all of them would have.
+    without a score count 0), ``monoscore_scored``, over those with one (0 without any), ``scored_share``, and
+    ``similarity_baseline``, the mean cosine of all pairs of images, which a latent that is equally active on all of
+    them would have.
     """
 
     count: Tensor
