@@ -8,14 +8,14 @@ PEERS  := $(VENV)/.peers
 .PHONY: help install demo monoloss test check lint types format clean bench bench-features bench-monoscore
 
 help:
-	@echo "make demo    train SAEs on the bundled pictures, score them, write reports/report.html"
+	@echo "make demo      train SAEs on the bundled pictures, score them, write reports/report.html"
 	@echo "make monoloss  the same SAEs without and with MonoLoss, compared in reports/monoloss.html"
-	@echo "make test    run all tests"
-	@echo "make bench   time training steps against other packages; bench-features: reading and extraction;"
-	@echo "             bench-monoscore: scoring, and steps with MonoLoss"
-	@echo "make check   lint, types and tests"
-	@echo "make format  sort imports and format"
-	@echo "make clean   remove stores, runs and reports (not .venv)"
+	@echo "make test      run all tests"
+	@echo "make bench     time training steps against other packages; bench-features: reading and extraction;"
+	@echo "               bench-monoscore: scoring, and steps with MonoLoss"
+	@echo "make check     lint, types and tests"
+	@echo "make format    sort imports and format"
+	@echo "make clean     remove stores, runs and reports (not .venv)"
 
 install: $(READY)
 
