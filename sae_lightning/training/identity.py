@@ -25,7 +25,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     if cfg.get("d_sae") is not None:
         kept["d_sae"], kept["expansion"] = cfg.d_sae, None
     if loss_callbacks(cfg):
-        kept["callbacks"] = {name: plain["callbacks"][name] for name in loss_callbacks(cfg)}
+        kept["callbacks"] = {name: _numbers(plain["callbacks"][name]) for name in loss_callbacks(cfg)}
     kept["trainer"] = {key: plain["trainer"].get(key) for key in TRAINER_KEYS}
     return kept
 
@@ -33,6 +33,11 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 def uses_k(sae: Any) -> bool:
     """Whether k matters to the config section ``sae``: as the variant's own setting, or as the L0 it is steered to."""
     return "k" in sae["settings"] or sae.get("target_l0") is not None
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with whole floats as ints: a weight of 1 is one of 1.0."""
+    return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in entry.items()}
 
 
 def callbacks_on(cfg: DictConfig) -> list[str]:

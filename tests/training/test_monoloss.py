@@ -79,6 +79,7 @@ def test_the_weight_warms_up_and_skipped_steps_weigh_on_the_others():
 def test_what_it_is_set_to_makes_another_run_and_weight_zero_is_none(config):
     names = {run_name(config(*ON, f"callbacks.monoloss.weight={weight}")) for weight in (0, 0.1, 0.2)}
     assert len(names) == 3
+    assert run_name(config(*ON)) == run_name(config("callbacks=monoloss", "callbacks.monoloss.weight=1.0"))
     assert sum("-monoloss-" in name for name in names) == 2
     assert run_name(config()) in names
     off = config("callbacks=monoloss", "callbacks.monoloss.weight=0")
