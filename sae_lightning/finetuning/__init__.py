@@ -1,0 +1,1 @@
+"""Fine-tuning image classifiers with cross entropy and MonoLoss [MonoLoss §4.2]."""

@@ -1,0 +1,91 @@
+"""The LightningDataModule: augmented pictures with their similarity embeddings, resumable at any step."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from sae_lightning.data import ImageData
+from sae_lightning.finetuning.pictures import AugmentedPictures, EpochBatches, Pictures
+from sae_lightning.finetuning.preprocess import Preprocess
+from sae_lightning.saes.ranks import rank, world_size
+
+SMALL = 64  # pixels an edge up to which decoding costs less than starting a process
+
+
+class PictureDataModule(L.LightningDataModule):
+    """Train batches (pixels [b, 3, H, W], labels [b]) and, given ``embeddings`` [n, d] of the train images, also
+    these [b, d], the same for every augmentation of an image; validation batches (pixels, labels).
+
+    ``batch_size`` counts images a step over all ranks. The state, which a checkpoint holds, is the epoch and step of
+    the next batch.
+    """
+
+    def __init__(
+        self,
+        train: ImageData,
+        val: ImageData | None,
+        preprocess: Preprocess,
+        batch_size: int,
+        augment: str = "crop",
+        embeddings: Tensor | None = None,
+        seed: int = 42,
+        num_workers: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.train, self.val, self.preprocess, self.augment = train, val, preprocess, augment
+        self.batch_size, self.embeddings, self.seed, self.num_workers = batch_size, embeddings, seed, num_workers
+        self._start: tuple[int, int] | None = None
+
+    def train_dataloader(self) -> DataLoader:
+        batches = EpochBatches(len(self.train), self.batch_size, self.seed, rank(), world_size())
+        if self._start is not None:
+            batches.seek(*self._start)
+        pictures = AugmentedPictures(self.train, self.preprocess.training(self.augment), self.seed)
+        return DataLoader(pictures, batch_sampler=batches, **self._loading())
+
+    def val_dataloader(self) -> Any:
+        """Every image once, dealt to the ranks; nothing without a validation split."""
+        if self.val is None:
+            return []
+        pictures = Pictures(self.val, self.preprocess.evaluation(self.augment))
+        mine = Subset(pictures, range(rank(), len(pictures), world_size()))
+        return DataLoader(mine, batch_size=max(1, self.batch_size // world_size()), **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        count = workers(self.preprocess.image_size, self.num_workers, world_size())
+        return {"num_workers": count, "persistent_workers": count > 0, "pin_memory": torch.cuda.is_available()}
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        pixels, labels, index = batch
+        if self.embeddings is None or self.trainer is None or not self.trainer.training:
+            return pixels, labels
+        return pixels, labels, self.embeddings[index].float()
+
+    # --- where training stands ------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and step after the last batch that was trained on."""
+        if self.trainer is None:
+            return {}
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        epoch, done = self.trainer.current_epoch, progress.processed
+        if done >= self.trainer.num_training_batches:
+            epoch, done = epoch + 1, 0
+        return {"epoch": epoch, "step": done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+        if state:
+            self._start = (state["epoch"], state["step"])
+
+
+def workers(image_size: int, asked: int | None, ranks: int = 1) -> int:
+    """Processes that decode for each rank: as asked, else none for tiny pictures, else the cores less one a rank."""
+    if asked is not None:
+        return asked
+    return 0 if image_size <= SMALL else max(1, (os.cpu_count() or 2) // ranks - 1)

@@ -1,0 +1,193 @@
+"""One fine-tuning: from a resolved config to a finished run folder."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+
+from sae_lightning.data import ImageData, load_images
+from sae_lightning.features.ensure import plain
+from sae_lightning.finetuning.artefact import WEIGHTS, load, save
+from sae_lightning.finetuning.build import build, rebuilding
+from sae_lightning.finetuning.clock import EpochClock
+from sae_lightning.finetuning.datamodule import PictureDataModule, workers
+from sae_lightning.finetuning.errors import FinetuneError
+from sae_lightning.finetuning.identity import run_name
+from sae_lightning.finetuning.module import FinetuneModule, check_schedule
+from sae_lightning.finetuning.pictures import EpochBatches
+from sae_lightning.finetuning.preprocess import check_augment
+from sae_lightning.finetuning.scores import predict, scores
+from sae_lightning.finetuning.similarity import align, similarity_store
+from sae_lightning.saes.artefact import write_json
+from sae_lightning.training.history import History
+from sae_lightning.training.launch import launch_ranks, n_ranks, wants_ranks
+from sae_lightning.training.loggers import build_logger
+from sae_lightning.training.run import build_callbacks, checkpoints, quiet
+
+MODULE = "sae_lightning.finetuning.run"  # what ranks run
+TRAINED = "trained.json"
+VERSIONS = ("torch", "torchvision", "lightning", "timm", "transformers", "peft", "numpy")
+
+
+def finetune(cfg: DictConfig) -> Path:
+    """Fine-tune and score one classifier unless its run is finished; returns the run folder.
+
+    Extracts missing similarity stores first, resumes from the run's checkpoint, and spreads over processes when
+    ``trainer.devices`` asks for it. Raises ValueError for impossible settings, before any work.
+    """
+    check(cfg)
+    folder = Path(cfg.paths.runs) / run_name(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if is_finished(folder):
+            print(f"{folder.name}: finished before, skipped.", flush=True)
+            return folder
+        train, held_out = load_split(cfg, "train"), load_split(cfg, cfg.held_out)
+        check_splits(cfg, train, held_out)
+        for images in (train, held_out):  # once, before every rank opens them
+            align(similarity_store(cfg, images.split), images)
+        if not (folder / TRAINED).is_file():
+            launch_ranks(cfg, folder, MODULE) if wants_ranks(cfg) else fit(cfg, folder)
+        finish(cfg, folder, held_out)
+    return folder
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether ``folder`` holds a whole run; ``result.json`` is written last."""
+    return (folder / "result.json").is_file() and (folder / WEIGHTS).is_file()
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse settings that cannot work, in a sentence."""
+    for name in ("epochs", "batch_size", "seed"):
+        if int(cfg[name]) != cfg[name] or cfg[name] < (0 if name == "seed" else 1):
+            raise FinetuneError(f"{name}={cfg[name]} must be a whole number of at least {0 if name == 'seed' else 1}.")
+    if not cfg.mono_weight >= 0:
+        raise FinetuneError(f"mono_weight={cfg.mono_weight} must be 0 (plain cross entropy) or positive.")
+    if cfg.data.source == "store":
+        raise FinetuneError("data=store holds features only; fine-tuning needs pictures, such as data=folder.")
+    check_augment(cfg.augment)
+    check_schedule(plain(cfg.schedule))
+    gpus, devices = torch.cuda.device_count(), cfg.trainer.devices
+    if str(cfg.trainer.accelerator) in ("gpu", "cuda") and isinstance(devices, int) and devices > gpus:
+        raise FinetuneError(f"trainer.devices={devices} but {gpus} GPUs are visible; lower it or use accelerator=cpu.")
+
+
+def load_split(cfg: DictConfig, split: str) -> ImageData:
+    """The pictures of ``split``; FinetuneError for a stream, which has no order to shuffle."""
+    images = load_images(plain(cfg.data), split)
+    if not isinstance(images, ImageData):
+        raise FinetuneError("Fine-tuning shuffles pictures, which a stream cannot; set data.streaming=false.")
+    return images
+
+
+def check_splits(cfg: DictConfig, train: ImageData, held_out: ImageData) -> None:
+    """FinetuneError unless there are classes to tell apart, the same in both splits, and a whole batch."""
+    if len(train.class_names) < 2:
+        raise FinetuneError(f"'{train.name}' has one class only ({train.class_names[0]}); there is nothing to learn.")
+    if train.class_names != held_out.class_names:
+        raise FinetuneError(
+            f"The train and {held_out.split} splits of '{train.name}' name different classes "
+            f"({len(train.class_names)} and {len(held_out.class_names)}); make their class folders or labels agree."
+        )
+    EpochBatches(len(train), cfg.batch_size, cfg.seed, world=n_ranks(cfg))
+
+
+def fit(cfg: DictConfig, folder: Path) -> None:
+    """Train in this process (one of several ranks, or the only one); writes the artefact and ``trained.json``."""
+    quiet()
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    train = load_split(cfg, "train")
+    val = load_split(cfg, cfg.validate) if cfg.validate else None
+    store = similarity_store(cfg, "train")
+    model: dict[str, Any] = plain(cfg.model)
+    classifier, preprocess = build(model, len(train.class_names), cfg.layer, cfg.added_layer, cfg.seed)
+    module = FinetuneModule(classifier, cfg.mono_weight, plain(cfg.optimizer), plain(cfg.schedule)).train()
+    data = PictureDataModule(
+        train, val, preprocess, cfg.batch_size, cfg.augment, align(store, train) if cfg.mono_weight > 0 else None,
+        cfg.seed, cfg.num_workers,
+    )  # fmt: skip
+    clock = EpochClock()
+    callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), clock, *build_callbacks(cfg)]
+    trainer = L.Trainer(
+        **trainer_settings(cfg),
+        logger=build_logger(cfg, folder),
+        callbacks=callbacks,
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+    )
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.is_file():
+        print(f"{folder.name}: resuming from its last checkpoint.", flush=True)
+    trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.is_global_zero:
+        save(classifier, preprocess, folder, rebuilding(model), train.class_names, record(cfg, store.backbone))
+        done = {
+            "seconds": clock.seconds, "seconds_an_epoch": clock.seconds_an_epoch, "epochs": trainer.current_epoch,
+            "steps": trainer.global_step, "devices": trainer.world_size,
+            "trained_parameters": sum(p.numel() for p in classifier.parameters() if p.requires_grad),
+        }  # fmt: skip
+        write_json(folder / TRAINED, done)
+    trainer.strategy.barrier()
+
+
+def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The Trainer's arguments: DDP for several ranks, on GPUs with batch statistics over all of them."""
+    settings: dict[str, Any] = plain(cfg.trainer)
+    if not cfg.validate:
+        settings["limit_val_batches"] = 0
+    if settings["strategy"] == "auto" and wants_ranks(cfg):
+        settings["strategy"] = "ddp"
+    if settings.get("sync_batchnorm") is None:
+        on_gpus = torch.cuda.is_available() and str(settings["accelerator"]) in ("auto", "gpu", "cuda")
+        settings["sync_batchnorm"] = on_gpus and wants_ranks(cfg)
+    return settings
+
+
+def finish(cfg: DictConfig, folder: Path, held_out: ImageData) -> None:
+    """Score what ``fit`` saved on the held-out images, and write ``result.json``."""
+    classifier, preprocess, _ = load(folder)
+    on_gpu = torch.cuda.is_available() and str(cfg.trainer.accelerator) in ("auto", "gpu", "cuda")
+    found = predict(
+        classifier, held_out, preprocess.evaluation(cfg.augment), max(1, min(256, cfg.batch_size)),
+        workers(preprocess.image_size, cfg.num_workers), "cuda" if on_gpu else "cpu",
+    )  # fmt: skip
+    embeddings = align(similarity_store(cfg, held_out.split), held_out)
+    result = {"status": "finished", **json.loads((folder / TRAINED).read_text())}
+    write_json(folder / "result.json", result | {held_out.split: scores(found, embeddings)})
+    (folder / TRAINED).unlink()
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def record(cfg: DictConfig, encoder: str) -> dict[str, Any]:
+    """What ``cfg.json`` says beside the classifier itself; ``encoder`` tells which images are alike."""
+    return {
+        "name": run_name(cfg), "mono_weight": float(cfg.mono_weight), "seed": cfg.seed, "data": cfg.data.name,
+        "similarity": encoder, "features": cfg.features,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
+        "config": OmegaConf.to_container(cfg, resolve=True),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Entry of one DDP rank: ``python -m sae_lightning.finetuning.run CONFIG FOLDER``."""
+    config, folder = sys.argv[1:3]
+    cfg = OmegaConf.load(config)
+    assert isinstance(cfg, DictConfig)
+    fit(cfg, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
