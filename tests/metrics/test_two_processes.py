@@ -7,9 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sae_lightning.metrics import FVU, L0, Cosine, Firing
-from sae_lightning.metrics.purity import Purity
-from sae_lightning.metrics.r2 import R2
+from sae_lightning.metrics import FVU, L0, R2, Cosine, Firing, MonoScore, Purity
 from sae_lightning.saes import SparseCodes
 
 
@@ -31,7 +29,10 @@ def scores(rows: slice) -> dict[str, torch.Tensor]:
     r2, purity = R2(6, center=torch.full((6,), 2.0)), Purity(12, 3)
     r2.update(x, rebuilt)
     purity.update(codes, torch.arange(50)[rows] % 3)
-    return fvu.compute() | cosine.compute() | l0.compute() | firing.compute() | r2.compute() | purity.compute()
+    mono = MonoScore(13, 6)
+    mono.update(torch.cat([dense, x[:, :1].abs() + 1], 1).double(), x)  # the last is always active
+    found = [metric.compute() for metric in (fvu, cosine, l0, firing, r2, purity, mono)]
+    return {name: value for each in found for name, value in each.items()}
 
 
 def rank_main(rank: int, port: int, folder: str) -> None:
