@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sae_lightning.benchmark.latents import LATENTS, read_tensors
 from sae_lightning.report.figures import COLOURS, STYLE, svg
@@ -55,6 +56,7 @@ def profiles(runs: Sequence[Mapping[str, Any]]) -> str:
         right.set_ylabel("share of latents")
         right.set_ylim(bottom=0)
         last.set_xlabel("R²")
+        last.xaxis.set_major_locator(MaxNLocator(5))
         last.set_ylabel("mean MonoScore")
         return svg(figure)
 
