@@ -1,7 +1,7 @@
 /* Sums behind the MonoScore, latent after latent, from entries sorted by latent (see sort_by_latent). */
 #include "common.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define HAS_HALF 1
 #else
