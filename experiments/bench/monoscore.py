@@ -3,10 +3,11 @@
     python -m experiments.bench.monoscore [--quick] [--json FILE] [--plot FILE] [--sizes 1024 …] [--device cuda]
 
 ``linear`` is Algorithm 2's accumulation alone, in float32, with the activations already min–max scaled; ``two passes``
-adds the pass that finds their range. ``pairwise`` is Algorithm 1 with blocks of images beside each anchor, and is
-timed up to --pairwise-to images. Batches of 2048 are made before the clock starts and four of them are used again and
-again, so that N is not bounded by memory; peak memory is that of a fresh process and includes them. ``step`` cases are
-whole training steps with MonoLoss (``ours``, every second step, and dense as in the paper) and without it.
+adds the pass that finds their range. ``pairwise`` is Algorithm 1 with blocks of images beside each anchor. They are
+timed up to --dense-to and --pairwise-to images. Batches of 2048 are made before the clock starts and four of them are
+used again and again, so that N is not bounded by memory; peak memory is that of a fresh process and includes them.
+``step`` cases are whole training steps without MonoLoss, with it (``ours``), with its memory, at every second step, and
+dense as in the paper.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, pr
 from experiments.bench.train_step import batches as features
 from sae_lightning.metrics import MonoScore
 from sae_lightning.saes import SparseCodes
-from sae_lightning.saes.monoloss import dense_mono_loss, mono_loss
+from sae_lightning.saes.monoloss import Memory, dense_mono_loss, mono_loss
 
 D, D_SAE, K, BATCH, DISTINCT = 768, 8192, 64, 2048, 4
 SIZES = [2**n for n in range(10, 21, 2)]
@@ -109,7 +110,8 @@ CONTENDERS: dict[str, Callable[[list[Batch], int], Callable[[], Tensor]]] = {
 def time_size(args: argparse.Namespace, n: int) -> list[Row]:
     """Rows of one number of images."""
     made = make_batches(n, args.device)
-    names = [name for name in CONTENDERS if name != "pairwise" or n <= args.pairwise_to]
+    largest = {"pairwise": args.pairwise_to, "linear": args.dense_to, "two passes": args.dense_to}
+    names = [name for name in CONTENDERS if n <= largest.get(name, n)]
     runs = {name: CONTENDERS[name](made, n) for name in names}
     check(runs)
     quick = {name: run for name, run in runs.items() if name != "pairwise"}
@@ -142,7 +144,11 @@ def time_steps(args: argparse.Namespace) -> list[Row]:
     rows = []
     for variant in ("topk", "batchtopk"):
         for precision in ("32", "bf16"):
-            terms = {"without": None, "ours": mono_loss, "dense": _dense}
+            memory = Memory.empty(0.9, D_SAE, D, x)
+            terms = {
+                "without": None, "ours": mono_loss, "dense": _dense,
+                "ours, memory": lambda codes, raw, memory=memory: mono_loss(codes, raw, memory),
+            }  # fmt: skip
             steps = {
                 name: training_step(variant, term)(D, D_SAE, K, BATCH, args.device, precision)
                 for name, term in terms.items()
@@ -208,6 +214,7 @@ def main() -> None:
     parser.add_argument("--plot", metavar="FILE", help="draw time and memory over N there")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--pairwise-to", type=int, default=4096, help="largest N of the pairwise form")
+    parser.add_argument("--dense-to", type=int, default=65536, help="largest N of the dense linear form")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--step-repeats", type=int, default=15)
     parser.add_argument("--no-steps", action="store_true", help="only the scores")

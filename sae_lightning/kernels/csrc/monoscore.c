@@ -33,49 +33,112 @@ static inline void dot_four(const float *w, const float *const *h, float *out, i
 }
 
 #if HAS_HALF
-static inline __m512 wide(const uint16_t *p, __mmask16 m) {
+static inline __m512 wide(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+
+static inline __m512 wide_part(const uint16_t *p, __mmask16 m) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p));
 }
-
-static inline __mmask16 mask(i64 left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
 
 static inline void add_four_half(float *w, const uint16_t *const *h, const float *c, i64 d) {
     const __m512 c0 = _mm512_set1_ps(c[0]), c1 = _mm512_set1_ps(c[1]);
     const __m512 c2 = _mm512_set1_ps(c[2]), c3 = _mm512_set1_ps(c[3]);
-    for (i64 j = 0; j < d; j += 16) {
-        const __mmask16 m = mask(d - j);
-        __m512 even = _mm512_fmadd_ps(c0, wide(h[0] + j, m), _mm512_maskz_loadu_ps(m, w + j));
-        __m512 odd = _mm512_mul_ps(c1, wide(h[1] + j, m));
-        even = _mm512_fmadd_ps(c2, wide(h[2] + j, m), even);
-        odd = _mm512_fmadd_ps(c3, wide(h[3] + j, m), odd);
-        _mm512_mask_storeu_ps(w + j, m, _mm512_add_ps(even, odd));
+    i64 j = 0;
+    for (; j + 16 <= d; j += 16) {
+        __m512 even = _mm512_fmadd_ps(c0, wide(h[0] + j), _mm512_loadu_ps(w + j));
+        __m512 odd = _mm512_mul_ps(c1, wide(h[1] + j));
+        even = _mm512_fmadd_ps(c2, wide(h[2] + j), even);
+        odd = _mm512_fmadd_ps(c3, wide(h[3] + j), odd);
+        _mm512_storeu_ps(w + j, _mm512_add_ps(even, odd));
+    }
+    if (j < d) {
+        const __mmask16 m = (__mmask16)((1u << (d - j)) - 1);
+        __m512 s = _mm512_maskz_loadu_ps(m, w + j);
+        s = _mm512_fmadd_ps(c0, wide_part(h[0] + j, m), s);
+        s = _mm512_fmadd_ps(c1, wide_part(h[1] + j, m), s);
+        s = _mm512_fmadd_ps(c2, wide_part(h[2] + j, m), s);
+        s = _mm512_fmadd_ps(c3, wide_part(h[3] + j, m), s);
+        _mm512_mask_storeu_ps(w + j, m, s);
     }
 }
 
 static inline void dot_four_half(const float *w, const uint16_t *const *h, float *out, i64 d) {
     __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
-    for (i64 j = 0; j < d; j += 16) {
-        const __mmask16 m = mask(d - j);
+    i64 j = 0;
+    for (; j + 16 <= d; j += 16) {
+        const __m512 a = _mm512_loadu_ps(w + j);
+        s0 = _mm512_fmadd_ps(a, wide(h[0] + j), s0);
+        s1 = _mm512_fmadd_ps(a, wide(h[1] + j), s1);
+        s2 = _mm512_fmadd_ps(a, wide(h[2] + j), s2);
+        s3 = _mm512_fmadd_ps(a, wide(h[3] + j), s3);
+    }
+    if (j < d) {
+        const __mmask16 m = (__mmask16)((1u << (d - j)) - 1);
         const __m512 a = _mm512_maskz_loadu_ps(m, w + j);
-        s0 = _mm512_fmadd_ps(a, wide(h[0] + j, m), s0);
-        s1 = _mm512_fmadd_ps(a, wide(h[1] + j, m), s1);
-        s2 = _mm512_fmadd_ps(a, wide(h[2] + j, m), s2);
-        s3 = _mm512_fmadd_ps(a, wide(h[3] + j, m), s3);
+        s0 = _mm512_fmadd_ps(a, wide_part(h[0] + j, m), s0);
+        s1 = _mm512_fmadd_ps(a, wide_part(h[1] + j, m), s1);
+        s2 = _mm512_fmadd_ps(a, wide_part(h[2] + j, m), s2);
+        s3 = _mm512_fmadd_ps(a, wide_part(h[3] + j, m), s3);
     }
     out[0] = _mm512_reduce_add_ps(s0), out[1] = _mm512_reduce_add_ps(s1);
     out[2] = _mm512_reduce_add_ps(s2), out[3] = _mm512_reduce_add_ps(s3);
 }
+
+static inline void add_one_half(float *w, const uint16_t *h, float c, i64 d) {
+    const __m512 factor = _mm512_set1_ps(c);
+    i64 j = 0;
+    for (; j + 16 <= d; j += 16)
+        _mm512_storeu_ps(w + j, _mm512_fmadd_ps(factor, wide(h + j), _mm512_loadu_ps(w + j)));
+    if (j < d) {
+        const __mmask16 m = (__mmask16)((1u << (d - j)) - 1);
+        const __m512 s = _mm512_fmadd_ps(factor, wide_part(h + j, m), _mm512_maskz_loadu_ps(m, w + j));
+        _mm512_mask_storeu_ps(w + j, m, s);
+    }
+}
+
+static inline float dot_one_half(const float *w, const uint16_t *h, i64 d) {
+    __m512 s = _mm512_setzero_ps();
+    i64 j = 0;
+    for (; j + 16 <= d; j += 16) s = _mm512_fmadd_ps(_mm512_loadu_ps(w + j), wide(h + j), s);
+    if (j < d) {
+        const __mmask16 m = (__mmask16)((1u << (d - j)) - 1);
+        s = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(m, w + j), wide_part(h + j, m), s);
+    }
+    return _mm512_reduce_add_ps(s);
+}
 #endif
 
-/* Rows of the last incomplete four are filled up with the first entry's row at weight zero. */
-#define FOUR(T, t)                                                                                                    \
-    const T *h[4];                                                                                                    \
-    float c[4];                                                                                                       \
-    const i64 here = end - t < 4 ? end - t : 4;                                                                       \
-    for (i64 i = 0; i < 4; i++) {                                                                                     \
-        const i64 at = i < here ? t + i : t;                                                                          \
-        h[i] = (const T *)H + rows[at] * d;                                                                           \
-        c[i] = i < here ? values[order[at]] * inverse[rows[at]] : 0;                                                  \
+static inline void add_one(float *w, const float *h, float c, i64 d) {
+#pragma omp simd
+    for (i64 j = 0; j < d; j++) w[j] += c * h[j];
+}
+
+/* What is done with a latent's rows, four at a time and then one at a time; T is the rows' type. */
+#define ADD_ROWS(T, four, one)                                                                                        \
+    {                                                                                                                 \
+        i64 t = begin;                                                                                                \
+        for (; t + 4 <= end; t += 4) {                                                                                \
+            const T *h[4];                                                                                            \
+            float c[4];                                                                                               \
+            for (i64 i = 0; i < 4; i++) {                                                                             \
+                h[i] = (const T *)H + rows[t + i] * d;                                                                \
+                c[i] = values[order[t + i]] * inverse[rows[t + i]];                                                   \
+            }                                                                                                         \
+            four(w, h, c, d);                                                                                         \
+        }                                                                                                             \
+        for (; t < end; t++) one(w, (const T *)H + rows[t] * d, values[order[t]] * inverse[rows[t]], d);              \
+    }
+
+#define DOT_ROWS(T, four, one)                                                                                        \
+    {                                                                                                                 \
+        i64 t = begin;                                                                                                \
+        for (; t + 4 <= end; t += 4) {                                                                                \
+            const T *h[4];                                                                                            \
+            float dots[4];                                                                                            \
+            for (i64 i = 0; i < 4; i++) h[i] = (const T *)H + rows[t + i] * d;                                        \
+            four(w, h, dots, d);                                                                                      \
+            for (i64 i = 0; i < 4; i++) grad[order[t + i]] = dots[i] * inverse[rows[t + i]];                          \
+        }                                                                                                             \
+        for (; t < end; t++) grad[order[t]] = one(w, (const T *)H + rows[t] * d, d) * inverse[rows[t]];               \
     }
 
 /* values [nnz] >= 0, H [n_rows, d] of float32 (or float16 with ``half``), inverse [n_rows] of its rows' norms.
@@ -110,17 +173,11 @@ void mono_rows(const i64 *starts, const i64 *order, const i64 *rows, const float
                 if (!(den > nothing * u * u)) continue;
                 memset(w, 0, d * sizeof(float));
             }
-            for (i64 t = begin; t < end; t += 4) {
 #if HAS_HALF
-                if (half) {
-                    FOUR(uint16_t, t)
-                    add_four_half(w, h, c, d);
-                    continue;
-                }
+            if (half) ADD_ROWS(uint16_t, add_four_half, add_one_half)
+            else
 #endif
-                FOUR(float, t)
-                add_four(w, h, c, d);
-            }
+                ADD_ROWS(float, add_four, add_one)
             if (carried)
                 for (i64 j = 0; j < d; j++) row[j] = decay * w[j];
             if (begin == end || !(den > nothing * u * u)) continue;
@@ -134,24 +191,14 @@ void mono_rows(const i64 *starts, const i64 *order, const i64 *rows, const float
             const double score = (q - v) / den;
             scores[l] = score;
             valid[l] = 1;
-            for (i64 t = begin; t < end; t += 4) {
-                float dots[4];
-                i64 here;
 #if HAS_HALF
-                if (half) {
-                    FOUR(uint16_t, t)
-                    dot_four_half(w, h, dots, d);
-                } else
+            if (half) DOT_ROWS(uint16_t, dot_four_half, dot_one_half)
+            else
 #endif
-                {
-                    FOUR(float, t)
-                    dot_four(w, h, dots, d);
-                }
-                here = end - t < 4 ? end - t : 4;
-                for (i64 i = 0; i < here; i++) {
-                    const double a = values[order[t + i]];
-                    grad[order[t + i]] = 2 * (dots[i] * inverse[rows[t + i]] - a - score * (u - a)) / den;
-                }
+                DOT_ROWS(float, dot_four, dot)
+            for (i64 t = begin; t < end; t++) {
+                const double a = values[order[t]];
+                grad[order[t]] = 2 * (grad[order[t]] - a - score * (u - a)) / den;
             }
         }
         free(w);
