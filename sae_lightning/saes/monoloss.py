@@ -15,7 +15,7 @@ from sae_lightning.kernels import native
 from sae_lightning.kernels.dispatch import choose
 from sae_lightning.kernels.portable import rows_of
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
-from sae_lightning.saes.ranks import world_size
+from sae_lightning.saes.ranks import least_over_ranks, sum_over_ranks, world_size
 
 NOTHING = 1e-6  # a denominator below this share of (Σ ã)² is numerically zero
 
@@ -47,27 +47,6 @@ class Memory:
         return w, u, v
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of every rank's tensor; its gradient is that of all ranks' losses together."""
-
-    @staticmethod
-    def forward(ctx: object, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
-
-
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of ``value`` over all ranks, differentiable; itself without DDP."""
-    return _SumOverRanks.apply(value) if world_size() > 1 else value
-
-
 def _differentiable_minimum(least: Tensor, at_minimum: Tensor, count: Tensor) -> Tensor:
     """The global minimum ``least`` [M], whose gradient goes in equal parts to the entries of all ranks that hold it.
 
@@ -80,25 +59,18 @@ def _differentiable_minimum(least: Tensor, at_minimum: Tensor, count: Tensor) ->
     return least + (share - share.detach())
 
 
-def _least_over_ranks(least: Tensor) -> Tensor:
-    least = least.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return least
-
-
 def dense_mono_loss(activations: Tensor, embeddings: Tensor, through_embeddings: bool = False) -> Tensor:
     """MonoLoss of ``activations`` [N, M] of any sign, from the images' ``embeddings`` [N, d]; a scalar.
 
     Activations are min–max scaled over the batch and similarities are cosines. Cost O(N · M · d). The gradient goes
     through the activations, and through the embeddings too if asked. Units with fewer than two images above their
     minimum (numerically: (Σã)² - Σã² ≤ 1e-6 (Σã)²) are left out, and images whose embedding is zero; 1 when no unit
-    remains. Under DDP every rank gets the
-    loss of the global batch, and the mean of the ranks' gradients is its gradient.
+    remains. Under DDP every rank gets the loss of the global batch, and the mean of the ranks' gradients is its
+    gradient.
     """
-    unit = F.normalize(embeddings if through_embeddings else embeddings.detach(), dim=1, eps=1e-12)
-    unit = unit.to(activations.dtype)
-    least = _least_over_ranks(activations.amin(0))
+    like = embeddings if through_embeddings else embeddings.detach()
+    unit = F.normalize(like.to(activations.dtype), dim=1, eps=1e-12)
+    least = least_over_ranks(activations.amin(0))
     lowest = activations.detach() == least
     raised = activations - _differentiable_minimum(least, (activations * lowest).sum(0), lowest.sum(0))
     raised = raised * (unit.detach() != 0).any(1, keepdim=True)
@@ -147,7 +119,7 @@ def _raised(codes: SparseCodes) -> Tensor:
             return codes.values
     values, latents = codes.values, codes.latents
     nothing = values.new_zeros(codes.d_sae)
-    least = _least_over_ranks((nothing + torch.inf).scatter_reduce(0, latents, values.detach(), "amin"))
+    least = least_over_ranks((nothing + torch.inf).scatter_reduce(0, latents, values.detach(), "amin"))
     least = torch.where(always, least, 0)
     lowest = values.detach() == least[latents]
     count = nothing.index_add(0, latents, lowest.to(values.dtype))

@@ -28,6 +28,42 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return value / world_size()
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of every rank's tensor; its gradient is that of all ranks' losses together."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:
+        return _all_reduced(value)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _all_reduced(grad)
+
+
+def _all_reduced(value: Tensor) -> Tensor:
+    total = value.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of ``value`` over all ranks, differentiable; itself without DDP.
+
+    Its gradient adds up those of all ranks' losses, so that where every rank has the same loss of the sum, the mean of
+    the ranks' gradients is the loss's own.
+    """
+    return _SumOverRanks.apply(value) if world_size() > 1 else value
+
+
+@torch.no_grad()
+def least_over_ranks(value: Tensor) -> Tensor:
+    """The element-wise minimum of ``value`` over all ranks, without gradient; a copy without DDP."""
+    value = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return value
+
+
 @torch.no_grad()
 def any_over_ranks(mask: Tensor) -> Tensor:
     """Element-wise or of a bool ``mask`` over all ranks; itself without DDP."""
