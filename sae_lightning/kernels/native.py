@@ -26,6 +26,8 @@ def _argument(value: Any) -> Any:
     if isinstance(value, Tensor):
         assert value.is_contiguous()
         return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, ctypes.c_double):
+        return value
     if isinstance(value, float):
         return ctypes.c_float(value)
     return ctypes.c_int(int(value)) if isinstance(value, bool) else ctypes.c_int64(value)
@@ -103,6 +105,19 @@ def unit_rows(x: Tensor, total: Tensor) -> Tensor:
     norms = torch.empty(len(x), dtype=torch.float64)
     _call("unit_rows", x, norms, total, x.shape[1], len(x))
     return norms
+
+
+def moran(
+    groups: Tensor, values: Tensor, offsets: Tensor, n_groups: int, weights: Any, min_active: int, min_variance: float
+) -> Tensor:
+    """Moran's I [n_groups] float64 of entries on rows of patches, grouped by ``groups`` [nnz]; see metrics/moran.py."""
+    out = torch.empty(n_groups, dtype=torch.float64)
+    _call(
+        "moran", *by_latent(groups, offsets, n_groups), values, len(weights.reach), weights.start, weights.near,
+        weights.weight, weights.reach, ctypes.c_double(weights.whole), min_active, ctypes.c_double(min_variance), out,
+        n_groups,
+    )  # fmt: skip
+    return out
 
 
 def union(latents: Tensor, offsets: Tensor, each: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:

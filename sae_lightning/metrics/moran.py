@@ -1,0 +1,161 @@
+"""Moran's I: whether a latent fires on connected regions of an image, M1 of ViSAEBench."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_lightning.kernels import native
+from sae_lightning.kernels.grouping import union
+from sae_lightning.kernels.portable import by_latent, offsets_of
+from sae_lightning.metrics.base import SumMetric
+from sae_lightning.saes.codes import SparseCodes
+
+STEPS = {
+    "rook": ((-1, 0), (0, -1), (0, 1), (1, 0)),
+    "queen": ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)),
+}
+
+
+class Weights(NamedTuple):
+    """Spatial weights of a grid's P patches: patch p's neighbours are ``near[start[p]:start[p + 1]]``.
+
+    ``start`` [P + 1] and ``near`` int64, ``weight`` float64 beside ``near``; ``reach`` [P] is the sum of a patch's
+    weights as a row and as a column, ``whole`` that of all.
+    """
+
+    start: Tensor
+    near: Tensor
+    weight: Tensor
+    reach: Tensor
+    whole: float
+
+
+def grid_weights(grid: tuple[int, int], contiguity: str = "queen", row_standardized: bool = False) -> Weights:
+    """Weights of neighbouring patches of ``grid`` (rows, columns): 1 each, or each row's summing to 1.
+
+    ValueError for an unknown contiguity, or a grid of a single patch.
+    """
+    if contiguity not in STEPS:
+        raise ValueError(f"Unknown contiguity={contiguity}; choose one of {', '.join(STEPS)}.")
+    rows, columns = grid
+    if rows < 1 or columns < 1 or rows * columns < 2:
+        raise ValueError(f"A grid of {rows} x {columns} patches has no neighbours; Moran's I needs patch tokens.")
+    near = [
+        [(r + y) * columns + c + x for y, x in STEPS[contiguity] if 0 <= r + y < rows and 0 <= c + x < columns]
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    degree = torch.tensor([len(each) for each in near])
+    flat = torch.tensor([q for each in near for q in each])
+    weight = (1 / degree.double()).repeat_interleave(degree) if row_standardized else torch.ones(len(flat)).double()
+    row = torch.arange(len(near)).repeat_interleave(degree)
+    reach = torch.zeros(len(near), dtype=torch.float64).index_add(0, row, weight).index_add(0, flat, weight)
+    return Weights(offsets_of(degree), flat, weight, reach, float(weight.sum()))
+
+
+def morans_i(
+    codes: SparseCodes, weights: Weights, min_active: int = 5, min_variance: float = 1e-8
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Moran's I of every latent on every image that it fires on [ViSAEBench §4.1, eq. 2].
+
+    ``codes`` hold P patches an image, in the grid's order. Returns latents [m], images [m] int64 and I [m] float64, NaN
+    where fewer than ``min_active`` patches are active or their variance over all P is at most ``min_variance``. Exact:
+    silent patches enter through sums, so that the cost is that of the active ones and their neighbours.
+    """
+    patches = len(weights.start) - 1
+    if codes.n_samples % patches:
+        raise ValueError(f"{codes.n_samples} samples are not whole images of {patches} patches.")
+    pooled, offsets, place = union(codes.latents, codes.offsets, patches, codes.d_sae)
+    images = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=pooled.device), offsets.diff())
+    values = codes.values.detach()
+    if native.available(values):
+        found = native.moran(place, values.contiguous(), codes.offsets, len(pooled), weights, min_active, min_variance)
+    else:
+        found = _morans_i(place, values.double(), codes.offsets, len(pooled), weights, min_active, min_variance)
+    return pooled, images, found
+
+
+def _morans_i(
+    place: Tensor, values: Tensor, offsets: Tensor, groups: int, weights: Weights, min_active: int, min_variance: float
+) -> Tensor:
+    """The same in PyTorch's operators: each active patch looks its neighbours up among its group's patches."""
+    start, near, weight, reach = (t.to(values.device) for t in weights[:4])
+    patches = len(reach)
+    starts, order, rows = by_latent(place, offsets, groups)
+    group, patch, x = place[order], rows % patches, values[order]
+    count = starts.diff()
+
+    def total(amount: Tensor) -> Tensor:
+        return amount.new_zeros(groups).index_add(0, group, amount)
+
+    key = group * patches + patch  # ascending: groups, and patches within each
+    degree = (start[1:] - start[:-1])[patch]
+    entry = torch.repeat_interleave(torch.arange(len(x), device=x.device), degree)
+    within = torch.arange(len(entry), device=x.device) - offsets_of(degree)[entry]
+    edge = start[patch][entry] + within
+    wanted = group[entry] * patches + near[edge]
+    at = torch.searchsorted(key, wanted).clamp_max(max(0, len(key) - 1))
+    joint = torch.where(key[at] == wanted, x[entry] * weight[edge] * x[at], 0)
+    sums = x.new_zeros(groups).index_add(0, group[entry], joint)
+    mean = total(x) / patches
+    spread = total(x.square()) - patches * mean.square()
+    i = patches / weights.whole * (sums - mean * total(x * reach[patch]) + mean.square() * weights.whole) / spread
+    return torch.where((count >= min_active) & (spread / patches > min_variance), i, torch.nan)
+
+
+class Moran(SumMetric):
+    """Spatial coherence of each latent: the mean of Moran's I over the images on which it is evaluable.
+
+    A latent is evaluable on an image with ``min_active`` active patches or more and a variance above
+    ``min_variance``, and in aggregate on ``min_images`` such images. ``compute`` gives float64 scalars over the latents
+    evaluable in aggregate: ``moran`` (their mean, the M1 score), ``moran_median``, ``moran_q25`` and ``moran_q75``,
+    ``moran_evaluable`` (their share of all latents), ``moran_null`` = -1 / (P - 1), the expectation without spatial
+    order, and ``moran_z``, how many standard errors over latents the mean lies above it. NaN where no latent is
+    evaluable. States are sums of I and I² and counts, [d_sae].
+    """
+
+    images: Tensor
+    total: Tensor
+    squares: Tensor
+
+    def __init__(
+        self, d_sae: int, grid: tuple[int, int], contiguity: str = "queen", row_standardized: bool = False,
+        min_active: int = 5, min_variance: float = 1e-8, min_images: int = 50,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.weights = grid_weights(grid, contiguity, row_standardized)
+        self.d_sae, self.min_active, self.min_variance, self.min_images = d_sae, min_active, min_variance, min_images
+        self.add_sum("images", d_sae, dtype=torch.long)
+        self.add_sum("total", d_sae)
+        self.add_sum("squares", d_sae)
+
+    @torch.no_grad()
+    def update(self, codes: SparseCodes) -> None:
+        """Add the codes of whole images, P patch tokens each."""
+        if codes.d_sae != self.d_sae:
+            raise ValueError(f"Expected codes of {self.d_sae} latents; got {codes.d_sae}.")
+        latents, _, i = morans_i(codes, self.weights, self.min_active, self.min_variance)
+        latents, i = latents[~i.isnan()], i[~i.isnan()]
+        self.images += torch.bincount(latents, minlength=self.d_sae)
+        self.total.index_add_(0, latents, i)
+        self.squares.index_add_(0, latents, i.square())
+
+    def scores(self) -> Tensor:
+        """Mean I of each latent [d_sae] float64; NaN where it is not evaluable in aggregate."""
+        return torch.where(self.images >= self.min_images, self.total / self.images, torch.nan)
+
+    def compute(self) -> dict[str, Tensor]:
+        scores = self.scores()
+        known = scores[~scores.isnan()]
+        null = torch.tensor(-1 / (len(self.weights.reach) - 1), dtype=torch.float64, device=scores.device)
+        quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=scores.device)
+        q25, median, q75 = known.quantile(quartiles) if len(known) else quartiles * torch.nan
+        error = known.std() / len(known) ** 0.5 if len(known) > 1 else null * torch.nan
+        return {
+            "moran": known.mean(), "moran_median": median, "moran_q25": q25, "moran_q75": q75,
+            "moran_evaluable": torch.as_tensor(len(known) / self.d_sae, dtype=torch.float64),
+            "moran_null": null, "moran_z": (known.mean() - null) / error,
+        }  # fmt: skip
