@@ -53,9 +53,12 @@ class Group:
 
 
 def monoloss_of(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-    """The weight of MonoLoss in a run's config and its other options; 0 and none for a run without it."""
+    """The weight of MonoLoss in a run's config and its other options; 0 and none for a run without it.
+
+    An entry without ``_target_`` is one that was given settings but not switched on (``callbacks=default``).
+    """
     entry = (config.get("callbacks") or {}).get(ENTRY)
-    if not entry or not entry.get("weight"):
+    if not entry or "_target_" not in entry or not entry.get("weight"):
         return 0.0, {}
     return float(entry["weight"]), {k: v for k, v in entry.items() if k not in ("_target_", "weight")}
 

@@ -46,6 +46,7 @@ def test_the_weight_is_read_from_the_callbacks():
     assert monoloss_of({"callbacks": None}) == (0.0, {})
     assert monoloss_of(run(weight=0.0)["cfg"]["config"]) == (0.0, {})
     assert monoloss_of({"callbacks": {"monoloss": None}}) == (0.0, {})
+    assert monoloss_of({"callbacks": {"monoloss": {"weight": 0.3}}}) == (0.0, {})  # settings, but not switched on
     assert monoloss_of(run(weight=0.3, options={"pool": "max"})["cfg"]["config"]) == (0.3, {"pool": "max"})
 
 
