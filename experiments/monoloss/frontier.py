@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from sae_lightning.benchmark.evaluate import SCORES, finished_runs
-from sae_lightning.report.pairs import monoloss_of
+from sae_lightning.report.pairs import monoloss_of, shown, summary
 from sae_lightning.saes.artefact import read_cfg
 
 AXES = {"monoscore": "MonoScore", "purity": "class purity"}
@@ -36,23 +35,19 @@ def collect(folder: Path) -> Marks:
     return dict(sorted(marks.items()))
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 of one value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def draw(marks: Marks, out: Path) -> None:
     """The figure: one panel a metric."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axis, (metric, label) in zip(figure.subplots(1, len(AXES)), AXES.items(), strict=True):
         for memory in dict.fromkeys(memory for memory, weight in marks if weight):
             here = [(weight, runs) for (m, weight), runs in marks.items() if m == memory or weight == 0]
-            x = [spread([run["explained_variance"] for run in runs]) for _, runs in sorted(here)]
-            y = [spread([run[metric] for run in runs]) for _, runs in sorted(here)]
+            x = [summary(run["explained_variance"] for run in runs) for _, runs in sorted(here)]
+            y = [summary(run[metric] for run in runs) for _, runs in sorted(here)]
             name = f"memory {memory:g}" if memory else "batch alone (the paper's)"
-            axis.errorbar([m for m, _ in x], [m for m, _ in y], [s for _, s in y], [s for _, s in x], fmt="o-",
-                          ms=4, lw=1.2, capsize=2, label=name)  # fmt: skip
-            for (weight, _), (ev, _), (score, _) in zip(sorted(here), x, y, strict=True):
+            bars = {"xerr": [sd or 0 for _, sd, _ in x], "yerr": [sd or 0 for _, sd, _ in y]}
+            xs, ys = ([mean for mean, *_ in points] for points in (x, y))
+            axis.errorbar(xs, ys, **bars, fmt="o-", ms=4, lw=1.2, capsize=2, label=name)
+            for (weight, _), (ev, *_), (score, *_) in zip(sorted(here), x, y, strict=True):
                 axis.annotate(f"{weight:g}", (ev, score), xytext=(4, 4), textcoords="offset points", fontsize=7)
         axis.set(xlabel="explained variance (test)", ylabel=label)
         axis.grid(alpha=0.3)
@@ -66,8 +61,7 @@ def table(marks: Marks) -> str:
     for (memory, weight), runs in marks.items():
         cells = []
         for metric in ("explained_variance", *AXES):
-            mean, deviation = spread([run[metric] for run in runs])
-            cells.append(f"{mean:.3f} ± {deviation:.3f}")
+            cells.append(shown(summary(run[metric] for run in runs)))
         lines.append(f"| {memory:g} | {weight:g} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

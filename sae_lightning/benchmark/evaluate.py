@@ -90,7 +90,7 @@ def score(
                 metric.update(features, rebuilt)
             for metric in sparsity:
                 metric.update(codes)
-            pooled = codes.pool(store.n_patches, "max") if store.n_patches > 1 else codes
+            pooled = codes.pool(store.n_patches, "max")
             mono.update(pooled, judge.embeddings(span, read))
             if purity is not None:
                 purity.update(pooled, store.labels[span])

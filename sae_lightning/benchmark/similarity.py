@@ -86,15 +86,14 @@ class Judge:
         self.places: Tensor | None = None
         if other is None or other.image_ids == store.image_ids:
             return
-        where = {image_id: i for i, image_id in enumerate(other.image_ids)}
-        missing = [image_id for image_id in store.image_ids if image_id not in where]
+        places, missing = other.find(store.image_ids)
         if missing:
             raise StoreError(
                 f"{other.folder} lacks {len(missing)} of the {len(store)} images of {store.folder} (first: "
                 f"'{missing[0]}'). Similarities need features of the same images: extract them from the same data set "
                 "and split."
             )
-        self.places = torch.tensor([where[image_id] for image_id in store.image_ids])
+        self.places = torch.from_numpy(places)
 
     def embeddings(self, images: slice, features: Tensor) -> Tensor:
         """Embeddings [n, d] float32 of ``images``, whose own ``features`` [n, P, d_in] are already read."""

@@ -57,11 +57,8 @@ class FeatureDataModule(L.LightningDataModule):
         """Epoch and step after the last batch that was trained on, and what the order depends on."""
         if self.trainer is None:
             return {}
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        epoch, done = self.trainer.current_epoch, progress.processed
-        if done >= self.trainer.num_training_batches:
-            epoch, done = epoch + 1, 0
-        return {"epoch": epoch, "step": done, "order": self._signature()}
+        epoch, step = next_batch(self.trainer)
+        return {"epoch": epoch, "step": step, "order": self._signature()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken."""
@@ -78,6 +75,13 @@ class FeatureDataModule(L.LightningDataModule):
         self._start = (state["epoch"], state["step"])
         if self._loader is not None:
             self._loader.seek(*self._start)
+
+
+def next_batch(trainer: L.Trainer) -> tuple[int, int]:
+    """Epoch and step of the batch after the last one that ``trainer`` has trained on."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    epoch, done = trainer.current_epoch, progress.processed
+    return (epoch + 1, 0) if done >= trainer.num_training_batches else (epoch, done)
 
 
 class InOrder:

@@ -147,6 +147,12 @@ class FeatureStore:
         """One an image."""
         return self._column("image_id").tolist()
 
+    def find(self, image_ids: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+        """Positions [m] int64 of the images of these ids, and the ids that are not here, which have no position."""
+        where = {image_id: i for i, image_id in enumerate(self.image_ids)}
+        places = [where[image_id] for image_id in image_ids if image_id in where]
+        return np.array(places, dtype=np.int64), [image_id for image_id in image_ids if image_id not in where]
+
     @cached_property
     def labels(self) -> Tensor:
         """[n_images] int64, indices of ``class_names``."""

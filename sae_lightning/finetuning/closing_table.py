@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from sae_lightning.finetuning.run import is_finished
-from sae_lightning.training.closing_table import ClosingTable, run_folders
+from sae_lightning.training.closing_table import ClosingTable
 
 COLUMNS = {
     "accuracy": ("accuracy", "{:.2%}"), "monoscore": ("MonoScore", "{:.4f}"), "purity": ("purity", "{:.3f}"),
@@ -22,11 +20,8 @@ COLUMNS = {
 class FinetuneTable(ClosingTable):
     """Hydra callback: collects each job's run folder and prints their scores when the command ends."""
 
-    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
-        print_table(run_folders(Path(config.hydra.run.dir)))
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        print_table(run_folders(Path(config.hydra.sweep.dir)))
+    def show(self, folders: list[Path]) -> None:
+        print_table(folders)
 
 
 def print_table(folders: list[Path], console: Console | None = None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from sae_lightning.data import ImageData
+from sae_lightning.features.datamodule import next_batch
 from sae_lightning.finetuning.pictures import AugmentedPictures, EpochBatches, Pictures
 from sae_lightning.finetuning.preprocess import Preprocess
 from sae_lightning.saes.ranks import rank, world_size
@@ -72,11 +73,8 @@ class PictureDataModule(L.LightningDataModule):
         """Epoch and step after the last batch that was trained on."""
         if self.trainer is None:
             return {}
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        epoch, done = self.trainer.current_epoch, progress.processed
-        if done >= self.trainer.num_training_batches:
-            epoch, done = epoch + 1, 0
-        return {"epoch": epoch, "step": done}
+        epoch, step = next_batch(self.trainer)
+        return {"epoch": epoch, "step": step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken."""

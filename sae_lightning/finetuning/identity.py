@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.backbones import identity as backbone_identity
 from sae_lightning.finetuning.build import model_identity
-from sae_lightning.training.identity import TRAINER_KEYS
+from sae_lightning.training.identity import TRAINER_KEYS, short_hash
 
 KEYS = (
     "data", "mono_weight", "layer", "added_layer", "epochs", "batch_size", "optimizer", "schedule", "augment", "seed",
@@ -33,6 +31,5 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 
 def run_name(cfg: DictConfig) -> str:
     """For example ``deit-tiny-demo-mono0.1-s42-1a2b3c4d``."""
-    digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
     data = str(cfg.data.name).replace("/", "--")
-    return f"{cfg.model.name}-{data}-mono{float(cfg.mono_weight):g}-s{cfg.seed}-{digest}"
+    return f"{cfg.model.name}-{data}-mono{float(cfg.mono_weight):g}-s{cfg.seed}-{short_hash(identity(cfg))}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from sae_lightning.finetuning.scores import predict, scores
 from sae_lightning.finetuning.similarity import align, similarity_store
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.training.history import History
-from sae_lightning.training.launch import launch_ranks, n_ranks, wants_ranks
+from sae_lightning.training.launch import job, launch_ranks, n_ranks, wants_ranks
 from sae_lightning.training.loggers import build_logger
 from sae_lightning.training.run import build_callbacks, checkpoints, quiet
 
@@ -183,10 +182,7 @@ def record(cfg: DictConfig, encoder: str) -> dict[str, Any]:
 
 def main() -> None:
     """Entry of one DDP rank: ``python -m sae_lightning.finetuning.run CONFIG FOLDER``."""
-    config, folder = sys.argv[1:3]
-    cfg = OmegaConf.load(config)
-    assert isinstance(cfg, DictConfig)
-    fit(cfg, Path(folder))
+    fit(*job())
 
 
 if __name__ == "__main__":

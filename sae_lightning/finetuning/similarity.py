@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -36,13 +35,11 @@ def similarity_store(cfg: DictConfig, split: str) -> FeatureStore:
 
 def align(store: FeatureStore, images: ImageData) -> Tensor:
     """Embeddings [n, d] of ``images`` in their order, in the store's type; FinetuneError names an image without one."""
-    where = {image_id: row for row, image_id in enumerate(store.image_ids)}
-    missing = [image_id for image_id in images.image_ids if image_id not in where]
+    rows, missing = store.find(images.image_ids)
     if missing:
         raise FinetuneError(
             f"{store.folder} holds no embedding of {len(missing)} of the {len(images)} {images.split} images of "
             f"'{images.name}', '{missing[0]}' among them; name the store of these images, or delete it and run again "
             "so that it is extracted anew."
         )
-    rows = np.array([where[image_id] for image_id in images.image_ids], dtype=np.int64)
     return store.features(rows).flatten(1)

@@ -25,6 +25,16 @@ class SumMetric(Metric):
         self.add_state(name, torch.zeros((), dtype=dtype).expand(shape), dist_reduce_fx="sum")
         setattr(self, name, torch.zeros(shape, dtype=dtype))  # the default that reset takes holds a single number
 
+    def add_center(self, d_in: int, center: Tensor | None) -> None:
+        """Keep the fixed point ``center`` [d_in] (zero if None) that samples are taken about, as a float64 buffer.
+
+        ValueError for another shape.
+        """
+        center = torch.zeros(d_in) if center is None else torch.as_tensor(center).detach().clone()
+        if center.shape != (d_in,):
+            raise ValueError(f"Expected a center of shape [{d_in}]; got {list(center.shape)}.")
+        self.register_buffer("center", center.double(), persistent=False)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(fn(torch.zeros(1, device=tensor.device)).device)

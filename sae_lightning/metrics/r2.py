@@ -33,10 +33,7 @@ class R2(SumMetric):
     def __init__(self, d_in: int, center: Tensor | None = None) -> None:
         super().__init__()
         self.d_in = d_in
-        center = torch.zeros(d_in) if center is None else torch.as_tensor(center).detach().clone()
-        if center.shape != (d_in,):
-            raise ValueError(f"Expected a center of shape [{d_in}]; got {list(center.shape)}.")
-        self.register_buffer("center", center.double(), persistent=False)
+        self.add_center(d_in, center)
         self.add_sum("count", dtype=torch.long)
         for name in ("residual", "total", "squares"):
             self.add_sum(name, d_in)

@@ -13,6 +13,7 @@ from sae_lightning.kernels.grouping import rank_groups, union
 from sae_lightning.kernels.portable import offsets_of, rows_of
 from sae_lightning.kernels.selection import keep
 
+POOLS = ("max", "mean")  # of a latent's values on an image's tokens
 Frame = tuple[Tensor, Tensor]  # shift and scale [N, 1] that an input norm took from each sample
 
 
@@ -85,8 +86,8 @@ class SparseCodes:
 
         [N / each] samples, differentiable in the values. ValueError when the samples do not divide into images.
         """
-        if how not in ("max", "mean"):
-            raise ValueError(f"Unknown pooling '{how}'; choose max or mean.")
+        if how not in POOLS:
+            raise ValueError(f"Unknown pooling '{how}'; choose {' or '.join(POOLS)}.")
         if each < 1 or self.n_samples % each:
             raise ValueError(f"{self.n_samples} samples are not whole images of {each} tokens.")
         return self if each == 1 else self._pool(each, how)

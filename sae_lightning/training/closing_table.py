@@ -21,10 +21,14 @@ class ClosingTable(Callback):
     """Hydra callback: collects each job's run folder and prints their scores when the command ends."""
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
-        print_table(run_folders(Path(config.hydra.run.dir)))
+        self.show(run_folders(Path(config.hydra.run.dir)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        print_table(run_folders(Path(config.hydra.sweep.dir)))
+        self.show(run_folders(Path(config.hydra.sweep.dir)))
+
+    def show(self, folders: list[Path]) -> None:
+        """Print the table of these runs."""
+        print_table(folders)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if job_return.status == JobStatus.FAILED:

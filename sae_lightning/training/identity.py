@@ -53,7 +53,12 @@ def loss_callbacks(cfg: DictConfig) -> list[str]:
 
 def run_hash(cfg: DictConfig) -> str:
     """Eight hex digits of the identity's SHA-256."""
-    return hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
+    return short_hash(identity(cfg))
+
+
+def short_hash(what: dict[str, Any]) -> str:
+    """Eight hex digits of the SHA-256 of ``what`` as JSON."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run_name(cfg: DictConfig) -> str:

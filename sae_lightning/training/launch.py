@@ -32,6 +32,14 @@ def n_ranks(cfg: DictConfig) -> int:
     return len(devices)
 
 
+def job() -> tuple[DictConfig, Path]:
+    """The config and folder that ``launch_ranks`` gave this rank on its command line."""
+    config, folder = sys.argv[1:3]
+    cfg = OmegaConf.load(config)
+    assert isinstance(cfg, DictConfig)
+    return cfg, Path(folder)
+
+
 def launch_ranks(cfg: DictConfig, folder: Path, module: str = "sae_lightning.training.run") -> None:
     """Run ``module`` on config and folder in ``n_ranks(cfg)`` processes; RuntimeError when one of them fails, all
     others then stopped."""

@@ -19,9 +19,9 @@ from sae_lightning.training.optimizer import UnitRowAdam, build_optimizer, check
 from sae_lightning.training.schedule import Schedule
 
 CONTROL = 0.02  # how fast the sparsity weight follows its target: log-weight a step at L0 twice the target
+FOLLOW = 0.1  # share of all steps in which JumpReLU's thresholds are set, not learnt
 Term = Callable[[Pass, Tensor], Tensor]
 Weight = Callable[[int, int], float]
-FOLLOW = 0.1  # share of all steps in which JumpReLU's thresholds are set, not learnt
 
 
 class SAEModule(L.LightningModule):

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from sae_lightning.saes import Pass
+from sae_lightning.saes.codes import POOLS
 from sae_lightning.saes.monoloss import Memory, mono_loss
 from sae_lightning.training.module import SAEModule
-
-POOLS = ("max", "mean")
 
 
 class MonoLoss(L.Callback):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
-import sys
 import time
 import warnings
 from datetime import timedelta
@@ -25,7 +24,7 @@ from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
 from sae_lightning.saes.artefact import read_cfg, write_json
 from sae_lightning.training.history import History
 from sae_lightning.training.identity import callbacks_on, run_hash, run_name, uses_k
-from sae_lightning.training.launch import launch_ranks, wants_ranks
+from sae_lightning.training.launch import job, launch_ranks, wants_ranks
 from sae_lightning.training.loggers import build_logger
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.progress import Throughput
@@ -223,10 +222,7 @@ def load_record(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Entry of one DDP rank: ``python -m sae_lightning.training.run CONFIG FOLDER``."""
-    config, folder = sys.argv[1:3]
-    cfg = OmegaConf.load(config)
-    assert isinstance(cfg, DictConfig)
-    fit(cfg, Path(folder))
+    fit(*job())
 
 
 if __name__ == "__main__":
