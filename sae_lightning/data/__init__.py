@@ -7,12 +7,17 @@ from typing import Any
 
 from sae_lightning.data.arrange import arrange
 from sae_lightning.data.decode import Item, decode
+from sae_lightning.data.digits import load_digits
 from sae_lightning.data.errors import DataError
 from sae_lightning.data.folder import load_folder
 from sae_lightning.data.hf import load_hf
 from sae_lightning.data.imagenet import load_imagenet
 from sae_lightning.data.images import ImageData
+from sae_lightning.data.mask_sources import load_masks
+from sae_lightning.data.masks import Masks
+from sae_lightning.data.mosaic import load_mosaic
 from sae_lightning.data.parquet import load_cifar10, load_demo
+from sae_lightning.data.siblings import sibling_groups
 from sae_lightning.data.splits import SPLITS, check_split
 from sae_lightning.data.stream import ImageStream
 from sae_lightning.data.webdataset import load_webdataset
@@ -20,6 +25,8 @@ from sae_lightning.data.webdataset import load_webdataset
 SOURCES: dict[str, Callable[[dict[str, Any], str], ImageData | ImageStream]] = {
     "demo": load_demo,
     "cifar10": load_cifar10,
+    "digits": load_digits,
+    "mosaic": load_mosaic,
     "folder": load_folder,
     "imagenet": load_imagenet,
     "hf": load_hf,
@@ -31,15 +38,32 @@ def load_images(data: Mapping[str, Any], split: str) -> ImageData | ImageStream:
     """The ``split`` (train, val or test) of the data set that the config node ``data`` describes.
 
     An ImageStream for ``data=hf data.streaming=true``, else ImageData, with as many images as ``data.limit``
-    says, in the order that ``data.shuffle`` says. Raises DataError for an unknown source or split, and for
-    whatever is missing or broken in it.
+    says, in the order that ``data.shuffle`` says, and with the sibling groups of the file ``data.siblings``, else the
+    data set's own, else those of ImageNet's classes. Raises DataError for an unknown source or split, and for whatever
+    is missing or broken in it.
     """
     check_split(split)
     source = data["source"]
     if source not in SOURCES:
         raise DataError(f"Unknown data.source={source}; choose one of {', '.join(SOURCES)}.")
     images = SOURCES[source](dict(data), split)
-    return images if isinstance(images, ImageStream) else arrange(images, data)
+    if isinstance(images, ImageStream):
+        return images
+    own = data.get("siblings")
+    if own is not None or not images.sibling_groups:
+        images.sibling_groups = sibling_groups(images.class_names, own)
+    return arrange(images, data)
 
 
-__all__ = ["SPLITS", "DataError", "ImageData", "ImageStream", "Item", "decode", "load_images"]
+__all__ = [
+    "SPLITS",
+    "DataError",
+    "ImageData",
+    "ImageStream",
+    "Item",
+    "Masks",
+    "decode",
+    "load_images",
+    "load_masks",
+    "sibling_groups",
+]

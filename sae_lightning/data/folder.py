@@ -20,18 +20,22 @@ from sae_lightning.data.texts import TextFiles, Texts
 def load_folder(cfg: dict[str, Any], split: str) -> ImageData:
     """``path/<split>/<class>/…``, ``path/<class>/…``, ``path/<split>/…`` or just ``path/…``.
 
-    Splits that have no folder are cut from train by ``shares`` and ``seed``. Without class folders all
-    images are of one class, "unlabelled". Texts beside all pictures, of the same stem, are their captions.
-    Raises DataError when there is no picture, or when pictures lie beside class folders.
+    ``folders`` maps splits to folders that have other names than the usual ones (null: by name), at any depth. Splits
+    that have no folder are cut from train by ``shares`` and ``seed``. Without class folders all images are of one
+    class, "unlabelled". Texts beside all pictures, of the same stem, are their captions. Raises DataError when there
+    is no picture, or when pictures lie beside class folders.
     """
+    if cfg["path"] is None:
+        raise DataError("data.path is missing; set it to the folder that holds the pictures.")
     root = existing_folder(cfg["path"])
     held_out = held_out_shares(cfg["shares"])
-    present = split_folders(root)
+    named = named_folders(root, cfg.get("folders"))
+    present = [*named.values()] if named else split_folders(root)
     if not present:
         found = scan(root)
         names, split_of = class_names(root), dict.fromkeys(SPLITS, "")
     else:
-        split_of = choose_splits({}, present, str(root))
+        split_of = choose_splits(named, present, str(root))
         found = scan(root, split_of[split])
         names = sorted(set().union(*(class_names(root / folder) for folder in split_of.values())))
     labels = labels_of(found, names, split_of[split])
@@ -40,6 +44,17 @@ def load_folder(cfg: dict[str, Any], split: str) -> ImageData:
     if missing and split in ("train", *missing):
         return images.take(cut(labels, {s: held_out[s] for s in missing}, split, cfg["seed"]))
     return images
+
+
+def named_folders(root: Path, folders: Mapping[str, str | None] | None) -> dict[str, str]:
+    """The splits that ``folders`` names, with their folders; DataError unless these exist and train is among them."""
+    named = {split: name for split, name in (folders or {}).items() if name is not None}
+    missing = next((name for name in named.values() if not (root / name).is_dir()), None)
+    if missing is not None:
+        raise DataError(f"There is no folder {root / missing}; change data.folders, or data.path.")
+    if named and ("train" not in named or not set(named) <= set(SPLITS)):
+        raise DataError(f"data.folders={named} must name the folder of train, and may name those of val and test.")
+    return named
 
 
 def held_out_shares(shares: Mapping[str, float]) -> dict[str, float]:
