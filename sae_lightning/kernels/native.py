@@ -107,6 +107,16 @@ def unit_rows(x: Tensor, total: Tensor) -> Tensor:
     return norms
 
 
+def reconstruction_sums(x: Tensor, y: Tensor, center: Tensor, sums: Sequence[Tensor]) -> Tensor:
+    """Cosines [n] float64 of the rows of ``x`` and ``y`` [n, d] about ``center`` [d] float64.
+
+    ``sums`` [d] float64 each, of (x - y)², x - center and (x - center)², are added to.
+    """
+    cosines = torch.empty(len(x), dtype=torch.float64)
+    _call("reconstruction_sums", x, y, center, *sums, cosines, x.shape[1], len(x))
+    return cosines
+
+
 def moran(
     groups: Tensor, values: Tensor, offsets: Tensor, n_groups: int, weights: Any, min_active: int, min_variance: float
 ) -> Tensor:
@@ -118,6 +128,13 @@ def moran(
         n_groups,
     )  # fmt: skip
     return out
+
+
+def rank_samples(
+    latents: Tensor, values: Tensor, offsets: Tensor, first: int, strength: Tensor, sample: Tensor, fired: Tensor
+) -> None:
+    """Bring each latent's strongest samples ``strength`` and ``sample`` [d_sae, k] and count ``fired`` up to date."""
+    _call("rank_samples", latents, values, offsets, first, strength.shape[1], strength, sample, fired, len(offsets) - 1)
 
 
 def union(latents: Tensor, offsets: Tensor, each: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:

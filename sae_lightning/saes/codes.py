@@ -24,6 +24,8 @@ class SparseCodes:
     sample after another; sample i owns the entries ``offsets[i]:offsets[i + 1]`` of ``offsets`` [N + 1] int64.
     """
 
+    _images: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
+
     def __init__(
         self, latents: Tensor, values: Tensor, offsets: Tensor, d_sae: int, frame: Frame | None = None
     ) -> None:
@@ -92,8 +94,16 @@ class SparseCodes:
             raise ValueError(f"{self.n_samples} samples are not whole images of {each} tokens.")
         return self if each == 1 else self._pool(each, how)
 
+    def by_image(self, each: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Which latents are active on each image of ``each`` consecutive tokens, offsets of the images, and the place
+        of every entry's latent among them; see ``kernels.grouping.union``. Found once.
+        """
+        if self._images is None or self._images[0] != each:
+            self._images = (each, union(self.latents, self.offsets, each, self.d_sae))
+        return self._images[1]
+
     def _pool(self, each: int, how: str) -> SparseCodes:
-        latents, offsets, place = union(self.latents, self.offsets, each, self.d_sae)
+        latents, offsets, place = self.by_image(each)
         nothing = self.values.new_zeros(len(latents))
         if how == "max":
             values = nothing.scatter_reduce(0, place, self.values, "amax")
