@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+M = TypeVar("M", bound=Metric)
 
 
 class SumMetric(Metric):
@@ -40,6 +42,16 @@ class SumMetric(Metric):
             return tensor.to(fn(torch.zeros(1, device=tensor.device)).device)
 
         return super()._apply(move, exclude_state)
+
+
+def of_one_rank(metric: M) -> M:
+    """``metric``, whose ``compute`` does not ask other ranks for theirs; for one that some ranks alone compute."""
+    metric.distributed_available_fn = _no
+    return metric
+
+
+def _no() -> bool:
+    return False
 
 
 def require_pair(x: Tensor, reconstruction: Tensor, d_in: int | None = None) -> None:

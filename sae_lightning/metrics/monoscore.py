@@ -119,6 +119,10 @@ class MonoScore(SumMetric):
         second = torch.cat([self.largest, zeros]).topk(2, dim=0).values[1]
         return least, second
 
+    def minimum(self) -> Tensor:
+        """The least activation of each latent over all images, [d_sae] float64: 0 unless it is active on every one."""
+        return self._bounds()[0]
+
     def scored(self) -> Tensor:
         """Which latents have a score, [d_sae] bool."""
         least, second = self._bounds()

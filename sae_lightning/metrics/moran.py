@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sae_lightning.kernels import native
-from sae_lightning.kernels.grouping import union
 from sae_lightning.kernels.portable import by_latent, offsets_of
 from sae_lightning.metrics.base import SumMetric
 from sae_lightning.saes.codes import SparseCodes
@@ -68,7 +67,7 @@ def morans_i(
     patches = len(weights.start) - 1
     if codes.n_samples % patches:
         raise ValueError(f"{codes.n_samples} samples are not whole images of {patches} patches.")
-    pooled, offsets, place = union(codes.latents, codes.offsets, patches, codes.d_sae)
+    pooled, offsets, place = codes.by_image(patches)
     images = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=pooled.device), offsets.diff())
     values = codes.values.detach()
     if native.available(values):

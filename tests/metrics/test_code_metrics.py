@@ -56,13 +56,27 @@ def test_decoder_cosines_equal_the_full_matrix(block):
     different = ~np.eye(23, dtype=bool)
     scores = decoder_cosine(W_dec, rows=block)
     assert scores["decoder_cosine"] == pytest.approx(np.abs(cosines[different]).mean(), rel=1e-5)
+    assert scores["decoder_orthogonality"] == pytest.approx(cosines[np.tril_indices(23, -1)].mean(), rel=1e-9)
+    assert scores["decoder_squared_cosine"] == pytest.approx((cosines[different] ** 2).mean(), rel=1e-5)
     np.fill_diagonal(cosines, -np.inf)
     assert scores["decoder_nearest_cosine"] == pytest.approx(cosines.max(1).mean(), rel=1e-5)
 
 
 def test_decoder_cosine_anchors():
-    assert decoder_cosine(torch.eye(4)) == {"decoder_cosine": 0.0, "decoder_nearest_cosine": 0.0}
+    assert set(decoder_cosine(torch.eye(4)).values()) == {0.0}
     opposite = decoder_cosine(torch.tensor([[1.0, 0.0], [-2.0, 0.0]]))
-    assert opposite == {"decoder_cosine": 1.0, "decoder_nearest_cosine": -1.0}
+    assert opposite == {
+        "decoder_cosine": 1.0, "decoder_orthogonality": -1.0, "decoder_squared_cosine": 1.0,
+        "decoder_nearest_cosine": -1.0,
+    }  # fmt: skip
+    aligned = decoder_cosine(torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+    assert aligned["decoder_orthogonality"] == aligned["decoder_squared_cosine"] == pytest.approx(1 / 6)
     with pytest.raises(ValueError, match="at least two"):
         decoder_cosine(torch.ones(1, 4))
+
+
+def test_random_directions_are_orthogonal_in_the_signed_mean_and_one_over_d_in_in_the_squared():
+    W_dec = torch.randn(800, 64, generator=torch.Generator().manual_seed(0))
+    scores = decoder_cosine(W_dec)
+    assert scores["decoder_squared_cosine"] == pytest.approx(1 / 64, rel=0.02)
+    assert abs(scores["decoder_orthogonality"]) < 3 / 64**0.5 / (800 * 799 / 2) ** 0.5

@@ -116,3 +116,19 @@ def test_refuses_what_does_not_fit():
         Moran(6, (4, 4)).update(codes_of(activations(1, 9)))
     with pytest.raises(ValueError, match="Expected codes of 5 latents"):
         Moran(5, (4, 4)).update(codes_of(activations(1, 16)))
+
+
+@pytest.mark.parametrize("contiguity", ["queen", "rook"])
+@pytest.mark.parametrize("transformation", ["B", "R"])
+@pytest.mark.parametrize("grid", [(14, 14), (5, 9)])
+def test_equals_esda_on_random_sparse_maps(grid, contiguity, transformation):
+    """esda's weights and statistic, binary and row-standardised."""
+    esda, libpysal = pytest.importorskip("esda"), pytest.importorskip("libpysal")
+    dense = activations(5, grid[0] * grid[1], d_sae=4, share=0.15)
+    latents, images, found = morans_i(codes_of(dense), grid_weights(grid, contiguity, transformation == "R"))
+    w = libpysal.weights.lat2W(*grid, rook=contiguity == "rook")
+    assert int((~found.isnan()).sum()) > 10
+    for latent, image, i in zip(latents.tolist(), images.tolist(), found.tolist(), strict=True):
+        if not np.isnan(i):
+            x = dense[image, :, latent].double().numpy()
+            assert i == pytest.approx(esda.Moran(x, w, transformation=transformation, permutations=0).I, rel=1e-9)
