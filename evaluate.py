@@ -1,5 +1,6 @@
-"""Score finished runs on the held-out test split: ``python evaluate.py [runs=PATTERN] [backbone@similarity=NAME]``."""
+"""Score finished runs on the held-out test split: ``python evaluate.py [metrics=visaebench] [runs=PATTERN]``."""
 
+import json
 from pathlib import Path
 
 import hydra
@@ -7,8 +8,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from sae_lightning.benchmark.evaluate import above_name, evaluate_run, finished_runs, stored_scores
-from sae_lightning.benchmark.similarity import similarity_of
+from sae_lightning.benchmark.run import evaluate
+from sae_lightning.benchmark.summary import SCORES
+from sae_lightning.benchmark.table import read_rows
+from sae_lightning.benchmark.visaebench import HEADLINES, headline
 from sae_lightning.saes.artefact import read_cfg
 
 COLUMNS = {
@@ -16,33 +19,54 @@ COLUMNS = {
     "decoder_cosine": "|cos| dec.", "decoder_nearest_cosine": "nearest dec.", "monoscore": "MonoScore",
     "purity": "purity", "weighted_purity": "weighted", "top_purity": "top-9",
 }  # fmt: skip
-LABELLED = {"purity", "weighted_purity"}  # lacking where images have no labels
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    table = Table(title=f"Scores on the {cfg.split} split")
-    for column in ("run", "backbone", "k of d_in", *COLUMNS.values()):
-        table.add_column(column, justify="left" if column in ("run", "backbone") else "right", no_wrap=True)
-    similarity = similarity_of(cfg)
-    needed = {*COLUMNS, *map(above_name, cfg.above)} - LABELLED
-    judges = {}
-    for run in finished_runs(cfg.runs, Path(cfg.paths.runs)):
-        made = read_cfg(run)
-        scores = None if cfg.again else stored_scores(run, cfg.split, needed, similarity)
-        if scores is None:
-            scores = evaluate_run(
-                run, cfg.split, cfg.batch_tokens, cfg.latents_shown, similarity, above=cfg.above,
-                band_ranks=cfg.bands.ranks, band_images=cfg.bands.images,
-            )  # fmt: skip
-        k = "–" if made["k"] is None else f"{made['k']:g}"
-        values = [f"{scores['metrics'][name]:.3f}" if name in scores["metrics"] else "–" for name in COLUMNS]
-        table.add_row(run.name, made["backbone"], f"{k} of {made['d_in']}", *values)
-        judges[scores["similarity"]["title"]] = scores["similarity"]["baseline"]
+    runs = evaluate(cfg)
     console = Console(width=max(200, Console().width))
-    console.print(table)
-    for title, baseline in judges.items():
+    console.print(core_table(runs, cfg.split))
+    if cfg.metrics.get("sparse_probing") is not None:
+        console.print(visaebench_table(runs, cfg.split))
+    judges = {(s["title"], s["baseline"]) for s in (read_scores(run)["similarity"] for run in runs)}
+    for title, baseline in sorted(judges):
         console.print(f"MonoScore by {title}; all pairs of images: {baseline:.3f}.", highlight=False)
+
+
+def core_table(runs: list[Path], split: str) -> Table:
+    """The core metrics of each run."""
+    table = _table(f"Scores on the {split} split", ["k of d_in", *COLUMNS.values()])
+    for run in runs:
+        made, metrics = read_cfg(run), read_scores(run)["metrics"]
+        k = "–" if made["k"] is None else f"{made['k']:g}"
+        values = [f"{metrics[name]:.3f}" if name in metrics else "–" for name in COLUMNS]
+        table.add_row(run.name, made["backbone"], f"{k} of {made['d_in']}", *values)
+    return table
+
+
+def visaebench_table(runs: list[Path], split: str) -> Table:
+    """M1–M7 of each run."""
+    table = _table(f"ViSAEBench on the {split} split", [h.title for h in HEADLINES])
+    for run in runs:
+        rows = [row for row in read_rows(run) if row["split"] == split]
+        table.add_row(run.name, read_cfg(run)["backbone"], *(_shown(headline(rows, h)) for h in HEADLINES))
+    return table
+
+
+def read_scores(run: Path) -> dict:
+    """scores.json of a run."""
+    return json.loads((run / SCORES).read_text())
+
+
+def _shown(value: float) -> str:
+    return "–" if value != value else f"{value:.3f}"
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title)
+    for column in ("run", "backbone", *columns):
+        table.add_column(column, justify="left" if column in ("run", "backbone") else "right", no_wrap=True)
+    return table
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import sae_lightning.backbones  # noqa: F401  registers a resolver that configs use
+from sae_lightning.benchmark.parts import parts_of
 from sae_lightning.data import SOURCES
 from sae_lightning.saes import VARIANTS
 from sae_lightning.saes.losses import TERMS
@@ -14,7 +15,8 @@ from sae_lightning.training.identity import run_name
 from sae_lightning.training.loggers import KINDS
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-GROUPS = sorted(p.relative_to(CONF) for p in CONF.glob("*/*.yaml"))
+GROUPS = sorted(p.relative_to(CONF) for p in CONF.glob("*/*.yaml") if p.parent.name != "metrics")
+METRICS = sorted(p.stem for p in CONF.glob("metrics/*.yaml"))
 ROOTS = sorted(p.stem for p in CONF.glob("*.yaml"))
 
 
@@ -45,6 +47,19 @@ def test_every_choice_composes_and_resolves(path):
 @pytest.mark.parametrize("root", ROOTS)
 def test_every_root_composes(root):
     assert OmegaConf.to_container(load(root=root), resolve=True)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_choice_of_metrics_names_parts_and_usable_data_sets(name):
+    run = load()
+    parts = parts_of(load(f"metrics={name}", root="evaluate").metrics)
+    assert parts[0].name == "core"
+    for part in parts:
+        if "data" in part.options:
+            run.data = part.options["data"]
+            assert OmegaConf.to_container(run.data, resolve=True)["source"] in SOURCES
+        if part.judge is not None:
+            assert not part.judge(run).own
 
 
 def test_data_decides_the_backbones_size_and_k():

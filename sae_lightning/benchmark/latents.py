@@ -21,12 +21,12 @@ LATENTS, TOP_IMAGES, BAND_IMAGES = "latents.safetensors", "top_images.safetensor
 
 
 def save_top_images(
-    run: Path, sae: SAE, store: FeatureStore, top: TopImages, counts: Tensor, purity: Tensor, label: Tensor,
-    chosen: dict[str, Tensor],
+    run: Path, sae: SAE, store: FeatureStore, images: Tensor, top: TopImages, counts: Tensor, purity: Tensor,
+    label: Tensor, chosen: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """The chosen latents with their top images [n, 9] and patch activations [n, 9, P] (fp16)."""
+    """The chosen latents with the first of their top ``images`` [d_sae, n] and the patch activations there (fp16)."""
     latents = torch.cat(list(chosen.values()))
-    images = top.images()[latents]
+    images = images[latents]
     tensors = {
         "latents": latents,
         "group": torch.cat([torch.full((len(v),), i) for i, v in enumerate(chosen.values())]),
@@ -79,11 +79,25 @@ def activation_maps(sae: SAE, store: FeatureStore, latents: Tensor, images: Tens
     return maps
 
 
+def put_tensors(path: Path, tensors: dict[str, Tensor], anew: bool = False) -> None:
+    """Write tensors into a safetensors file beside those that it holds, or with ``anew`` in place of them."""
+    held = {} if anew or not path.is_file() else read_tensors(path)[0]
+    write_tensors(path, held | tensors)
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, so that a reader sees the old one or the whole new one."""
     partial = path.with_name(path.name + ".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
     os.replace(partial, path)
+
+
+def tensor_names(path: Path) -> set[str]:
+    """The names of a safetensors file's tensors; none where there is no file."""
+    if not path.is_file():
+        return set()
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

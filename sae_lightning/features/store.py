@@ -159,6 +159,11 @@ class FeatureStore:
         return torch.from_numpy(self._column("label").copy())
 
     @cached_property
+    def captions(self) -> list[str]:
+        """The text of each image, in a store of text."""
+        return self._column("caption").tolist()
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hex digest of what made the store, and of which of its images these are."""
         if self._images is None:

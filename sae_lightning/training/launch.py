@@ -40,12 +40,16 @@ def job() -> tuple[DictConfig, Path]:
     return cfg, Path(folder)
 
 
-def launch_ranks(cfg: DictConfig, folder: Path, module: str = "sae_lightning.training.run") -> None:
-    """Run ``module`` on config and folder in ``n_ranks(cfg)`` processes; RuntimeError when one of them fails, all
-    others then stopped."""
+def launch_ranks(
+    cfg: DictConfig, folder: Path, module: str = "sae_lightning.training.run", count: int | None = None
+) -> None:
+    """Run ``module`` on config and folder in ``count`` processes, by default ``n_ranks(cfg)``.
+
+    RuntimeError when one of them fails, all others then stopped.
+    """
     config = folder / "resolved.yaml"
     OmegaConf.save(cfg, config, resolve=True)
-    count = n_ranks(cfg)
+    count = n_ranks(cfg) if count is None else count
     environment = dict(os.environ)
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH")) if p)

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from sklearn.metrics import r2_score
 
 from sae_lightning.benchmark.bands import ranked, spread_ranks
-from sae_lightning.benchmark.evaluate import FILES, SCORES, finished_runs, score, stored_scores
+from sae_lightning.benchmark.evaluate import FILES, finished_runs, score, stored_scores
 from sae_lightning.benchmark.latents import BAND_IMAGES, LATENTS, TOP_IMAGES, read_tensors
 from sae_lightning.benchmark.similarity import Judge, Similarity
+from sae_lightning.benchmark.summary import SCORES
 from sae_lightning.benchmark.top_images import TopImages, choose_latents, top_purity
 from sae_lightning.features.store import StoreError
 from sae_lightning.saes import Normalizer, SparseCodes, TopK

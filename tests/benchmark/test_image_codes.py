@@ -74,6 +74,7 @@ def test_reading_and_appending_may_alternate_and_nothing_is_left(tmp_path):
             codes.images(slice(0, 9, 2))
         with pytest.raises(ValueError, match="named twice"):
             codes.of_latents(torch.tensor([1, 1]))
+    codes.remove()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,259 @@
+"""What each part of the benchmark computes, from a run after its passes and the part's options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+
+from sae_lightning.benchmark import absorption as m7
+from sae_lightning.benchmark import cross_domain as m6
+from sae_lightning.benchmark import preservation as m3
+from sae_lightning.benchmark import probes
+from sae_lightning.benchmark import retrieval as finding
+from sae_lightning.benchmark import sparse_probing as m4
+from sae_lightning.benchmark.evaluated import Evaluated
+from sae_lightning.benchmark.latents import LATENTS, put_tensors, write_tensors
+from sae_lightning.benchmark.part import MAIN
+from sae_lightning.benchmark.scoring_pass import labelled
+from sae_lightning.benchmark.segmentation import Probing, segment_raw
+from sae_lightning.benchmark.segmentation import segmentation as segment
+from sae_lightning.benchmark.similarity import Judge
+from sae_lightning.benchmark.streaming import batches
+from sae_lightning.benchmark.table import Score
+from sae_lightning.metrics import ActivationHistogram, ChannelMoran, MonoScore
+from sae_lightning.metrics import monosemanticity as m5
+from sae_lightning.metrics.base import of_one_rank
+from sae_lightning.metrics.cknna import alignment, neighbours
+from sae_lightning.metrics.recovery import Recovery, budgets_of, recovery_cknna
+from sae_lightning.saes import SparseCodes
+from sae_lightning.saes.artefact import write_json
+
+Options = Mapping[str, Any]
+ABSORPTION, HISTOGRAMS = "absorption.json", "histograms.safetensors"
+QUANTILES = (0.25, 0.5, 0.75)
+
+
+def core(run: Evaluated, options: Options) -> list[Score]:
+    """FVU, R², cosine, L0, dead latents, MonoScore and purity; scores.json and what belongs to single latents."""
+    (run.folder / LATENTS).unlink(missing_ok=True)
+    scores = run.summary()
+    found = {**scores["metrics"], "l0_share": scores["metrics"]["l0"] / run.sae.d_sae}
+    found["n_images"], found["n_tokens"] = scores["n_images"], scores["n_tokens"]
+    found["similarity_baseline"] = scores["similarity"]["baseline"]
+    return of_dict(found)
+
+
+def moran(run: Evaluated, options: Options) -> list[Score]:
+    """M1."""
+    run.summary()
+    return of_dict(run.passes[MAIN].metrics["moran"].compute())
+
+
+def raw_moran(run: Evaluated, options: Options) -> list[Score]:
+    """Moran's I of the backbone's own channels, once for all of its SAEs."""
+
+    def make() -> list[Score]:
+        store, sae = run.store(MAIN), run.sae
+        metric = of_one_rank(ChannelMoran(store.d_in, store.grid, **options))
+        for _, read in batches(store, 0, len(store), max(1, 16384 // store.n_patches), "Moran's I of the features"):
+            metric.update(sae.normalizer.normalize(read))
+        return of_dict(metric.compute())
+
+    return run.shared("raw_moran", make)
+
+
+def histograms(run: Evaluated, options: Options) -> list[Score]:
+    """Histograms of activations, whole in the run's folder, and their quartiles."""
+    metric = run.passes[MAIN].metrics["histograms"]
+    assert isinstance(metric, ActivationHistogram)
+    found = metric.histograms()
+    tensors = {f"{name}.{field}": t for name, h in found.items() for field, t in h._asdict().items()}
+    write_tensors(run.folder / HISTOGRAMS, {name: tensor.cpu() for name, tensor in tensors.items()})
+    return [
+        Score(f"activation_{name}", h.quantile(q), f"quantile={q:g}") for name, h in found.items() for q in QUANTILES
+    ]
+
+
+def monosemanticity(run: Evaluated, options: Options) -> list[Score]:
+    """M5, with the score of each latent."""
+    done = run.passes[MAIN]
+    mono = done.metrics["mono"]
+    assert isinstance(mono, MonoScore)
+    embeddings = run.shared("embeddings", lambda: _embeddings(run))
+    floor = run.shared(
+        f"floor {options}", lambda: m5.baseline(embeddings, options["groups"], options["images"], options["seed"])
+    )
+    latents = m5.choose_live(done.top.peaks(), options["latents"], options["seed"])
+    images, strength = (x[latents, : options["images"]] for x in (done.top.images(), done.top.strengths()))
+    labels = done.store.labels if labelled(done.store) else None
+    found = m5.monosemanticity(images, strength, mono.minimum().cpu()[latents], embeddings, labels)
+    nothing = torch.full((run.sae.d_sae,), torch.nan, dtype=torch.float64)
+    put_tensors(run.folder / LATENTS, {
+        "monosemanticity": nothing.index_put((latents,), found.score),
+        "monosemanticity_within_mass": nothing.index_put((latents,), found.within_mass),
+    })  # fmt: skip
+    return of_dict(m5.summarize(found, floor))
+
+
+def _embeddings(run: Evaluated) -> torch.Tensor:
+    """Embeddings [n, d] float32 of all images by the encoder that judges this backbone."""
+    store, other = run.store(MAIN), run.judge("monosemanticity")
+    judge, nothing = Judge(store, other), torch.empty(0)
+    parts = (slice(i, min(len(store), i + 1024)) for i in range(0, len(store), 1024))
+    return torch.cat([judge.embeddings(part, store.features(part) if other is None else nothing) for part in parts])
+
+
+def of_labelled(compute: Callable[[Evaluated, Options], list[Score]]) -> Callable[[Evaluated, Options], list[Score]]:
+    """Nothing for images without labels."""
+
+    @wraps(compute)
+    def scores(run: Evaluated, options: Options) -> list[Score]:
+        return compute(run, options) if labelled(run.store(MAIN)) else []
+
+    return scores
+
+
+@of_labelled
+def preservation(run: Evaluated, options: Options) -> list[Score]:
+    """M3, LP-KL and LP-Acc; the raw probe is fitted once for all SAEs of a backbone."""
+    images, fit = run.images(MAIN), _fit(options)
+    probe = run.shared(
+        f"raw probe {options}",
+        lambda: m3.fit_raw(images.raw, images.labels, _split(run, options), **fit, device=run.device),
+    )
+    return m3.preservation(probe, images.reconstruction, images.labels, images.codes, **fit, device=run.device)
+
+
+@of_labelled
+def sparse_probing(run: Evaluated, options: Options) -> list[Score]:
+    """M4 at every budget."""
+    images = run.images(MAIN)
+    return m4.sparse_probing(
+        images.codes, images.labels, _split(run, options), options["budgets"], options["ranking"], **_fit(options),
+        device=run.device,
+    )  # fmt: skip
+
+
+@of_labelled
+def absorption(run: Evaluated, options: Options) -> list[Score]:
+    """M7 at every pair of thresholds; its tasks are kept as json."""
+    images = run.images(MAIN)
+    found = m7.absorption(
+        images.codes, images.labels, run.sibling_groups(), images.class_names, _split(run, options), options["alphas"],
+        options["betas"], options["min_group"], **_fit(options),
+    )  # fmt: skip
+    write_json(run.folder / ABSORPTION, [task._asdict() for task in found.tasks])
+    return found.scores
+
+
+def cross_domain(name: str, run: Evaluated, options: Options) -> list[Score]:
+    """M6 on the data set ``name``."""
+    train, test, fit = run.images(f"{name}/train"), run.images(f"{name}/test"), _fit(options)
+    raw = run.shared(
+        f"raw probe {name} {options}",
+        lambda: m6.own_accuracy(train.raw, train.labels, test.raw, test.labels, **fit, device=run.device),
+    )
+    fitted, held = (m6.Part(each.labels, each.reconstruction, each.codes) for each in (train, test))
+    return m6.cross_domain(name, raw, fitted, held, options["k"], **fit, device=run.device)
+
+
+@of_labelled
+def retrieval(run: Evaluated, options: Options) -> list[Score]:
+    """R@k of finding an image of the same class, by raw features, reconstruction and codes."""
+    images, at = run.images(MAIN), options["at"]
+
+    def found(features: Any) -> Mapping[int, float]:
+        return finding.image_recall(features, images.labels, ks=at, device=run.device)
+
+    raw = run.shared(f"retrieval {at}", lambda: found(images.raw))
+    return [
+        *(Score("retrieval_reconstruction", value, f"k={k}") for k, value in found(images.reconstruction).items()),
+        *finding.lifts("retrieval", raw, found(images.codes)),
+    ]
+
+
+def image_text(run: Evaluated, options: Options) -> list[Score]:
+    """R@k between images and their captions, of CLIP's or SigLIP's embeddings and of the codes of both."""
+    images, texts, at = run.images(MAIN), run.texts(), options["at"]
+    scores = [Score("image_text_pairs", 0 if texts is None else len(texts.labels))]
+    if texts is None:
+        return scores
+    for direction in ("image_to_text", "text_to_image"):
+        raw, codes = (
+            getattr(finding.text_recall(a, b, texts.labels, at, run.device), direction)
+            for a, b in ((images.raw, texts.raw), (images.codes, texts.codes))
+        )
+        scores += finding.lifts(direction, raw, codes)
+    return scores
+
+
+def cknna(run: Evaluated, options: Options) -> list[Score]:
+    """Whether images have the same neighbours by codes, and by reconstruction, as by features."""
+    images, k = run.images(MAIN), options["k"]
+    n = len(images.raw)
+    if n <= max(k, 3):
+        return []
+    chosen = np.sort(np.random.default_rng(options["seed"]).permutation(n)[: options["samples"]])
+    near = run.shared(f"neighbours {options}", lambda: neighbours(torch.from_numpy(images.raw[chosen]), k))
+    rebuilt, codes = torch.from_numpy(images.reconstruction[chosen]), sparse_codes(images.codes[chosen])
+    return [
+        Score("cknna", alignment(near, neighbours(codes, k))),
+        Score("cknna_reconstruction", alignment(near, neighbours(rebuilt, k))),
+        Score("cknna_samples", len(chosen)),
+    ]
+
+
+def recovery(run: Evaluated, options: Options) -> list[Score]:
+    """Reconstruction from each token's n strongest latents, of some images."""
+    store, sae, budgets = run.store(MAIN), run.sae, options["budgets"]
+    rng = np.random.default_rng(options["seed"])
+    chosen = np.sort(rng.permutation(len(store))[: options["images"]])
+    kept = np.sort(rng.permutation(len(chosen) * store.n_patches)[: options["samples"]])  # tokens for CKNNA
+    metric, tokens, seen = of_one_rank(Recovery(sae, budgets)), [], 0
+    for images in np.array_split(chosen, -(-len(chosen) * store.n_patches // 4096)):
+        features = store.features(images).reshape(-1, sae.d_in).float()
+        metric.update(sae.encode(features), features)
+        first, last = np.searchsorted(kept, (seen, seen + len(features)))
+        tokens.append(features[kept[first:last] - seen])
+        seen += len(features)
+    names = [f"n={budget}" for budget in budgets_of(budgets, sae.d_sae)[:-1]] + ["n=all"]
+    found = metric.compute().items()
+    scores = [Score(name, float(v), n) for name, values in found for n, v in zip(names, values, strict=True)]
+    some = torch.cat(tokens)
+    if len(some) > 10:
+        near = recovery_cknna(sae.encode(some), sae.normalizer.normalize(some), budgets)
+        scores += [Score("recovery_cknna", value, n) for n, value in zip(names, near, strict=True)]
+    return scores
+
+
+def segmentation(name: str, run: Evaluated, options: Options) -> list[Score]:
+    """mIoU of linear probes of patch tokens on the data set ``name``."""
+    sets, probing = run.masked(name), Probing(**{k: v for k, v in options.items() if k != "data"})
+    raw = run.shared(f"segmentation {name} {probing}", lambda: segment_raw(run.sae.normalizer, sets, probing))
+    return segment(run.sae, sets, probing, raw, name)
+
+
+def sparse_codes(codes: csr_matrix) -> SparseCodes:
+    """Rows of a scipy matrix as codes."""
+    latents, values, offsets = (torch.from_numpy(x) for x in (codes.indices, codes.data, codes.indptr))
+    return SparseCodes(latents.long(), values, offsets.long(), codes.shape[1])
+
+
+def of_dict(found: Mapping[str, Any]) -> list[Score]:
+    """Named figures as scores."""
+    return [Score(name, float(value)) for name, value in found.items()]
+
+
+def _fit(options: Options) -> dict[str, Any]:
+    return {"C": options["C"], "max_iter": options["max_iter"]}
+
+
+def _split(run: Evaluated, options: Options) -> probes.Split:
+    """The one split of the images that all probes share."""
+    share, seed = options["test_share"], options["seed"]
+    return run.shared(f"split {share} {seed}", lambda: probes.split(run.images(MAIN).labels, share, seed))

@@ -1,0 +1,117 @@
+"""All parts of the benchmark, in the order of their computation, as the config group ``metrics`` asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sae_lightning.benchmark import part_scores as scores
+from sae_lightning.benchmark.part import Part, on_patches, plain
+from sae_lightning.benchmark.scoring_pass import Gather
+from sae_lightning.benchmark.similarity import Similarity
+
+SECTIONS = (
+    "core", "moran", "raw_moran", "histograms", "monosemanticity", "preservation", "sparse_probing", "absorption",
+    "cknna", "retrieval", "image_text", "recovery", "cross_domain", "segmentation", "stability",
+)  # fmt: skip
+
+
+def parts_of(metrics: DictConfig) -> list[Part]:
+    """The parts that ``metrics`` names; ValueError for one that is unknown."""
+    unknown = [str(name) for name in metrics if name not in SECTIONS]
+    if unknown:
+        raise ValueError(f"Unknown metrics.{unknown[0]}; the parts are {', '.join(SECTIONS)}.")
+    parts: list[Part] = []
+    for name in SECTIONS:
+        node = metrics.get(name)
+        if node is not None and node is not False and name in MAKERS:
+            parts += MAKERS[name]({} if node is True else plain(node))
+    return parts
+
+
+def _core(options: dict[str, Any]) -> list[Part]:
+    return [Part("core", scores.core, options, wants=Gather())]
+
+
+def _moran(options: dict[str, Any]) -> list[Part]:
+    wants = Gather(moran=options)  # core, too: what is written of single latents is written at once
+    return [Part("moran", scores.moran, options, wants=wants, applies=on_patches, leaves=("moran",))]
+
+
+def _raw_moran(options: dict[str, Any]) -> list[Part]:
+    return [Part("raw_moran", scores.raw_moran, options, passes=(), applies=on_patches)]
+
+
+def _histograms(options: dict[str, Any]) -> list[Part]:
+    return [Part("histograms", scores.histograms, options, wants=Gather(core=False, histograms=options))]
+
+
+def _monosemanticity(options: dict[str, Any]) -> list[Part]:
+    judges, pairing = options.pop("judges"), options.pop("pairing")
+    other, features = options.pop("other"), options.pop("features")
+
+    def judge(config: DictConfig) -> Similarity:
+        name = pairing.get(config.backbone.name, other)
+        if name not in judges:
+            raise ValueError(
+                f"metrics.monosemanticity names {name} as the judge of {config.backbone.name}, but not that encoder; "
+                f"add +backbone@metrics.monosemanticity.judges.{name}={name}."
+            )
+        return Similarity(judges[name], features)
+
+    wants = Gather(top=options["images"])
+    leaves = ("monosemanticity",)
+    return [Part("monosemanticity", scores.monosemanticity, options, wants=wants, leaves=leaves, judge=judge)]
+
+
+def _of_images(name: str, options: dict[str, Any]) -> list[Part]:
+    """A part computed from the features of whole images."""
+    return [Part(name, getattr(scores, name), options)]
+
+
+def _image_text(options: dict[str, Any]) -> list[Part]:
+    return [Part("image_text", scores.image_text, options, applies=lambda config: config.features == "embedding")]
+
+
+def _recovery(options: dict[str, Any]) -> list[Part]:
+    return [Part("recovery", scores.recovery, options, passes=())]
+
+
+def _cross_domain(options: dict[str, Any]) -> list[Part]:
+    sets = options.pop("sets", {})
+    return [
+        Part(
+            f"cross_domain/{name}", partial(scores.cross_domain, name), options | {"data": data},
+            passes=(f"{name}/train", f"{name}/test"), applies=_of_size(data),
+        )
+        for name, data in sets.items()
+    ]  # fmt: skip
+
+
+def _segmentation(options: dict[str, Any]) -> list[Part]:
+    sets = options.pop("sets", {})
+    return [
+        Part(
+            f"segmentation/{name}", partial(scores.segmentation, name), options | {"data": data}, passes=(),
+            reads=(f"{name}/train", f"{name}/test"), applies=_of_size(data, patches=True),
+        )
+        for name, data in sets.items()
+    ]  # fmt: skip
+
+
+def _of_size(data: Mapping[str, Any], patches: bool = False) -> Callable[[DictConfig], bool]:
+    """Runs on backbones of the size that the data set is for, with ``patches`` those on patch tokens."""
+    return lambda config: config.backbone.size == data["backbones"] and (on_patches(config) or not patches)
+
+
+MAKERS: dict[str, Callable[[dict[str, Any]], list[Part]]] = {
+    "core": _core, "moran": _moran, "raw_moran": _raw_moran, "histograms": _histograms,
+    "monosemanticity": _monosemanticity, "image_text": _image_text, "recovery": _recovery,
+    "cross_domain": _cross_domain, "segmentation": _segmentation,
+    **{name: partial(_of_images, name) for name in (
+        "preservation", "sparse_probing", "absorption", "cknna", "retrieval"
+    )},
+}  # fmt: skip

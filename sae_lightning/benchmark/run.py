@@ -1,0 +1,53 @@
+"""From the config of ``evaluate.py`` to scored runs, in one process or several."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from sae_lightning.benchmark.evaluate import finished_runs
+from sae_lightning.benchmark.ranks import Ranks, ranks
+from sae_lightning.benchmark.similarity import similarity_of
+from sae_lightning.benchmark.suite import Settings, evaluate_runs
+from sae_lightning.training.launch import job, launch_ranks
+
+
+def settings_of(cfg: DictConfig, alone: Ranks) -> Settings:
+    """What the config says of how to score."""
+    return Settings(
+        cfg.metrics, cfg.split, similarity_of(cfg), cfg.batch_tokens, cfg.memory_gb, cfg.checkpoint_minutes, cfg.again,
+        alone.device(cfg.device), cfg.latents_shown,
+    )  # fmt: skip
+
+
+def evaluate(cfg: DictConfig) -> list[Path]:
+    """Score the finished runs that ``cfg.runs`` names, where something is missing; returns them.
+
+    With ``cfg.devices`` above 1 further processes do the work. FileNotFoundError when no run matches; StoreError,
+    DataError, BackboneError or ValueError with a sentence for what cannot be done.
+    """
+    runs = finished_runs(cfg.runs, Path(cfg.paths.runs))
+    if cfg.devices > 1:
+        with tempfile.TemporaryDirectory() as folder:
+            launch_ranks(cfg, Path(folder), "sae_lightning.benchmark.run", cfg.devices)
+        return runs
+    with ranks() as here:
+        evaluate_runs(runs, settings_of(cfg, here), here)
+    return runs
+
+
+def main() -> None:
+    """One of several processes: ``python -m sae_lightning.benchmark.run CONFIG FOLDER``, as torchrun starts it."""
+    cfg, _ = job()
+    cfg.devices = 1
+    try:
+        evaluate(cfg)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

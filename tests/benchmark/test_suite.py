@@ -1,0 +1,318 @@
+"""Scoring many runs: what is computed, what is left alone, and what interruptions and several processes change."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from sae_lightning.benchmark import part_scores, streaming, suite
+from sae_lightning.benchmark.evaluate import score
+from sae_lightning.benchmark.latents import LATENTS, read_tensors
+from sae_lightning.benchmark.ranks import Ranks
+from sae_lightning.benchmark.suite import PARTIAL, PartError, Settings, evaluate_runs
+from sae_lightning.benchmark.table import read_rows, value_of
+from sae_lightning.features.store import FeatureStore
+from sae_lightning.saes import SAE, BatchTopK, Normalizer, TopK
+from tests.conftest import write_store
+
+FIT = {"test_share": 0.2, "seed": 42, "C": 1.0, "max_iter": 200}
+METRICS = {
+    "core": {"above": [0.25, 0.5, 0.75], "bands": {"ranks": 6, "images": 4}},
+    "moran": {"contiguity": "queen", "row_standardized": True, "min_active": 2, "min_variance": 1e-8, "min_images": 5},
+    "raw_moran": {"contiguity": "queen", "row_standardized": True, "min_variance": 1e-8, "min_images": 5},
+    "preservation": FIT,
+    "sparse_probing": {"budgets": [1, 8, 32], "ranking": "joint", **FIT},
+    "absorption": {"alphas": [0.8], "betas": [0.5], "min_group": 3, **FIT},
+    "retrieval": {"at": [1]},
+    "cknna": {"k": 5, "samples": 60, "seed": 42},
+    "recovery": {"budgets": [1, 2], "images": 20, "samples": 100, "seed": 42},
+    "monosemanticity": {
+        "images": 8, "latents": 30, "groups": 20, "seed": 42, "features": None, "pairing": {}, "other": "itself",
+        "judges": {"itself": None},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def folders(tmp_path, stores):
+    """A given data set of the synthetic stores, and three SAEs on it."""
+    config = {
+        "data": {"source": "store", "held_out": 0.1, "seed": 0,
+                 **{split: str(store.folder) for split, store in stores.items()}},
+        "backbone": {"name": "none", "size": "tiny", "layer": 0, "tiny": {"layer": 0}}, "features": "patch",
+    }  # fmt: skip
+    store = stores["test"]
+    normalizer = Normalizer(store.d_in, store.mean, store.std)
+    saes = {
+        "topk-a": TopK(store.d_in, 40, 3, normalizer=normalizer, seed=1),
+        "topk-b": TopK(store.d_in, 24, 4, normalizer=normalizer, seed=2),
+        "batchtopk": BatchTopK(store.d_in, 40, 3, normalizer=normalizer, seed=3),
+    }
+    for name, sae in saes.items():
+        sae.save(tmp_path / name, name=name, backbone=store.backbone, features="patch", layer=0, k=3, config=config)
+    return [tmp_path / name for name in saes]
+
+
+def settings(**changes) -> Settings:
+    given = {"batch_tokens": 200} | changes
+    return Settings(OmegaConf.create(given.pop("metrics", METRICS)), **given)
+
+
+def table(run) -> dict:
+    """A run's rows, with text for values, in which one NaN equals another."""
+    return {(r["part"], r["metric"], r["setting"]): repr(r["value"]) for r in read_rows(run)}
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Which parts are computed, and how many images every read of a store takes."""
+    seen: dict[str, list] = {"parts": [], "read": []}
+    scores, features = suite.Part.scores, FeatureStore.features
+
+    def counted(self, run):
+        seen["parts"].append((run.folder.name, self.name))
+        return scores(self, run)
+
+    def read(self, index):
+        found = features(self, index)
+        seen["read"].append(len(found))
+        return found
+
+    monkeypatch.setattr(suite.Part, "scores", counted)
+    monkeypatch.setattr(FeatureStore, "features", read)
+    return seen
+
+
+def test_all_parts_land_in_one_table(folders, stores):
+    evaluate_runs(folders, settings())
+    for run in folders:
+        rows = read_rows(run)
+        assert {row["part"] for row in rows} == set(METRICS)
+        assert {row["run"] for row in rows} == {run.name}
+        assert {row["split"] for row in rows} == {"test"}
+        assert not (run / PARTIAL).exists()
+    a, b, _ = folders
+    assert value_of(read_rows(a), "channel_moran") == value_of(read_rows(b), "channel_moran")
+    assert value_of(read_rows(a), "accuracy_raw") == value_of(read_rows(b), "accuracy_raw")
+    assert value_of(read_rows(a), "fvu") != value_of(read_rows(b), "fvu")
+    alone = score(a, stores["test"])
+    for name, value in alone["metrics"].items():
+        assert value_of(read_rows(a), name) == pytest.approx(value, rel=1e-12), name
+
+
+def test_a_second_call_computes_only_what_is_missing(folders, computed):
+    evaluate_runs(folders[:2], settings())
+    assert len(computed["parts"]) == 2 * len(METRICS)
+    computed["parts"].clear(), computed["read"].clear()
+    before = {run: table(run) for run in folders}
+    evaluate_runs(folders[:2], settings())
+    assert computed == {"parts": [], "read": []}
+    changed = METRICS | {"retrieval": {"at": [1, 3]}}
+    evaluate_runs(folders[:2], settings(metrics=changed))
+    assert computed["parts"] == [("topk-a", "retrieval"), ("topk-b", "retrieval")]
+    after = table(folders[0])
+    assert {key: after[key] for key in before[folders[0]]} == before[folders[0]]
+    assert ("retrieval", "retrieval_codes", "k=3") in after
+
+
+def test_another_sae_in_the_folder_is_scored_anew(folders, computed, stores):
+    evaluate_runs(folders[:1], settings())
+    computed["parts"].clear()
+    store, cfg = stores["test"], json.loads((folders[0] / "cfg.json").read_text())
+    sae = TopK(store.d_in, 40, 3, normalizer=Normalizer(store.d_in, store.mean, store.std), seed=9)
+    sae.save(folders[0], **{k: cfg[k] for k in ("name", "backbone", "features", "layer", "k", "config")})
+    evaluate_runs(folders[:1], settings())
+    assert len(computed["parts"]) == len(METRICS)
+
+
+def test_saes_of_one_backbone_share_each_read(folders, computed):
+    only = {"core": METRICS["core"]}
+    evaluate_runs(folders[:1], settings(metrics=only))
+    one = sum(computed["read"])
+    assert one < 2 * 90  # the pass, and the top images of the report
+    computed["read"].clear()
+    streamed = []
+    batches = streaming.batches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "batches", lambda *a, **k: streamed.append(a[1:3]) or batches(*a, **k))
+        evaluate_runs(folders, settings(metrics=only, again=True))
+    assert streamed == [(0, 90)]
+
+
+def test_little_memory_only_means_more_reads(folders):
+    evaluate_runs(folders, settings())
+    together = [table(run) for run in folders]
+    evaluate_runs(folders, settings(again=True, memory_gb=1e-9))
+    assert [table(run) for run in folders] == together
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 4, 7])
+def test_a_killed_pass_goes_on_from_its_last_checkpoint(folders, computed, monkeypatch, after):
+    evaluate_runs(folders[:2], settings())
+    expected = [table(run) for run in folders[:2]]
+    for run in folders[:2]:
+        (run / "scores.parquet").unlink()
+    batches = streaming.batches
+
+    def broken(*arguments, **options):
+        for n, batch in enumerate(batches(*arguments, **options)):
+            if n == after:
+                raise Killed
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "batches", broken)
+        with pytest.raises(Killed):
+            evaluate_runs(folders[:2], settings(checkpoint_minutes=0))
+    assert (folders[0] / PARTIAL).exists()
+    assert read_rows(folders[0]) == []
+    streamed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "batches", lambda *a, **k: streamed.append(a[1]) or batches(*a, **k))
+        evaluate_runs(folders[:2], settings())
+    assert streamed[0] == 12 * after  # images of 16 patches in batches of 200 tokens
+    assert [table(run) for run in folders[:2]] == expected
+
+
+def test_what_was_written_after_the_last_checkpoint_does_not_count(folders, monkeypatch):
+    evaluate_runs(folders[:1], settings())
+    expected = table(folders[0])
+    (folders[0] / "scores.parquet").unlink()
+    saves = []
+
+    def save(passes):
+        if saves:
+            raise Killed
+        saves.append(True)
+        for each in passes:
+            each.save()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "save", save)
+        with pytest.raises(Killed):
+            evaluate_runs(folders[:1], settings(checkpoint_minutes=0))
+    evaluate_runs(folders[:1], settings())
+    assert table(folders[0]) == expected
+
+
+def test_a_call_killed_between_parts_keeps_the_finished_ones(folders, computed, monkeypatch):
+    def killed(run, options):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(part_scores, "retrieval", killed)
+        with pytest.raises(Killed):
+            evaluate_runs(folders[:1], settings())
+    done = [name for _, name in computed["parts"]]
+    computed["parts"].clear(), computed["read"].clear()
+    evaluate_runs(folders[:1], settings())
+    assert [name for _, name in computed["parts"]] == [n for n in done if n == "retrieval"] + ["recovery"]
+    assert sum(computed["read"]) <= 90 + 20  # embeddings and recovery's; the pass was not repeated
+
+
+def test_a_part_that_cannot_be_computed_leaves_the_others(folders, capsys):
+    broken = METRICS | {"sparse_probing": {"budgets": [64], "ranking": "joint", **FIT}}
+    with pytest.raises(
+        PartError, match=r"2 parts could not be computed.*sparse_probing of topk-a, sparse_probing of t"
+    ):
+        evaluate_runs(folders[:2], settings(metrics=broken))
+    assert "The smallest budget is 64 latents, but the SAE has 40" in capsys.readouterr().out
+    assert {row["part"] for row in read_rows(folders[0])} == set(METRICS) - {"sparse_probing"}
+    evaluate_runs(folders[:2], settings())
+    assert {row["part"] for row in read_rows(folders[0])} == set(METRICS)
+    assert not (folders[0] / PARTIAL).exists()
+
+
+def test_unknown_metrics_are_a_sentence():
+    with pytest.raises(ValueError, match=r"Unknown metrics\.morans; the parts are core, moran"):
+        evaluate_runs([], settings(metrics={"morans": {}})) or settings(metrics={"morans": {}}).parts
+
+
+def test_images_without_labels_have_no_probes(folders, tmp_path, stores):
+    bare = write_store(tmp_path / "bare", 60, seed=9, class_names=["unlabelled", "b", "c"])
+    manifest = json.loads((bare.folder / "manifest.json").read_text())
+    run = folders[0]
+    cfg = json.loads((run / "cfg.json").read_text())
+    manifest["class_names"] = ["unlabelled"]
+    (bare.folder / "manifest.json").write_text(json.dumps(manifest))
+    cfg["config"]["data"]["test"] = str(bare.folder)
+    (run / "cfg.json").write_text(json.dumps(cfg))
+    evaluate_runs([run], settings())
+    rows = read_rows(run)
+    assert value_of(rows, "preservation_left_out") == 1
+    assert value_of(rows, "monosemanticity_within") != value_of(rows, "monosemanticity_within")  # NaN
+    assert value_of(rows, "fvu") > 0
+
+
+def test_per_latent_scores_survive_later_parts(folders):
+    evaluate_runs(folders[:1], settings(metrics={"core": METRICS["core"]}))
+    evaluate_runs(folders[:1], settings())
+    tensors, _ = read_tensors(folders[0] / LATENTS)
+    assert {"monoscore", "purity", "moran", "monosemanticity"} <= set(tensors)
+    evaluate_runs(folders[:1], settings(split="val"))
+    evaluate_runs(folders[:1], settings())
+    again, _ = read_tensors(folders[0] / LATENTS)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=0, equal_nan=True)
+    assert {row["split"] for row in read_rows(folders[0])} == {"test", "val"}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_shares_of_ranks_cover_all_images(world):
+    spans = [Ranks(rank, world).span(10) for rank in range(world)]
+    assert [i for span in spans for i in span] == list(range(10))
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_scores(folders, tmp_path):
+    evaluate_runs(folders, settings())
+    expected = [table(run) for run in folders]
+    cfg = OmegaConf.create({
+        "metrics": METRICS, "runs": [run.name for run in folders], "paths": {"runs": str(tmp_path)}, "split": "test",
+        "similarity": None, "similarity_features": None, "similarity_store": None, "batch_tokens": 200, "memory_gb": 4,
+        "checkpoint_minutes": 5, "again": True, "device": "cpu", "devices": 2, "latents_shown": 12,
+    })  # fmt: skip
+    for run in folders:
+        (run / "result.json").write_text("{}")
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    code = (
+        "import sys; from omegaconf import OmegaConf; from sae_lightning.benchmark.run import evaluate; "
+        "evaluate(OmegaConf.load(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "config.yaml")], check=True, timeout=120)
+    for run, values in zip(folders, expected, strict=True):
+        assert table(run).keys() == values.keys()
+        for key, value in table(run).items():
+            assert float(value) == pytest.approx(float(values[key]), rel=1e-9, abs=1e-12, nan_ok=True), key
+        assert not (run / PARTIAL).exists()
+
+
+def test_runs_that_differ_by_seed_have_a_stability(config, tmp_path, stores):
+    evaluated = settings(metrics={"core": METRICS["core"], "stability": True})
+    runs, store = [], stores["test"]
+    for name, seed, k in (("a", 1, 8), ("b", 2, 8), ("alone", 1, 4)):
+        cfg = OmegaConf.to_container(config(f"seed={seed}", f"k={k}"), resolve=True)
+        cfg |= {"data": {"source": "store", "held_out": 0.1, "seed": 0,
+                         **{split: str(each.folder) for split, each in stores.items()}}}  # fmt: skip
+        cfg["backbone"] = {"name": "none", "size": "tiny", "layer": 0, "tiny": {"layer": 0}}
+        sae = TopK(store.d_in, 24, 3, normalizer=Normalizer(store.d_in, store.mean, store.std), seed=seed)
+        if name == "b":  # the same directions as a's, in another order
+            with torch.no_grad():
+                sae.W_dec.copy_(SAE.load(runs[0]).W_dec.flip(0))
+                sae.W_enc.copy_(SAE.load(runs[0]).W_enc.flip(0))
+        runs.append(tmp_path / name)
+        sae.save(runs[-1], name=name, backbone=store.backbone, features="patch", layer=0, k=k, config=cfg)
+    evaluate_runs(runs, evaluated)
+    for run in runs[:2]:
+        rows = read_rows(run)
+        assert value_of(rows, "stability") == pytest.approx(1, abs=1e-6)
+        assert value_of(rows, "stability_encoder") == pytest.approx(1, abs=1e-6)
+        assert value_of(rows, "stability_siblings") == 1
+    assert "stability" not in {row["part"] for row in read_rows(runs[2])}
