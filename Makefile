@@ -1,18 +1,20 @@
-# make demo | test | check. Each makes .venv on the first call; a second call starts at once.
+# make demo | benchmark | test | check. Each makes .venv on the first call; a second call starts at once.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 PEERS  := $(VENV)/.peers
 
-.PHONY: help install demo monoloss test check lint types format clean bench bench-features bench-monoscore
+.PHONY: help install demo benchmark monoloss test check lint types format clean bench bench-features bench-monoscore \
+	bench-evaluate
 
 help:
 	@echo "make demo      train SAEs on the bundled pictures, score them, write reports/report.html"
+	@echo "make benchmark two SAEs on each of five backbones, scored by all of ViSAEBench: reports/benchmark.html"
 	@echo "make monoloss  the same SAEs without and with MonoLoss, compared in reports/monoloss.html"
 	@echo "make test      run all tests"
 	@echo "make bench     time training steps against other packages; bench-features: reading and extraction;"
-	@echo "               bench-monoscore: scoring, and steps with MonoLoss"
+	@echo "               bench-monoscore: scoring, and steps with MonoLoss; bench-evaluate: the benchmark's pass"
 	@echo "make check     lint, types and tests"
 	@echo "make format    sort imports and format"
 	@echo "make clean     remove stores, runs and reports (not .venv)"
@@ -47,6 +49,11 @@ demo: $(READY)
 	$(PY) evaluate.py
 	$(PY) report.py
 
+benchmark: $(READY)
+	$(PY) train.py -m +experiment=benchmark
+	$(PY) evaluate.py metrics=visaebench paths.runs=runs/benchmark
+	$(PY) report.py paths.runs=runs/benchmark out=reports/benchmark.html detailed=10
+
 monoloss: $(READY)
 	$(PY) train.py -m +experiment=monoloss/demo paths.runs=runs/monoloss
 	$(PY) evaluate.py paths.runs=runs/monoloss
@@ -64,6 +71,9 @@ bench-features: $(PEERS)
 
 bench-monoscore: $(READY)
 	$(PY) -m experiments.bench.monoscore --memory --json reports/bench/monoscore.json --plot reports/bench/monoscore.png
+
+bench-evaluate: $(READY)
+	$(PY) -m experiments.bench.evaluate --json reports/bench/evaluate.json
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -26,7 +26,7 @@ from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.saes import SAE, Normalizer
 
 if TYPE_CHECKING:
-    from sae_lightning.benchmark.suite import Job
+    from sae_lightning.benchmark.job import Job
 
 T = TypeVar("T")
 

@@ -73,7 +73,7 @@ def activation_maps(sae: SAE, store: FeatureStore, latents: Tensor, images: Tens
         here = column[codes.latents] >= 0
         part = torch.zeros(len(some) * store.n_patches, len(columns))
         part[codes.rows()[here], column[codes.latents[here]]] = codes.values[here].float()
-        part = part.view(len(some), store.n_patches, -1)
+        part = part.view(len(some), store.n_patches, len(columns))
         n, m = torch.isin(images, some).nonzero(as_tuple=True)
         maps[n, m] = part[torch.searchsorted(some, images[n, m]), :, column_of[n]]
     return maps

@@ -73,7 +73,7 @@ def histograms(run: Evaluated, options: Options) -> list[Score]:
     assert isinstance(metric, ActivationHistogram)
     found = metric.histograms()
     tensors = {f"{name}.{field}": t for name, h in found.items() for field, t in h._asdict().items()}
-    write_tensors(run.folder / HISTOGRAMS, {name: tensor.cpu() for name, tensor in tensors.items()})
+    write_tensors(run.folder / HISTOGRAMS, {name: tensor.cpu().clone() for name, tensor in tensors.items()})
     return [
         Score(f"activation_{name}", h.quantile(q), f"quantile={q:g}") for name, h in found.items() for q in QUANTILES
     ]

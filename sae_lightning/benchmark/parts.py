@@ -51,9 +51,11 @@ def _histograms(options: dict[str, Any]) -> list[Part]:
 
 def _monosemanticity(options: dict[str, Any]) -> list[Part]:
     judges, pairing = options.pop("judges"), options.pop("pairing")
-    other, features = options.pop("other"), options.pop("features")
+    other, features, store = options.pop("other"), options.pop("features"), options.pop("store")
 
     def judge(config: DictConfig) -> Similarity:
+        if store is not None:
+            return Similarity(store=store)
         name = pairing.get(config.backbone.name, other)
         if name not in judges:
             raise ValueError(

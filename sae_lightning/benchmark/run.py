@@ -9,9 +9,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sae_lightning.benchmark.evaluate import finished_runs
+from sae_lightning.benchmark.job import Settings
 from sae_lightning.benchmark.ranks import Ranks, ranks
 from sae_lightning.benchmark.similarity import similarity_of
-from sae_lightning.benchmark.suite import Settings, evaluate_runs
+from sae_lightning.benchmark.suite import evaluate_runs
 from sae_lightning.training.launch import job, launch_ranks
 
 

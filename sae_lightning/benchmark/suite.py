@@ -8,149 +8,30 @@ computed and written. A killed call loses at most the minutes since the last che
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
 from sae_lightning.benchmark.across_seeds import score_stability
-from sae_lightning.benchmark.evaluate import stored_scores
 from sae_lightning.benchmark.evaluated import Evaluated
-from sae_lightning.benchmark.latents import LATENTS, tensor_names
+from sae_lightning.benchmark.job import PARTIAL, Job, Settings
 from sae_lightning.benchmark.part import MAIN, Part
-from sae_lightning.benchmark.parts import parts_of
 from sae_lightning.benchmark.ranks import Ranks
-from sae_lightning.benchmark.scoring_pass import Gather, ScoringPass, check_store
-from sae_lightning.benchmark.similarity import Judge, Similarity
+from sae_lightning.benchmark.scoring_pass import Gather, ScoringPass
 from sae_lightning.benchmark.streaming import stream
-from sae_lightning.benchmark.table import put_scores, scores_of
-from sae_lightning.features.ensure import ensure_store
-from sae_lightning.features.store import FeatureStore, file_sha256
-from sae_lightning.saes.artefact import read_cfg
+from sae_lightning.benchmark.table import put_scores
 
-PARTIAL = "evaluation.partial"
 ALONE = Ranks()
-OWN = Similarity()
-VERSION = 1  # of all parts; a change of one's figures raises it
 
 
 class PartError(ValueError):
     """Parts of the benchmark that could not be computed."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a call scores: ``metrics`` is the config group of that name; the rest is that of conf/evaluate.yaml."""
-
-    metrics: DictConfig
-    split: str = "test"
-    similarity: Similarity = OWN
-    batch_tokens: int = 4096
-    memory_gb: float = 4
-    checkpoint_minutes: float = 5
-    again: bool = False
-    device: str = "cpu"
-    latents_shown: int = 12
-
-    @cached_property
-    def parts(self) -> list[Part]:
-        """All parts that are asked for."""
-        return parts_of(self.metrics)
-
-
-class Job:
-    """A run that is to be scored, with its stores by name of the pass that reads them."""
-
-    def __init__(self, run: Path, settings: Settings) -> None:
-        self.run, self.settings = run, settings
-        self.config = OmegaConf.create(read_cfg(run)["config"])
-        self.sae_digest = file_sha256(run / "sae.safetensors")
-        self.parts = [part for part in settings.parts if part.applies(self.config)]
-        self._stores: dict[str, FeatureStore] = {}
-
-    def store(self, name: str) -> FeatureStore:
-        """The store that the pass ``name`` reads; extracted if it is missing."""
-        if name not in self._stores:
-            if name == MAIN:
-                found = ensure_store(self.config, self.settings.split)
-            else:
-                found = self.set_store(*name.rsplit("/", 1))
-            check_store(self.run, found)
-            self._stores[name] = found
-        return self._stores[name]
-
-    def set_config(self, name: str) -> DictConfig:
-        """The run's config with the data set ``name`` of the metrics' in place of its own."""
-        for group in ("cross_domain", "segmentation"):
-            sets = (self.settings.metrics.get(group) or {}).get("sets") or {}
-            if name in sets:
-                config = self.config.copy()
-                # not resolved yet: its interpolations name the root's ``data``
-                config.data = OmegaConf.to_container(sets[name], resolve=False)
-                return config
-        raise KeyError(name)
-
-    def set_store(self, name: str, split: str) -> FeatureStore:
-        """The store of ``split`` of a data set of the metrics'."""
-        return ensure_store(self.set_config(name), split)
-
-    def key(self, part: Part) -> str:
-        """What the scores of ``part`` depend on, as a digest."""
-        config: dict[str, Any] = OmegaConf.to_container(self.config)  # type: ignore[assignment]
-        stores = [self.store(name).fingerprint for name in (MAIN, *part.passes, *part.reads)]
-        what = [VERSION, part.name, part.options, self.sae_digest, stores]
-        if part.name == "core":
-            what.append(self.settings.similarity.key(config))
-        if part.judge is not None:
-            what.append(part.judge(self.config).key(config))
-        return _digest(what)
-
-    def missing(self) -> list[Part]:
-        """The parts that have no scores for this SAE, these stores and these settings."""
-        if self.settings.again:
-            return list(self.parts)
-        split, held = self.settings.split, tensor_names(self.run / LATENTS)
-        rewritten = any(p.name == "core" for p in self.parts) and stored_scores(self.run, split, []) is None
-        left = []
-        for part in self.parts:  # core comes first
-            found = scores_of(self.run, part.name, split, self.key(part)) is not None
-            if part.name == "core":
-                rewritten = rewritten or not found
-            if not found or not held.issuperset(part.leaves) or (rewritten and (part.leaves or part.name == "core")):
-                left.append(part)
-        for part in left:
-            self.judge_of(part)  # extracted now, if it must be
-        return left
-
-    def judge_of(self, part: Part) -> FeatureStore | None:
-        """The store of the encoder that says how alike images are for ``part``; None when the scored features do."""
-        if part.judge is None:
-            return None
-        config: dict[str, Any] = OmegaConf.to_container(self.config)  # type: ignore[assignment]
-        return part.judge(self.config).open(config, self.settings.split)
-
-    def judge(self) -> Judge:
-        """What says how alike two images are for the MonoScore."""
-        plain: dict[str, Any] = OmegaConf.to_container(self.config)  # type: ignore[assignment]
-        similarity = self.settings.similarity
-        return Judge(self.store(MAIN), similarity.open(plain, self.settings.split), similarity.key(plain))
-
-    def open_pass(self, name: str, gather: Gather, span: range | None = None, part: str = "whole") -> ScoringPass:
-        """The pass ``name`` of this run over the images ``span``, where an earlier process left it."""
-        store = self.store(name)
-        judge = self.judge() if name == MAIN else Judge(store)
-        digest = _digest([VERSION, repr(gather), self.sae_digest, store.fingerprint, judge.key])
-        folder = self.run / PARTIAL / f"{name.replace('/', '-')}-{self.settings.split}-{digest[:8]}" / part
-        return ScoringPass(self.run, store, judge, folder, gather, span, self.settings.device)
 
 
 @dataclass
@@ -308,7 +189,3 @@ def scoring_lock(run: Path) -> Iterator[None]:
 
 def _rank_name(rank: int, world: int) -> str:
     return f"rank-{rank}-of-{world}"
-
-
-def _digest(what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()

@@ -82,6 +82,13 @@ def ensure_store(cfg: DictConfig, split: str, kind: str | None = None) -> Featur
     return _checked(store, fingerprint(cfg, images, tap))
 
 
+def store_fingerprint(cfg: DictConfig, split: str) -> str:
+    """The fingerprint of what ``ensure_store`` gives, without extracting it."""
+    if cfg.data.source == "store":
+        return given_store(cfg, split, tap_of(cfg)).fingerprint
+    return fingerprint(cfg, load_images(plain(cfg.data), split), tap_of(cfg))
+
+
 def extract_stores(cfg: DictConfig, images: Images, taps: Sequence[Tap]) -> dict[Tap, Path]:
     """Make or complete the stores of all ``taps`` in one pass, with other processes that do the same; their folders.
 

@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 
 from sae_lightning.benchmark import part_scores, streaming, suite
 from sae_lightning.benchmark.evaluate import score
+from sae_lightning.benchmark.job import PARTIAL, Settings
 from sae_lightning.benchmark.latents import LATENTS, read_tensors
 from sae_lightning.benchmark.ranks import Ranks
-from sae_lightning.benchmark.suite import PARTIAL, PartError, Settings, evaluate_runs
+from sae_lightning.benchmark.suite import PartError, evaluate_runs
 from sae_lightning.benchmark.table import read_rows, value_of
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.saes import SAE, BatchTopK, Normalizer, TopK
@@ -27,11 +28,12 @@ METRICS = {
     "sparse_probing": {"budgets": [1, 8, 32], "ranking": "joint", **FIT},
     "absorption": {"alphas": [0.8], "betas": [0.5], "min_group": 3, **FIT},
     "retrieval": {"at": [1]},
+    "histograms": {"low": -4, "high": 4, "per_decade": 5},
     "cknna": {"k": 5, "samples": 60, "seed": 42},
     "recovery": {"budgets": [1, 2], "images": 20, "samples": 100, "seed": 42},
     "monosemanticity": {
-        "images": 8, "latents": 30, "groups": 20, "seed": 42, "features": None, "pairing": {}, "other": "itself",
-        "judges": {"itself": None},
+        "images": 8, "latents": 30, "groups": 20, "seed": 42, "features": None, "store": None, "pairing": {},
+        "other": "itself", "judges": {"itself": None},
     },
 }  # fmt: skip
 
