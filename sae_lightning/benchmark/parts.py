@@ -62,7 +62,8 @@ def _monosemanticity(options: dict[str, Any]) -> list[Part]:
                 f"metrics.monosemanticity names {name} as the judge of {config.backbone.name}, but not that encoder; "
                 f"add +backbone@metrics.monosemanticity.judges.{name}={name}."
             )
-        return Similarity(judges[name], features)
+        chosen = judges[name]
+        return Similarity(chosen and {**chosen, "size": config.backbone.size}, features)
 
     wants = Gather(top=options["images"])
     leaves = ("monosemanticity",)

@@ -3,18 +3,20 @@
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sae_lightning.benchmark import part_scores, streaming, suite
+from sae_lightning.benchmark import job, part_scores, streaming, suite
 from sae_lightning.benchmark.evaluate import score
 from sae_lightning.benchmark.job import PARTIAL, Settings
 from sae_lightning.benchmark.latents import LATENTS, read_tensors
 from sae_lightning.benchmark.ranks import Ranks
-from sae_lightning.benchmark.suite import PartError, evaluate_runs
+from sae_lightning.benchmark.suite import PartError, evaluate_runs, scoring_lock
 from sae_lightning.benchmark.table import read_rows, value_of
+from sae_lightning.data import DataError
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.saes import SAE, BatchTopK, Normalizer, TopK
 from tests.conftest import write_store
@@ -318,3 +320,37 @@ def test_runs_that_differ_by_seed_have_a_stability(config, tmp_path, stores):
         assert value_of(rows, "stability_encoder") == pytest.approx(1, abs=1e-6)
         assert value_of(rows, "stability_siblings") == 1
     assert "stability" not in {row["part"] for row in read_rows(runs[2])}
+
+
+def test_a_data_set_that_is_not_there_is_named_before_anything_is_computed(folders, computed, tmp_path):
+    shares = {"train": 0.8, "val": 0.1, "test": 0.1}
+    nowhere = {"source": "folder", "name": "nowhere", "path": str(tmp_path / "none"), "backbones": "tiny"}
+    nowhere |= {"shares": shares, "limit": None, "shuffle": True, "seed": 42}
+    metrics = METRICS | {"cross_domain": {"k": 8, "C": 1.0, "max_iter": 100, "sets": {"birds": nowhere}}}
+    with pytest.raises(
+        DataError, match=r"birds of metrics.cross_domain: .*or leave it out with '~metrics.cross_domain.se"
+    ):
+        evaluate_runs(folders[:1], settings(metrics=metrics))
+    assert computed["parts"] == []
+
+
+def test_nothing_is_extracted_to_see_that_nothing_is_missing(folders, monkeypatch):
+    evaluate_runs(folders[:1], settings())
+    monkeypatch.setattr(job, "ensure_store", lambda *a: pytest.fail("a store was opened"))
+    evaluate_runs(folders[:1], settings())
+
+
+def test_two_calls_do_not_score_the_same_run_at_once(folders, capsys):
+    started, results = threading.Event(), []
+    with scoring_lock(folders[0]):
+        thread = threading.Thread(
+            target=lambda: (started.set(), evaluate_runs(folders[:1], settings()), results.append(True))
+        )
+        thread.start()
+        started.wait()
+        thread.join(1.0)
+        assert thread.is_alive()
+        assert results == []
+    thread.join(60)
+    assert results == [True]
+    assert "Another job is scoring topk-a; waiting for it." in capsys.readouterr().out

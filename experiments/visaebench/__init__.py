@@ -1,0 +1,1 @@
+"""ViSAEBench: what its open choices change."""
