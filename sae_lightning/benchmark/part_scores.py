@@ -43,6 +43,7 @@ def core(run: Evaluated, options: Options) -> list[Score]:
     (run.folder / LATENTS).unlink(missing_ok=True)
     scores = run.summary()
     found = {**scores["metrics"], "l0_share": scores["metrics"]["l0"] / run.sae.d_sae}
+    found["dead"] = run.sae.d_sae - scores["metrics"]["alive"]
     found["n_images"], found["n_tokens"] = scores["n_images"], scores["n_tokens"]
     found["similarity_baseline"] = scores["similarity"]["baseline"]
     return of_dict(found)
@@ -126,7 +127,8 @@ def preservation(run: Evaluated, options: Options) -> list[Score]:
         f"raw probe {options}",
         lambda: m3.fit_raw(images.raw, images.labels, _split(run, options), **fit, device=run.device),
     )
-    return m3.preservation(probe, images.reconstruction, images.labels, images.codes, **fit, device=run.device)
+    codes = images.codes if options["codes"] else None
+    return m3.preservation(probe, images.reconstruction, images.labels, codes, **fit, device=run.device)
 
 
 @of_labelled
@@ -178,17 +180,18 @@ def retrieval(run: Evaluated, options: Options) -> list[Score]:
 
 
 def image_text(run: Evaluated, options: Options) -> list[Score]:
-    """R@k between images and their captions, of CLIP's or SigLIP's embeddings and of the codes of both."""
+    """R@k between images and their captions: of embeddings, their reconstructions and the codes of both."""
     images, texts, at = run.images(MAIN), run.texts(), options["at"]
     scores = [Score("image_text_pairs", 0 if texts is None else len(texts.labels))]
     if texts is None:
         return scores
-    for direction in ("image_to_text", "text_to_image"):
-        raw, codes = (
-            getattr(finding.text_recall(a, b, texts.labels, at, run.device), direction)
-            for a, b in ((images.raw, texts.raw), (images.codes, texts.codes))
-        )
-        scores += finding.lifts(direction, raw, codes)
+    raw, rebuilt, codes = (
+        finding.text_recall(getattr(images, kind), getattr(texts, kind), texts.labels, at, run.device)._asdict()
+        for kind in ("raw", "reconstruction", "codes")
+    )
+    for direction in raw:
+        scores += [Score(f"{direction}_reconstruction", value, f"k={k}") for k, value in rebuilt[direction].items()]
+        scores += finding.lifts(direction, raw[direction], codes[direction])
     return scores
 
 

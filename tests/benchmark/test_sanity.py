@@ -15,7 +15,7 @@ IMAGES, GRID, D_IN = 120, (8, 8), 16
 MORAN = {"contiguity": "queen", "row_standardized": True, "min_active": 5, "min_variance": 1e-8, "min_images": 20}
 METRICS = {
     "core": {"above": [0.5], "bands": {"ranks": 4, "images": 4}}, "moran": MORAN,
-    "raw_moran": {k: v for k, v in MORAN.items() if k != "min_active"}, "preservation": FIT,
+    "raw_moran": {k: v for k, v in MORAN.items() if k != "min_active"}, "preservation": {"codes": True, **FIT},
     "cknna": {"k": 5, "samples": 100, "seed": 0},
 }  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_an_sae_that_says_nothing_preserves_nothing(tmp_path):
     sae = lossless()
     with torch.no_grad():
         sae.b_enc.fill_(-100.0)
-    only = {"core": METRICS["core"], "preservation": FIT}
+    only = {"core": METRICS["core"], "preservation": {"codes": True, **FIT}}
     rows = scored(tmp_path, smooth_features(2), sae, only)
     assert value_of(rows, "fvu") > 0.9
     assert value_of(rows, "accuracy_reconstruction") == pytest.approx(1 / 3, abs=0.1)

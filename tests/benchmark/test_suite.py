@@ -26,7 +26,7 @@ METRICS = {
     "core": {"above": [0.25, 0.5, 0.75], "bands": {"ranks": 6, "images": 4}},
     "moran": {"contiguity": "queen", "row_standardized": True, "min_active": 2, "min_variance": 1e-8, "min_images": 5},
     "raw_moran": {"contiguity": "queen", "row_standardized": True, "min_variance": 1e-8, "min_images": 5},
-    "preservation": FIT,
+    "preservation": {"codes": True, **FIT},
     "sparse_probing": {"budgets": [1, 8, 32], "ranking": "joint", **FIT},
     "absorption": {"alphas": [0.8], "betas": [0.5], "min_group": 3, **FIT},
     "retrieval": {"at": [1]},
