@@ -8,15 +8,33 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from sae_lightning.benchmark.latents import BAND_IMAGES, LATENTS, TOP_IMAGES
 from sae_lightning.benchmark.scoring_pass import Gather, ScoringPass
 from sae_lightning.benchmark.similarity import Judge, Similarity
 from sae_lightning.benchmark.streaming import stream
 from sae_lightning.benchmark.summary import SCHEMA, SCORES, write_summary
+from sae_lightning.features.ensure import ensure_store
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.saes.artefact import read_cfg
 
 FILES = (SCORES, LATENTS, TOP_IMAGES, BAND_IMAGES)  # what scoring leaves in the run's folder
+
+
+def evaluate_run(
+    run: Path, split: str = "test", batch_tokens: int = 4096, latents_shown: int = 12,
+    similarity: Similarity | None = None, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """``score`` the SAE in ``run`` on ``split`` of its own data; extracts the store if it is missing.
+
+    ``similarity`` judges how alike images are (by default the SAE's own features).
+    """
+    config = read_cfg(run)["config"]
+    similarity = similarity or Similarity()
+    store = ensure_store(OmegaConf.create(config), split)
+    judge = Judge(store, similarity.open(config, split), similarity.key(config))
+    return score(run, store, batch_tokens, latents_shown, judge, **options)
 
 
 def score(

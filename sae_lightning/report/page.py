@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
 from sae_lightning import __version__
 from sae_lightning.benchmark.evaluate import FILES, SCORES
-from sae_lightning.benchmark.latents import TOP_IMAGES, read_tensors
+from sae_lightning.benchmark.latents import LATENTS, TOP_IMAGES, read_tensors
 from sae_lightning.data import ImageData, load_images
 from sae_lightning.features.ensure import fingerprint, tap_of
 from sae_lightning.features.store import StoreError
+from sae_lightning.report import visaebench
 from sae_lightning.report.bands import band_grid
 from sae_lightning.report.figures import COLOURS, tradeoff, training_curves
 from sae_lightning.report.pairs import (
@@ -32,14 +32,20 @@ from sae_lightning.report.pairs import (
     shown,
 )
 from sae_lightning.report.profiles import group_profile, profiles
-from sae_lightning.report.strips import overlay, strip, thumbnail
+from sae_lightning.report.strips import heat, overlay, strip, thumbnail
+from sae_lightning.report.visaebench_tables import NOTHING, Scored, by_backbone, number, scored_runs
 from sae_lightning.saes.artefact import read_cfg
 
 GROUPS = {
     "most used": "The latents that fire on the most patches.",
     "random": "Drawn at random from all latents that fire.",
     "purest": "Selected: the highest top-9 class purity among latents active on at least 10 images.",
+    "high Moran": "Drawn from the top 5 % of Moran's I among the latents that have one: connected regions.",
+    "mean Moran": "The latents whose Moran's I is nearest to the mean.",
+    "low Moran": "Drawn from the lowest 5 % of Moran's I: scattered patches.",
 }
+MORAN = " Moran"  # how the names of those groups end
+AUDITED = 8  # backbones whose latents of high, mean and low Moran's I are set side by side
 
 
 def load_run(folder: Path) -> dict[str, Any]:
@@ -62,32 +68,47 @@ def load_run(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def latent_groups(run: dict[str, Any], images: ImageData) -> list[dict[str, Any]]:
-    """The cards of a run's chosen latents, grouped; strips are drawn from the images' own pixels."""
+def latent_groups(
+    run: Mapping[str, Any], images: ImageData, ends: str = "", n_cards: int | None = None, n_images: int | None = None
+) -> list[dict[str, Any]]:
+    """The cards of a run's chosen latents, grouped; strips are drawn from the images' own pixels.
+
+    Only groups whose name ``ends`` so, with the first ``n_cards`` latents and ``n_images`` images of each.
+    """
     t, metadata = read_tensors(run["folder"] / TOP_IMAGES)
+    moran = read_tensors(run["folder"] / LATENTS)[0].get("moran")
     names, ids = metadata["groups"].split("|"), json.loads(metadata["image_ids"])
     height, width = map(int, metadata["grid"].split("x"))
     place = dict(zip(ids, images.index_of(list(ids.values())).tolist(), strict=True))  # rows of the store
     groups = []
     for g, name in enumerate(names):
-        cards = []
-        for i in (t["group"] == g).nonzero().squeeze(1).tolist():
-            chosen = [place[str(int(x))] for x in t["images"][i] if x >= 0]
+        cards: list[dict[str, Any]] = []
+        members = (t["group"] == g).nonzero().squeeze(1).tolist()
+        if not name.endswith(ends) or not members:
+            continue
+        for i in members[:n_cards]:
+            chosen = [place[str(int(x))] for x in t["images"][i] if x >= 0][:n_images]
             if not chosen:
                 continue
             pictures = [thumbnail(images[x]) for x in chosen]
             maps = t["maps"][i].float().numpy().reshape(-1, height, width)
-            lit = [overlay(p, np.asarray(m), float(t["peak"][i])) for p, m in zip(pictures, maps, strict=False)]
+            peak = float(t["peak"][i])
+            lit = [heat(p, m) if name.endswith(MORAN) else overlay(p, m, peak)
+                   for p, m in zip(pictures, maps, strict=False)]  # fmt: skip
             label, count = int(t["label"][i]), len(chosen)
             cards.append({
                 "latent": int(t["latents"][i]), "plain": strip(pictures), "lit": strip(lit),
-                "share": float(t["firing_share"][i]), "peak": float(t["peak"][i]),
+                "share": float(t["firing_share"][i]), "peak": peak,
                 "fired": int(t["images_fired"][i]), "shown": count,
                 "makeup": f"{round(float(t['purity'][i]) * count)}/{count} {images.class_names[label]}",
                 "purity": float(t["purity"][i]),
+                "moran": NOTHING if moran is None else number(float(moran[int(t["latents"][i])])),
                 "alt": ", ".join(images.class_names[images.labels[x]] for x in chosen),
             })  # fmt: skip
-        groups.append({"name": name, "about": GROUPS.get(name, ""), "cards": cards})
+        groups.append({
+            "name": name, "title": name[0].upper() + name[1:], "about": GROUPS.get(name, ""), "cards": cards,
+            "heat": name.endswith(MORAN),
+        })  # fmt: skip
     return groups
 
 
@@ -130,6 +151,20 @@ def _grid(pair: tuple[Mapping[str, Any], Mapping[str, Any]]) -> list[dict[str, A
     return [] if without is None or with_loss is None else band_grid(pair, (without, with_loss))
 
 
+def audit(saes: Sequence[Scored]) -> list[dict[str, Any]]:
+    """A latent each of high, mean and low Moran's I of one SAE a backbone, the first that has them [App. H, Fig. 5]."""
+    rows = []
+    for title, members in list(by_backbone(saes).items())[:AUDITED]:
+        for sae in members:
+            found = pictures(sae.run)
+            cells = [] if found is None else latent_groups(sae.run, found, MORAN, n_cards=1, n_images=6)
+            cells = [cell for cell in cells if cell["cards"]]
+            if cells:
+                rows.append({"title": title, "label": sae.label, "cells": cells})
+                break
+    return rows
+
+
 def load_runs(folders: list[Path]) -> list[dict[str, Any]]:
     """All runs of the page, with colours and different labels; FileNotFoundError names those that lack scores."""
     missing = [f.name for f in folders if not ((f / SCORES).is_file() and (f / TOP_IMAGES).is_file())]
@@ -149,7 +184,7 @@ def load_runs(folders: list[Path]) -> list[dict[str, Any]]:
 
 
 def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int = 1, grids: int = 4) -> Path:
-    """Write the page over evaluated runs to ``out``, and beside it the tables of runs with and without MonoLoss.
+    """Write the page over evaluated runs to ``out``, and beside it the tables of M1–M7 and of MonoLoss, as there are.
 
     Latents are drawn for at most ``detailed`` runs, ``detailed_seeds`` of those that differ only by seed; band grids
     for the first ``grids`` groups. FileNotFoundError when a run has no scores, StoreError when its pictures have
@@ -160,7 +195,7 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
     for run in tqdm(runs, desc="Drawing", unit="run", leave=False):
         images = pictures(run) if run["name"] in in_detail else None
         run["groups"] = latent_groups(run, images) if images is not None else []
-    groups = groups_of(runs)
+    groups, saes = groups_of(runs), scored_runs(runs)
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("sae_lightning.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).get_template("report.html")
@@ -169,11 +204,14 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
         tiny=any("(tiny)" in run["cfg"]["backbone"] for run in runs), shown=len(in_detail),
         judges={run["similarity"]["title"]: run["similarity"]["baseline"] for run in runs},
         comparisons=[comparison(group, i < grids) for i, group in enumerate(groups)],
+        visaebench=visaebench.section(saes), audit=audit(saes) if detailed else [],
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     if groups:
         write_text(out.parent / "monoloss.csv", as_csv(groups))
         write_text(out.parent / "monoloss.md", as_markdown(groups))
+    for name, text in visaebench.files(saes).items():
+        write_text(out.parent / name, text)
     write_text(out, html)
     return out
 

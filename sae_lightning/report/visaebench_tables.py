@@ -1,0 +1,221 @@
+"""Tables of ViSAEBench: one line an SAE, grouped by backbone, the best marked: pure functions of the runs' rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+from sae_lightning.benchmark.table import read_rows
+from sae_lightning.benchmark.visaebench import HEADLINES, Headline, headline
+
+NOTHING = "–"
+NAN = float("nan")
+CORE = "core"  # the part that every evaluated run has
+IDENTITY = ("data", "backbone", "features", "layer", "variant", "expansion", "k", "seed")
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A ``run`` of the page with its ``rows``, those of the split that the page shows."""
+
+    run: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def values(self) -> dict[tuple[str, str], float]:
+        """Values by metric and setting, with the number of dead latents."""
+        values = {(row["metric"], row["setting"]): row["value"] for row in self.rows}
+        return {("dead", ""): self.run["cfg"]["d_sae"] - values.get(("alive", ""), NAN)} | values
+
+    def value(self, metric: str, setting: str = "") -> float:
+        """One value; NaN where there is none."""
+        return self.values.get((metric, setting), NAN)
+
+    def curve(self, metric: str) -> list[tuple[float, float]]:
+        """(budget, value) of a metric whose settings are one number each, such as ``k=128``, ascending; all is inf."""
+        points = [(s.rpartition("=")[2], v) for (name, s), v in self.values.items() if name == metric and s]
+        return sorted((math.inf if budget == "all" else float(budget), value) for budget, value in points)
+
+    @property
+    def backbone(self) -> str:
+        """The features that it is of: the title of its group."""
+        return f"{self.run['cfg']['backbone']} {self.run['features']}".strip()
+
+    @property
+    def kind(self) -> str:
+        """Its variant, and MonoLoss where it was trained with it."""
+        weight = self.run["weight"]
+        return str(self.run["cfg"]["variant"]) + (f" + MonoLoss {weight:g}" if weight else "")
+
+    @property
+    def label(self) -> str:
+        """What tells it apart within its group."""
+        return str(self.run["label"]).split(" · ", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: a metric in a setting, over that of ``per`` where given, as text of the ``form``.
+
+    ``better`` says whether more is better (None marks no best value), ``over`` is a heading above several columns,
+    ``about`` a tooltip.
+    """
+
+    title: str
+    metric: str
+    setting: str = ""
+    better: bool | None = None
+    form: str = ".3f"
+    over: str = ""
+    about: str = ""
+    per: str = ""
+
+    def value(self, sae: Scored) -> float:
+        """What an SAE has here; NaN where there is nothing."""
+        if self.setting.endswith("*"):
+            return headline(sae.rows, Headline(self.title, self.metric, self.setting))
+        whole = sae.value(self.per) if self.per else 1.0
+        return sae.value(self.metric, self.setting) / whole if whole else NAN
+
+    def text(self, sae: Scored) -> str:
+        """The same as text, – where there is nothing."""
+        return number(self.value(sae), self.form)
+
+    @property
+    def heading(self) -> str:
+        """The title with an arrow in the better direction."""
+        return self.title + (
+            "" if self.better is None else "\N{NO-BREAK SPACE}↑" if self.better else "\N{NO-BREAK SPACE}↓"
+        )
+
+
+MEANINGS = (
+    "mean Moran's I of the evaluable latents: how connected the regions are on which they fire",
+    "share of the features' variance that the reconstruction misses",
+    "accuracy of the raw features' linear probe on the reconstruction, over its accuracy on the raw features",
+    "area under the ROC curve, mean over classes, of probes that see the 128 latents of the largest F",
+    "likeness of a latent's top images to another encoder: 0 as random images, 1 identical",
+    "accuracy of probes of the reconstruction, over that of probes of the raw features; mean over other data sets",
+    "share of tasks, a class against its siblings, that one latent does not solve and four do",
+)
+MAIN = [
+    *(
+        Column(h.title, h.metric, h.setting, h.better, about=about)
+        for h, about in zip(HEADLINES, MEANINGS, strict=True)
+    ),
+    Column("L0", "l0", form=".1f", about="active latents a token"),
+    Column("dead", "dead_share", better=False, form=".1%", about="share of latents that never fire"),
+]
+
+
+def scored_runs(runs: Sequence[Mapping[str, Any]]) -> list[Scored]:
+    """The runs that have more than core scores, those of one backbone together, by variant, expansion, k and seed."""
+    found = [Scored(run, [row for row in read_rows(run["folder"]) if row["split"] == run["split"]]) for run in runs]
+    found = [sae for sae in found if any(row["part"] != CORE for row in sae.rows)]
+    backbones = list(dict.fromkeys(sae.backbone for sae in found))
+
+    def place(sae: Scored) -> tuple[Any, ...]:
+        cfg = sae.run["cfg"]
+        settings = (cfg["variant"], sae.run["weight"], cfg["expansion"], cfg["k"] or 0, cfg["seed"])
+        return (backbones.index(sae.backbone), *settings)
+
+    return sorted(found, key=place)
+
+
+def by_backbone(saes: Sequence[Scored]) -> dict[str, list[Scored]]:
+    """SAEs, sorted by backbone, by the features that they are of."""
+    return {title: list(members) for title, members in groupby(saes, lambda sae: sae.backbone)}
+
+
+def number(value: float, form: str = ".3f") -> str:
+    """A number as text; – for one that is not finite."""
+    return format(value, form).replace("%", " %") if math.isfinite(value) else NOTHING
+
+
+def best(column: Column, saes: Sequence[Scored]) -> list[Scored]:
+    """Those with the best value, all that read the same; none where fewer than two values differ."""
+    known = [sae for sae in saes if column.text(sae) != NOTHING]
+    if column.better is None or len({column.text(sae) for sae in known}) < 2:
+        return []
+    first = (max if column.better else min)(known, key=column.value)
+    return [sae for sae in known if column.text(sae) == column.text(first)]
+
+
+def table(saes: Sequence[Scored], columns: Sequence[Column], colours: Mapping[str, str]) -> dict[str, Any]:
+    """What the page shows of a table: heads, and groups of lines.
+
+    A cell's ``mark`` is ``best`` for the best value of all, ``own`` for the best of a backbone where there are several.
+    """
+    groups = by_backbone(saes)
+    of_all = [best(column, saes) for column in columns]
+    of_group = {
+        title: [best(column, members) if len(groups) > 1 else [] for column in columns]
+        for title, members in groups.items()
+    }  # fmt: skip
+
+    def cells(sae: Scored) -> list[dict[str, str]]:
+        winners = zip(columns, of_all, of_group[sae.backbone], strict=True)
+        return [
+            {"text": column.text(sae), "mark": "best" if sae in all_ else "own" if sae in own else ""}
+            for column, all_, own in winners
+        ]
+
+    return {
+        "columns": columns,
+        "overs": [(over, len(list(same))) for over, same in groupby(column.over for column in columns)],
+        "groups": [
+            {"title": title, "colour": colours.get(title),
+             "lines": [{"label": sae.label, "cells": cells(sae)} for sae in members]}
+            for title, members in groups.items()
+        ],
+    }  # fmt: skip
+
+
+def raw_note(saes: Sequence[Scored]) -> str:
+    """What the features of one backbone give without an SAE, and how much of their spatial order its ``saes`` keep."""
+    raw, null = (_first(saes, metric) for metric in ("channel_moran", "channel_moran_null"))
+    kept = [share for sae in saes if math.isfinite(share := Column("", "moran", per="channel_moran").value(sae))]
+    ends = dict.fromkeys(number(end, ".2f") for end in (min(kept, default=NAN), max(kept, default=NAN)))
+    parts = [
+        ("Moran's I of the channels {} (null {})", (number(raw), number(null))),
+        ("M1 is {} of that", ("–".join(ends),)),
+        ("linear probe {}", (number(_first(saes, "accuracy_raw"), ".1%"),)),
+        ("R@1 {}", (number(_first(saes, "retrieval_raw", "k=1"), ".1%"),)),
+    ]
+    return " · ".join(text.format(*numbers) for text, numbers in parts if numbers[0] != NOTHING)
+
+
+def _first(saes: Sequence[Scored], metric: str, setting: str = "") -> float:
+    """The value of a metric that all SAEs of a backbone share."""
+    return next((v for sae in saes if math.isfinite(v := sae.value(metric, setting))), NAN)
+
+
+def as_csv(saes: Sequence[Scored]) -> str:
+    """All rows of all SAEs with unrounded values; an empty cell where there is no number."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["run", *IDENTITY, "monoloss", "part", "split", "metric", "setting", "value"])
+    for sae in saes:
+        about = [sae.run["name"], *(sae.run["cfg"].get(name) for name in IDENTITY), sae.run["weight"]]
+        for row in sae.rows:
+            value = row["value"] if math.isfinite(row["value"]) else ""
+            writer.writerow([*about, row["part"], row["split"], row["metric"], row["setting"], value])
+    return buffer.getvalue()
+
+
+def as_markdown(saes: Sequence[Scored], columns: Sequence[Column] = MAIN) -> str:
+    """The table of headlines, the best value of a column in bold."""
+    lines = ["| features | SAE | " + " | ".join(column.heading for column in columns) + " |"]
+    lines.append("|---|---|" + "---:|" * len(columns))
+    winners = [best(column, saes) for column in columns]
+    for sae in saes:
+        texts = [column.text(sae) for column in columns]
+        cells = [f"**{text}**" if sae in won else text for text, won in zip(texts, winners, strict=True)]
+        lines.append("| " + " | ".join([sae.backbone, sae.label, *cells]) + " |")
+    return "\n".join(lines) + "\n"
