@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +115,14 @@ def _chunks(group: Sequence[tuple[Job, list[Part]]], settings: Settings, ranks: 
 
 
 def _open(job: Job, parts: list[Part], ranks: Ranks) -> _Work:
-    """The passes that ``parts`` need, each gathering what all of them want of it."""
+    """The passes that ``parts`` need.
+
+    Each gathers what any part of the run wants of it, finished or not, so that a later call can go on with it.
+    """
     gathers: dict[str, Gather] = {}
-    for part in parts:
-        for name in part.passes:
-            gathers[name] = part.wants | gathers.get(name, Gather(core=False, top=1))
+    for name in dict.fromkeys(name for part in parts for name in part.passes):
+        wanted = (part.wants for part in job.parts if name in part.passes)
+        gathers[name] = reduce(or_, wanted, Gather(core=False, top=1))
     passes = {}
     for name, gather in gathers.items():
         passes[name] = job.open_pass(name, gather)
