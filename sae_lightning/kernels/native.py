@@ -182,12 +182,12 @@ def above(
     """
     n, d_sae = pre.shape
     half = pre.dtype == torch.bfloat16
-    counts = torch.empty(n, dtype=torch.long)
-    _call("count_above", pre, half, bias, d_sae, cuts, slack, norms, counts, n)
+    counts, marks = torch.empty(n, dtype=torch.long), torch.empty(n, -(-d_sae // 64), dtype=torch.long)
+    _call("mark_above", pre, half, bias, d_sae, cuts, slack, norms, marks, counts, n)
     offsets = offsets_of(counts)
     latents = torch.empty(int(offsets[-1]), dtype=torch.long)
     values = bias.new_empty(len(latents))
-    _call("fill_above", pre, half, bias, d_sae, cuts, slack, norms, offsets, latents, values, n)
+    _call("fill_above", pre, half, bias, d_sae, marks, offsets, latents, values, n)
     return latents, values, offsets
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from sae_lightning.kernels import native, portable, scratch
 from sae_lightning.kernels.portable import offsets_of
 
-PART = {"cpu": 1 << 22, "cuda": 1 << 27}  # entries of the product that are held at once: a cache's worth, or 512 MB
+PART = {"cpu": 1 << 23, "cuda": 1 << 27}  # entries of the product that are held at once: a cache's worth, or 512 MB
 SAMPLE, GUESS = 64, 0.95  # rows that tell where a cut lies, and the share of it from which entries are looked at
 SPARSE_BELOW = 0.05  # share of candidates up to which computing them again beats a float32 product
 

@@ -1,6 +1,13 @@
 /* The choice of active latents among the entries of a product, and of their groups. */
 #include "common.h"
 
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define HAS_MASKS 1
+#else
+#define HAS_MASKS 0
+#endif
+
 /* ---- bfloat16 copies, with the norms of the rows and of what rounding took from them -------------------------- */
 static inline uint16_t round_bf16(float f) {
     uint32_t bits;
@@ -38,7 +45,7 @@ void to_bf16(const float *W, uint16_t *out, float *norms, float *errors, i64 d, 
  * entry (row, latent) is row_slack[row] * norms[latent] + relative * |value - bias|, of which |value| + |bias| is a
  * bound; all zero where values are exact.
  */
-enum { BLOCK = 64 };
+enum { BLOCK = 64, ROWS = 8 };
 
 static inline void load_block(const void *row, int is_bf16, const float *bias, i64 at, i64 n, float *out) {
     if (is_bf16) {
@@ -58,35 +65,20 @@ static inline void load_block(const void *row, int is_bf16, const float *bias, i
     }
 }
 
-/* Latents of one row with value >= cut (or >= cuts[latent] - margin * norms[latent] where cuts is given), ascending;
- * at most cap. */
-static i64 scan(const void *row, int is_bf16, const float *bias, i64 d_sae, float cut, const float *cuts,
-                float margin, const float *norms, i64 *latents, float *values, i64 cap) {
+/* Latents of one row with value >= cut, ascending; at most cap. */
+static i64 scan(const void *row, int is_bf16, const float *bias, i64 d_sae, float cut, i64 *latents, float *values,
+                i64 cap) {
     i64 found = 0;
     float block[BLOCK];
     for (i64 at = 0; at < d_sae; at += BLOCK) {
         const i64 n = d_sae - at < BLOCK ? d_sae - at : BLOCK;
         uint8_t hit[BLOCK] = {0};
         load_block(row, is_bf16, bias, at, n, block);
-        if (norms && cuts) {
-            if (n == BLOCK)
+        if (n == BLOCK)
 #pragma omp simd
-                for (i64 j = 0; j < BLOCK; j++) hit[j] = block[j] >= cuts[at + j] - margin * norms[at + j];
-            else
-                for (i64 j = 0; j < n; j++) hit[j] = block[j] >= cuts[at + j] - margin * norms[at + j];
-        } else if (cuts) {
-            if (n == BLOCK)
-#pragma omp simd
-                for (i64 j = 0; j < BLOCK; j++) hit[j] = block[j] >= cuts[at + j];
-            else
-                for (i64 j = 0; j < n; j++) hit[j] = block[j] >= cuts[at + j];
-        } else {
-            if (n == BLOCK)
-#pragma omp simd
-                for (i64 j = 0; j < BLOCK; j++) hit[j] = block[j] >= cut;
-            else
-                for (i64 j = 0; j < n; j++) hit[j] = block[j] >= cut;
-        }
+            for (i64 j = 0; j < BLOCK; j++) hit[j] = block[j] >= cut;
+        else
+            for (i64 j = 0; j < n; j++) hit[j] = block[j] >= cut;
         for (i64 word = 0; word < BLOCK; word += 8) {
             uint64_t marks;
             memcpy(&marks, hit + word, 8);
@@ -102,42 +94,80 @@ static i64 scan(const void *row, int is_bf16, const float *bias, i64 d_sae, floa
     return found;
 }
 
-/* How many entries scan finds in each row; counts has one place a row. */
-void count_above(const void *pre, int is_bf16, const float *bias, i64 d_sae, const float *cuts,
-                 const float *row_slack, const float *norms, i64 *counts, i64 n_rows) {
-    const i64 width = is_bf16 ? 2 : 4;
-#pragma omp parallel for schedule(dynamic, 16) if (n_rows * d_sae > FEW)
-    for (i64 i = 0; i < n_rows; i++) {
-        const char *row = (const char *)pre + i * d_sae * width;
-        const float margin = row_slack ? row_slack[i] : 0;
-        i64 found = 0;
-        float block[BLOCK];
+/* Which of the n <= BLOCK latents from ``at`` on have value >= cuts[latent] - margin * norms[latent] (norms may be null), a
+ * bit each. */
+#if HAS_MASKS
+static inline uint64_t hits(const void *row, int is_bf16, const float *bias, const float *cuts, float margin,
+                            const float *norms, i64 at, i64 n) {
+    uint64_t bits = 0;
+    for (i64 j = 0; j < n; j += 16) {
+        const __mmask16 m = n - j < 16 ? (__mmask16)((1u << (n - j)) - 1) : 0xffff;
+        const i64 l = at + j;
+        __m512 x;
+        if (is_bf16) {
+            const uint16_t *half = (const uint16_t *)row + l;
+            const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, half));
+            x = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+        } else x = _mm512_maskz_loadu_ps(m, (const float *)row + l);
+        x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(m, bias + l));
+        __m512 cut = _mm512_maskz_loadu_ps(m, cuts + l);
+        if (norms) cut = _mm512_sub_ps(cut, _mm512_mul_ps(_mm512_set1_ps(margin), _mm512_maskz_loadu_ps(m, norms + l)));
+        bits |= (uint64_t)_mm512_mask_cmp_ps_mask(m, x, cut, _CMP_GE_OQ) << j;
+    }
+    return bits;
+}
+#else
+static inline uint64_t hits(const void *row, int is_bf16, const float *bias, const float *cuts, float margin,
+                            const float *norms, i64 at, i64 n) {
+    float block[BLOCK];
+    uint8_t hit[BLOCK] = {0};
+    uint64_t bits = 0;
+    load_block(row, is_bf16, bias, at, n, block);
+    if (norms)
+        for (i64 j = 0; j < n; j++) hit[j] = block[j] >= cuts[at + j] - margin * norms[at + j];
+    else
+        for (i64 j = 0; j < n; j++) hit[j] = block[j] >= cuts[at + j];
+    for (i64 j = 0; j < n; j++) bits |= (uint64_t)hit[j] << j;
+    return bits;
+}
+#endif
+
+/* Which latents have value >= cuts[latent] (lowered by row_slack[row] * norms[latent] where given): bit latent % BLOCK of
+ * marks [n_rows, blocks]; counts [n_rows] tells how many. A few rows are looked at together, for what is of latents alone
+ * to be read once. */
+void mark_above(const void *pre, int is_bf16, const float *bias, i64 d_sae, const float *cuts, const float *row_slack,
+                const float *norms, uint64_t *marks, i64 *counts, i64 n_rows) {
+    const i64 width = is_bf16 ? 2 : 4, blocks = (d_sae + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(dynamic, 2) if (n_rows * d_sae > FEW)
+    for (i64 first = 0; first < n_rows; first += ROWS) {
+        const i64 stop = first + ROWS < n_rows ? first + ROWS : n_rows;
+        for (i64 i = first; i < stop; i++) counts[i] = 0;
         for (i64 at = 0; at < d_sae; at += BLOCK) {
             const i64 n = d_sae - at < BLOCK ? d_sae - at : BLOCK;
-            int hits = 0;
-            load_block(row, is_bf16, bias, at, n, block);
-            if (norms)
-#pragma omp simd reduction(+ : hits)
-                for (i64 j = 0; j < n; j++) hits += block[j] >= cuts[at + j] - margin * norms[at + j];
-            else
-#pragma omp simd reduction(+ : hits)
-                for (i64 j = 0; j < n; j++) hits += block[j] >= cuts[at + j];
-            found += hits;
+            for (i64 i = first; i < stop; i++) {
+                const char *row = (const char *)pre + i * d_sae * width;
+                const uint64_t bits = hits(row, is_bf16, bias, cuts, row_slack ? row_slack[i] : 0, norms, at, n);
+                marks[i * blocks + at / BLOCK] = bits;
+                counts[i] += __builtin_popcountll(bits);
+            }
         }
-        counts[i] = found;
     }
 }
 
-/* The entries that count_above counted, written at offsets[row]. */
-void fill_above(const void *pre, int is_bf16, const float *bias, i64 d_sae, const float *cuts,
-                const float *row_slack, const float *norms, const i64 *offsets, i64 *latents, float *values,
-                i64 n_rows) {
-    const i64 width = is_bf16 ? 2 : 4;
-#pragma omp parallel for schedule(dynamic, 16) if (n_rows * d_sae > FEW)
-    for (i64 i = 0; i < n_rows; i++)
-        scan((const char *)pre + i * d_sae * width, is_bf16, bias, d_sae, 0, cuts,
-             row_slack ? row_slack[i] : 0, norms, latents + offsets[i], values + offsets[i],
-             offsets[i + 1] - offsets[i]);
+/* The entries that mark_above marked, written at offsets[row]. */
+void fill_above(const void *pre, int is_bf16, const float *bias, i64 d_sae, const uint64_t *marks, const i64 *offsets,
+                i64 *latents, float *values, i64 n_rows) {
+    const i64 blocks = (d_sae + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(dynamic, 16) if (n_rows * blocks > FEW / 64)
+    for (i64 i = 0; i < n_rows; i++) {
+        i64 e = offsets[i];
+        for (i64 b = 0; b < blocks; b++)
+            for (uint64_t left = marks[i * blocks + b]; left; left &= left - 1) {
+                const i64 l = b * BLOCK + __builtin_ctzll(left), at = i * d_sae + l;
+                latents[e] = l;
+                values[e++] = (is_bf16 ? widen(((const uint16_t *)pre)[at]) : ((const float *)pre)[at]) + bias[l];
+            }
+    }
 }
 
 /* The k-th largest of n values, which are reordered (quickselect). */
@@ -204,7 +234,7 @@ void topk_rows(const void *pre, int is_bf16, const float *bias, i64 d_sae, i64 k
         for (int tries = 0;; tries++) { /* a value that is not finite would never be bracketed */
             const int last = !(cut > bottom) || tries == 100;
             if (last) cut = bottom;
-            n = scan(row, is_bf16, bias, d_sae, cut, NULL, 0, norms, found, near, d_sae);
+            n = scan(row, is_bf16, bias, d_sae, cut, found, near, d_sae);
             lowest = 0;
             if (n >= k) { /* at least k entries have exact values of lowest or more */
                 for (i64 c = 0; c < n; c++)
