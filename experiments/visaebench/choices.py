@@ -96,7 +96,7 @@ def probe_choices(run: Evaluated) -> Iterator[tuple[str, str, float]]:
         tasks = absorption.absorption(images.codes, y, groups, names, **({"split": ours} | change))
         yield "M7 absorption", how, find(tasks.scores, "absorption", "alpha=0.8,beta=0.5")
         if not how:
-            yield "M7 absorption", "β 0.3", find(tasks.scores, "absorption", "alpha=0.8,beta=0.3")
+            yield "M7 absorption", "β 0.3 instead of 0.5", find(tasks.scores, "absorption", "alpha=0.8,beta=0.3")
             some = np.array([t.f1_1 < 0.8 for t in tasks.tasks if t.f1_4 > 0.5])
             yield "M7 absorption", "of tasks with F1(4) > β alone", float(some.mean()) if len(some) else 0.0
     yield "retrieval R@1, codes", "", image_recall(images.codes, y)[1]
