@@ -33,7 +33,8 @@ def evaluate(cfg: DictConfig) -> list[Path]:
     runs = finished_runs(cfg.runs, Path(cfg.paths.runs))
     if cfg.devices > 1:
         with tempfile.TemporaryDirectory() as folder:
-            launch_ranks(cfg, Path(folder), "sae_lightning.benchmark.run", cfg.devices)
+            # interpolations of judges and data sets are those of each run's config
+            launch_ranks(cfg, Path(folder), "sae_lightning.benchmark.run", cfg.devices, resolve=False)
         return runs
     with ranks() as here:
         evaluate_runs(runs, settings_of(cfg, here), here)

@@ -41,14 +41,16 @@ def job() -> tuple[DictConfig, Path]:
 
 
 def launch_ranks(
-    cfg: DictConfig, folder: Path, module: str = "sae_lightning.training.run", count: int | None = None
-) -> None:
+    cfg: DictConfig, folder: Path, module: str = "sae_lightning.training.run", count: int | None = None,
+    resolve: bool = True,
+) -> None:  # fmt: skip
     """Run ``module`` on config and folder in ``count`` processes, by default ``n_ranks(cfg)``.
 
-    RuntimeError when one of them fails, all others then stopped.
+    Without ``resolve`` the config's interpolations stay as they are. RuntimeError when a process fails, all others
+    then stopped.
     """
     config = folder / "resolved.yaml"
-    OmegaConf.save(cfg, config, resolve=True)
+    OmegaConf.save(cfg, config, resolve=resolve)
     count = n_ranks(cfg) if count is None else count
     environment = dict(os.environ)
     root = str(Path(__file__).resolve().parents[2])

@@ -279,7 +279,9 @@ def test_several_processes_give_the_same_scores(folders, tmp_path):
     evaluate_runs(folders, settings())
     expected = [table(run) for run in folders]
     cfg = OmegaConf.create({
-        "metrics": METRICS, "runs": [run.name for run in folders], "paths": {"runs": str(tmp_path)}, "split": "test",
+        "metrics": METRICS | {"cross_domain": {"k": 8, "C": 1.0, "max_iter": 9, "sets": {"elsewhere": {
+            "backbones": "published", "name": "${data.id}"}}}},  # a name that only a run's config could resolve
+        "runs": [run.name for run in folders], "paths": {"runs": str(tmp_path)}, "split": "test",
         "similarity": None, "similarity_features": None, "similarity_store": None, "batch_tokens": 200, "memory_gb": 4,
         "checkpoint_minutes": 5, "again": True, "device": "cpu", "devices": 2, "latents_shown": 12,
     })  # fmt: skip
