@@ -12,9 +12,11 @@ from scipy import optimize, sparse, special
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 Matrix: TypeAlias = "np.ndarray | Tensor | sparse.csr_array | sparse.csr_matrix"
+SMALL = 1 << 30  # multiplications of a product below which one BLAS thread is faster than several that wait
 BLOCK = 1 << 27  # logits held at once
 
 
@@ -118,7 +120,8 @@ def _fit(model: LogisticRegression, x: np.ndarray | sparse.csr_array, y: np.ndar
 
 
 def _fit_by_scikit_learn(model: LogisticRegression, x: np.ndarray | sparse.csr_array, y: np.ndarray) -> None:
-    with warnings.catch_warnings(record=True) as caught:
+    small = x.shape[0] * x.shape[1] * len(np.unique(y)) < SMALL
+    with warnings.catch_warnings(record=True) as caught, threadpool_limits(1 if small else None, "blas"):
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(x, y)
     model.converged_ = True
