@@ -1,4 +1,7 @@
-"""One self-contained HTML page over scored runs: ``python report.py [runs=PATTERN] [out=FILE]``."""
+"""One self-contained HTML page over scored runs: ``python report.py [runs=PATTERN] [out=FILE]``.
+
+``python report.py grid=PATTERN`` writes ViSAEBench's analyses over a grid of runs instead.
+"""
 
 from pathlib import Path
 
@@ -6,13 +9,17 @@ import hydra
 from omegaconf import DictConfig
 
 from sae_lightning.benchmark.evaluate import finished_runs
+from sae_lightning.report.grid import build_grid
 from sae_lightning.report.page import build
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="report")
 def main(cfg: DictConfig) -> None:
-    found = finished_runs(cfg.runs, Path(cfg.paths.runs))
-    out = build(found, Path(cfg.out), cfg.detailed, cfg.detailed_seeds, cfg.grids)
+    found = finished_runs(cfg.grid or cfg.runs, Path(cfg.paths.runs))
+    if cfg.grid:
+        out = build_grid(found, Path(cfg.out or "reports/grid.html"))
+    else:
+        out = build(found, Path(cfg.out or "reports/report.html"), cfg.detailed, cfg.detailed_seeds, cfg.grids)
     print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB); open it in a browser.")
 
 
