@@ -1,39 +1,20 @@
 """Uploading and loading through the model hub, with a local directory in its place."""
 
-import shutil
+from functools import partial
 
 import huggingface_hub
 import pytest
 import torch
 
 from sae_lightning.saes import SAE, ArtefactError, BatchTopK, Normalizer
+from sae_lightning.saes.hub import HubError, upload
+from tests.hub import stand_in
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A directory that takes uploads and serves downloads as the hub would."""
-    root = tmp_path / "hub"
-
-    class Api:
-        def create_repo(self, repo_id, private, exist_ok):
-            (root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
-
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
-            return f"hub/{repo_id}"
-
-    def download(repo_id, revision, allow_patterns):
-        if not (root / repo_id).is_dir():
-            raise FileNotFoundError(repo_id)
-        copy = tmp_path / "cache" / repo_id
-        copy.mkdir(parents=True)
-        for name in allow_patterns:
-            shutil.copy(root / repo_id / name, copy / name)
-        return str(copy)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    return root
+    return stand_in(tmp_path, monkeypatch)
 
 
 def test_an_uploaded_sae_comes_back_equal_with_a_card(hub):
@@ -59,3 +40,50 @@ def test_a_folder_is_loaded_without_the_hub(tmp_path):
 def test_an_unknown_name_fails_with_a_sentence(hub):
     with pytest.raises(ArtefactError, match="no folder here and cannot be had"):
         SAE.from_pretrained("someone/unheard-of")
+
+
+@pytest.mark.parametrize("inside", ["one", "deep/two"])
+def test_one_sae_of_several_in_a_repository_is_named_after_it(hub, tmp_path, inside):
+    saes = {name: BatchTopK(8, 32, k=3, seed=seed) for seed, name in enumerate(("one", "deep/two"))}
+    for name, sae in saes.items():
+        sae.save(tmp_path / "release" / name)
+    upload(tmp_path / "release", "someone/several", "two SAEs")
+    loaded = SAE.from_pretrained(f"someone/several/{inside}")
+    assert torch.equal(loaded.W_dec, saes[inside].W_dec)
+
+
+@pytest.mark.parametrize("where", ["hub", "folder"])
+@pytest.mark.parametrize("name", ["", "/three"])
+def test_a_name_that_is_no_sae_of_the_release_fails_with_a_sentence(hub, tmp_path, where, name):
+    BatchTopK(8, 32, k=3, seed=0).save(tmp_path / "release" / "one")
+    upload(tmp_path / "release", "someone/several", "an SAE")
+    (tmp_path / "release" / "three").mkdir()
+    root = "someone/several" if where == "hub" else tmp_path / "release"
+    with pytest.raises(ArtefactError, match=r"There is no SAE .* name one: '.*/<folder>'"):
+        SAE.from_pretrained(f"{root}{name}")
+
+
+def test_only_the_files_asked_for_are_uploaded(hub, tmp_path):
+    for name in ("index.csv", "notes.txt"):
+        (tmp_path / "files" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "files" / name).write_text(name)
+    assert upload(tmp_path / "files", "someone/files", "files", only=["index.*"]) == "hub/someone/files"
+    assert [path.name for path in (hub / "someone/files").iterdir()] == ["index.csv"]
+
+
+def test_without_a_login_nothing_is_tried(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(
+        HubError, match="No login at the model hub, so 'someone/files' cannot be written; call `hf auth"
+    ):
+        upload(tmp_path, "someone/files", "files")
+    assert not hub.exists()
+
+
+@pytest.mark.parametrize("name", ["someone/files", "no such name!"])
+def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path, monkeypatch, name):
+    nobody_listens = partial(huggingface_hub.HfApi, endpoint="http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub, "HfApi", nobody_listens)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
+    with pytest.raises(HubError, match=f"'{name}' could not be written .*Check the name, the connection"):
+        upload(tmp_path, name, "files")

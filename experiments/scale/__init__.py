@@ -1,0 +1,1 @@
+"""The grid on ImageNet: what it takes on how many GPUs."""
