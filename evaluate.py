@@ -13,6 +13,7 @@ from sae_lightning.benchmark.summary import SCORES
 from sae_lightning.benchmark.table import read_rows
 from sae_lightning.benchmark.visaebench import HEADLINES, headline
 from sae_lightning.saes.artefact import read_cfg
+from sae_lightning.tracking import publish
 
 COLUMNS = {
     "explained_variance": "expl. var.", "r2": "R²", "fvu": "FVU", "l0": "L0", "dead_share": "dead", "cosine": "cosine",
@@ -24,6 +25,7 @@ COLUMNS = {
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     runs = evaluate(cfg)
+    publish(runs, cfg)
     console = Console(width=max(200, Console().width))
     console.print(core_table(runs, cfg.split))
     if cfg.metrics.get("sparse_probing") is not None:

@@ -1,59 +1,131 @@
-"""The experiment logger that the config names; ``history.csv`` is written beside any of them."""
+"""The experiment loggers that the config names; ``history.csv`` is written beside any of them."""
 
 from __future__ import annotations
 
-import netrc
-import os
+import csv
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import urlparse
+from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-KINDS = ("none", "csv", "tensorboard", "wandb")
+from sae_lightning.training.columns import columns, flat
+from sae_lightning.training.wandb_run import WandbRun, finish, log_artefact, open_run
+
+KINDS = ("csv", "tensorboard", "wandb")
+FINAL = ("val/explained_variance", "val/fvu", "val/cosine", "val/l0", "val/dead_share")
+TESTED = ("test/explained_variance", "test/fvu", "test/monoscore", *(f"test/M{i}" for i in range(1, 8)))
 
 
-def build_logger(cfg: DictConfig, folder: Path) -> Logger | bool:
-    """A Lightning logger writing below ``folder``, or False for ``none``; ValueError for an unknown kind."""
-    kind = cfg.logger.kind
-    if kind not in KINDS:
-        raise ValueError(f"Unknown logger.kind={kind}; choose one of {', '.join(KINDS)}.")
-    if kind == "csv":
-        return CSVLogger(folder, name="csv", version="")
-    if kind == "tensorboard":
-        return TensorBoardLogger(folder, name="tensorboard", version="")
-    if kind == "wandb":
-        return _wandb(cfg, folder)
-    return False
+def check_loggers(cfg: DictConfig) -> None:
+    """ValueError for a logger that does not exist."""
+    for kind in cfg.logger or ():
+        if kind not in KINDS:
+            raise ValueError(f"Unknown logger.{kind}; choose among {', '.join(KINDS)}, or logger=none.")
 
 
-def _wandb(cfg: DictConfig, folder: Path) -> Logger:
-    offline = cfg.logger.offline
-    if offline == "auto":
-        offline = not has_login()
-        if offline:
-            print(f"No W&B login found: logging offline; upload later with `wandb sync {folder}/wandb`.", flush=True)
-    return WandbLogger(
-        name=folder.name,
-        save_dir=folder,
-        project=cfg.logger.project,
-        entity=cfg.logger.entity,
-        group=cfg.logger.group,
-        offline=bool(offline),
-        config=OmegaConf.to_container(cfg, resolve=True),
-    )
+def open_loggers(cfg: DictConfig, folder: Path, made: Mapping[str, Any] | None = None, start: int = 0) -> list[Logger]:
+    """Lightning loggers writing below ``folder``, one for each entry of ``cfg.logger``; none on ranks but the first.
+
+    All get the same metrics at the same steps, and the ``columns`` of ``made``, what ``cfg.json`` will hold (by default
+    the settings of ``cfg``). A training that resumes at step ``start`` replaces what was logged from there on.
+    ValueError for an unknown logger.
+    """
+    check_loggers(cfg)
+    if not cfg.logger or getattr(rank_zero_only, "rank", 0) not in (None, 0):
+        return []
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    about = columns(made) if made is not None else {k: v for k, v in flat(plain) if v is not None}
+    loggers: list[Logger] = []
+    for kind, options in plain["logger"].items():
+        if kind == "csv":
+            loggers.append(_csv(folder, about, start))
+        elif kind == "tensorboard":
+            loggers.append(_tensorboard(folder, about, start))
+        else:
+            options = sweep_of(cfg, options)
+            tags = [str(about[name]) for name in ("backbone", "variant", "data") if name in about]
+            loggers.append(WandbRun(open_run(options, folder, about, tags), folder))
+    return loggers
 
 
-def has_login() -> bool:
-    """Whether W&B has credentials: an API key in the environment, or one stored for its host by ``wandb login``."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        return False
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    import wandb
+def close_loggers(loggers: Sequence[Logger], cfg: DictConfig, folder: Path, result: Mapping[str, Any]) -> None:
+    """End the loggers of a finished training; W&B also gets ``result``'s time and speed, and the SAE if asked to."""
+    for logger in loggers:
+        if isinstance(logger, WandbRun):
+            run, logger.run = logger.run, None
+            if run is not None:
+                run.summary.update({name: v for name, v in result.items() if isinstance(v, int | float | str)})
+                if cfg.logger.wandb.artefact:
+                    log_artefact(run, folder, {**run.config, **dict(flat(result))})
+            finish(run)
+        else:
+            logger.finalize("success")
 
-    host = urlparse(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+
+def checkpoint_step(path: Path) -> int:
+    """The step at which a training that resumes from ``path`` starts; 0 where there is no checkpoint."""
+    if not path.is_file():
+        return 0
+    return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+
+
+def sweep_of(cfg: DictConfig, options: Mapping[str, Any]) -> dict[str, Any]:
+    """W&B's ``options`` with the group, where there is none, and tags that Hydra's sweep gives to all its jobs.
+
+    The group is the experiment's name with the sweep folder's, such as ``visaebench_grid 2025-01-31/12-00-00``.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    made = dict(options)
+    if not HydraConfig.initialized():
+        return made
+    hydra = HydraConfig.get()
+    experiment = hydra.runtime.choices.get("experiment")
+    made["tags"] = [*dict.fromkeys((*([experiment] if experiment else []), *made["tags"]))]
+    if made["group"] is None and hydra.mode == RunMode.MULTIRUN:
+        folder = "/".join(Path(hydra.sweep.dir).parts[-2:])
+        made["group"] = f"{experiment} {folder}" if experiment else folder
+    return made
+
+
+def settle(cfg: DictConfig) -> None:
+    """Write what the sweep gives into the config, for ranks that know nothing of Hydra."""
+    if "wandb" in (cfg.logger or {}):
+        cfg.logger.wandb = sweep_of(cfg, OmegaConf.to_container(cfg.logger.wandb))  # type: ignore[arg-type]
+
+
+def _csv(folder: Path, about: Mapping[str, Any], start: int) -> CSVLogger:
+    """``csv/metrics.csv`` and ``csv/hparams.yaml``; rows before ``start`` are kept, which Lightning would delete."""
+    logger = CSVLogger(folder, name="csv", version="")
+    path = folder / "csv" / "metrics.csv"
+    rows: list[dict[str, Any]] = []
+    if start and path.is_file():
+        with path.open(newline="") as file:
+            rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file) if int(row["step"]) < start]
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")
+    writer = logger.experiment
+    writer.metrics = rows
+    writer.save()
+    logger.log_hyperparams(dict(about))
+    logger.save()
+    return logger
+
+
+def _tensorboard(folder: Path, about: Mapping[str, Any], start: int) -> TensorBoardLogger:
+    """Event files with the hyper-parameters and the names of the final scores, for the table that compares runs."""
+    from torch.utils.tensorboard.summary import hparams
+
+    logger = TensorBoardLogger(
+        folder, name="tensorboard", version="", default_hp_metric=False, purge_step=start or None
+    )  # fmt: skip
+    logger.hparams.update(about)
+    writer = logger.experiment._get_file_writer()
+    for summary in hparams(dict(about), dict.fromkeys((*FINAL, *TESTED), 0.0)):
+        writer.add_summary(summary)
+    return logger
