@@ -45,17 +45,17 @@ $(PEERS): $(READY)
 	@touch $(PEERS)
 
 demo: $(READY)
-	$(PY) train.py -m +experiment=demo
+	$(PY) train.py -m experiment=demo
 	$(PY) evaluate.py
 	$(PY) report.py
 
 benchmark: $(READY)
-	$(PY) train.py -m +experiment=benchmark
+	$(PY) train.py -m experiment=benchmark
 	$(PY) evaluate.py metrics=visaebench paths.runs=runs/benchmark
 	$(PY) report.py paths.runs=runs/benchmark out=reports/benchmark.html detailed=10
 
 monoloss: $(READY)
-	$(PY) train.py -m +experiment=monoloss/demo paths.runs=runs/monoloss
+	$(PY) train.py -m experiment=monoloss/demo paths.runs=runs/monoloss
 	$(PY) evaluate.py paths.runs=runs/monoloss
 	$(PY) report.py paths.runs=runs/monoloss out=reports/monoloss.html
 

@@ -6,14 +6,20 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from sae_lightning.training.closing_table import POINTER
+from sae_lightning.training.closing_table import point_to
+from sae_lightning.training.packed import members_of, train_packed
 from sae_lightning.training.run import train
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    folder = train(cfg)
-    (Path(HydraConfig.get().runtime.output_dir) / POINTER).write_text(str(folder.resolve()))
+    output = Path(HydraConfig.get().runtime.output_dir)
+    members = members_of(cfg)
+    point_to(output, members)
+    if len(members) == 1:
+        train(members[0])
+    else:
+        train_packed(members)
 
 
 if __name__ == "__main__":

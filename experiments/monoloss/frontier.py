@@ -1,6 +1,6 @@
 """MonoScore and purity over explained variance: the batch form of MonoLoss against sums that remember.
 
-    python train.py -m +experiment=monoloss/memory paths.runs=runs/memory
+    python train.py -m experiment=monoloss/memory paths.runs=runs/memory
     python evaluate.py paths.runs=runs/memory
     python -m experiments.monoloss.frontier --runs runs/memory --out experiments/monoloss/frontier.png
 

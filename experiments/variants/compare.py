@@ -1,6 +1,6 @@
 """All variants on one plane, and how much of the features each recovers from its k largest latents.
 
-    python train.py -m +experiment=variants
+    python train.py -m experiment=variants
     python -m experiments.variants.compare [--runs runs] [--stores stores] [--out experiments/variants]
 
 Writes ``plane.png`` (L0 against explained variance on the val split, one line a variant), ``recovery.png``
@@ -87,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     records = finished(args.runs, args.backbone, args.expansion, args.seed)
     if not records:
-        raise SystemExit(f"No finished run in {args.runs} fits; run python train.py -m +experiment=variants first.")
+        raise SystemExit(f"No finished run in {args.runs} fits; run python train.py -m experiment=variants first.")
     by_variant: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         by_variant[record["variant"]].append(record)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 
+from sae_lightning.commands.runs import add_runs_command
 from sae_lightning.commands.store import add_store_commands
 from sae_lightning.features.manifest import StoreError
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands with their help."""
-    top = argparse.ArgumentParser("sae-lightning", description="Look after feature stores.")
-    add_store_commands(top.add_subparsers(required=True, metavar="command"))
+    top = argparse.ArgumentParser("sae-lightning", description="Look after feature stores and runs.")
+    commands = top.add_subparsers(required=True, metavar="command")
+    add_store_commands(commands)
+    add_runs_command(commands)
     return top
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -10,6 +11,7 @@ import lightning as L
 from torch import Tensor
 
 from sae_lightning.features.loader import FeatureLoader
+from sae_lightning.features.shared import Seat, SharedLoader
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.saes.ranks import rank, world_size
 
@@ -21,14 +23,17 @@ class FeatureDataModule(L.LightningDataModule):
     checkpoint holds, is the epoch and step of the next batch: training goes on there, also with another number of
     ranks; ValueError when the checkpoint was made from another store or with other settings of the order. In
     validation every token is seen once by one rank; ranks may take different numbers of steps, which sums over
-    ranks do not mind.
+    ranks do not mind. With a ``seat`` the batches come from a stream that other trainings share.
     """
 
-    def __init__(self, train: FeatureStore, val: FeatureStore, batch_size: int, seed: int = 42, **options: Any) -> None:
+    def __init__(
+        self, train: FeatureStore, val: FeatureStore, batch_size: int, seed: int = 42, seat: Seat | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.train, self.val, self.batch_size = train, val, batch_size
+        self.train, self.val, self.batch_size, self.seat = train, val, batch_size, seat
         self.options = {"seed": seed} | options
-        self._loader: FeatureLoader | None = None
+        self._loader: FeatureLoader | SharedLoader | None = None
         self._start: tuple[int, int] | None = None
 
     @property
@@ -36,8 +41,17 @@ class FeatureDataModule(L.LightningDataModule):
         """Time that training has waited for batches."""
         return self._loader.wait_seconds if self._loader is not None else 0.0
 
-    def train_dataloader(self) -> FeatureLoader:
-        self._loader = FeatureLoader(self.train, self.batch_size, rank=rank(), world=world_size(), **self.options)
+    def clock(self) -> float:
+        """Seconds, of which those while other trainings have their turn do not count."""
+        return time.monotonic() if self.seat is None else self.seat.clock()
+
+    def train_dataloader(self) -> FeatureLoader | SharedLoader:
+        loader = FeatureLoader(self.train, self.batch_size, rank=rank(), world=world_size(), **self.options)
+        if self.seat is None:
+            self._loader = loader
+        else:
+            assert self.trainer is not None
+            self._loader = SharedLoader(loader, self.seat, self.trainer.strategy.root_device)
         if self._start is not None:
             self._loader.seek(*self._start)
         return self._loader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sae_lightning.saes.artefact import ArtefactError
+from sae_lightning.training.identity import run_name
 from sae_lightning.training.run import is_finished, load_record
 
-POINTER = "run_folder.txt"  # written by train.py into Hydra's job folder; launchers share only the file system
+POINTER = "run_folders.txt"  # written by train.py into Hydra's job folder; launchers share only the file system
 
 
 class ClosingTable(Callback):
@@ -35,10 +37,17 @@ class ClosingTable(Callback):
             Console(stderr=True).print(f"[red]A job failed:[/] {' '.join(job_return.overrides or [])}")
 
 
+def point_to(output: Path, cfgs: Sequence[DictConfig]) -> None:
+    """Note in a job's folder which runs it trains."""
+    output.mkdir(parents=True, exist_ok=True)
+    folders = [(Path(cfg.paths.runs) / run_name(cfg)).resolve() for cfg in cfgs]
+    (output / POINTER).write_text("".join(f"{folder}\n" for folder in folders))
+
+
 def run_folders(outputs: Path) -> list[Path]:
     """The run folders that the jobs below ``outputs`` point to, in the order of their job numbers."""
     pointers = sorted(outputs.rglob(POINTER), key=lambda p: (len(p.parent.name), p.parent.name))
-    return list(dict.fromkeys(Path(p.read_text().strip()) for p in pointers))
+    return list(dict.fromkeys(Path(line) for p in pointers for line in p.read_text().splitlines()))
 
 
 def print_table(folders: list[Path], console: Console | None = None) -> None:

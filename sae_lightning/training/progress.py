@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import lightning as L
@@ -23,7 +22,7 @@ class Throughput(L.Callback):
         self._samples = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._start = time.monotonic()
+        self._start = self.data.clock()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
@@ -35,14 +34,14 @@ class Throughput(L.Callback):
 
     @property
     def samples_per_second(self) -> float:
-        return self._samples / max(1e-9, time.monotonic() - self._start)
+        return self._samples / max(1e-9, self.data.clock() - self._start)
 
     @property
     def wait_share(self) -> float:
-        return self.data.wait_seconds / max(1e-9, time.monotonic() - self._start)
+        return self.data.wait_seconds / max(1e-9, self.data.clock() - self._start)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds_before + time.monotonic() - self._start}
+        return {"seconds": self.seconds_before + self.data.clock() - self._start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seconds_before = state["seconds"]

@@ -150,7 +150,7 @@ def test_the_same_code_fine_tunes_clip_with_adapters(settings):
         (["schedule.shape=square"], "schedule.shape=square"),
         (["data=store", "data.train=x"], "fine-tuning needs pictures"),
         (["data.path=/no/such/folder"], "There is no folder"),
-        (["logger.kind=paper"], "logger.kind=paper"),
+        (["+logger.paper={}"], "logger.paper"),
         (["similarity_store.train=/no/such/store"], "/no/such/store"),
         (["features=patch"], "vectors an image"),
         (["trainer.accelerator=gpu", "trainer.devices=64"], "GPUs are visible"),

@@ -20,7 +20,7 @@ def load(*overrides: str, hydra: bool = False):
 def test_every_preset_composes_with_every_model(preset):
     needed = ["data.path=somewhere"] if preset in ("cifar10", "imagenet") else []
     for name in ("resnet50", "clip_vit_b32", "tiny"):
-        cfg = load(f"+experiment=finetune/{preset}", f"finetune_model={name}", *needed)
+        cfg = load(f"experiment=finetune/{preset}", f"finetune_model={name}", *needed)
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         assert plain["trainer"]["max_epochs"] == plain["epochs"]
         assert plain["optimizer"]["lr"] > 0
@@ -38,7 +38,7 @@ def test_every_preset_composes_with_every_model(preset):
     ],
 )
 def test_table_4(model, preset, lr, shape, warmup, decay):
-    cfg = load(f"+experiment=finetune/{preset}", f"finetune_model={model}", hydra=True)
+    cfg = load(f"experiment=finetune/{preset}", f"finetune_model={model}", hydra=True)
     assert (cfg.optimizer.lr, cfg.optimizer.weight_decay, cfg.optimizer.momentum) == (lr, decay, 0.9)
     assert (cfg.schedule.shape, cfg.schedule.warmup_epochs) == (shape, warmup)
     assert (cfg.epochs, cfg.batch_size, cfg.layer) == (90, 1024, "added")

@@ -1,0 +1,184 @@
+"""Several trainings side by side in one process, from one stream of features: ``train_packed``.
+
+Each run has its own Trainer, callbacks, loggers and checkpoints, in a thread of its own that works while it is its
+turn (``features/shared.py``); nothing of what it computes depends on the others, so that its weights are those of the
+same run alone and each may go on later alone or in another pack.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+from tqdm.auto import tqdm
+
+from sae_lightning.features.ensure import ensure_store
+from sae_lightning.features.shared import Seat, SharedStream, StreamStoppedError
+from sae_lightning.training.identity import run_name
+from sae_lightning.training.launch import job, launch_ranks, n_ranks, wants_ranks
+from sae_lightning.training.loggers import settle
+from sae_lightning.training.memory import free_bytes, rounds, workers_of
+from sae_lightning.training.preempt import Preempted, heeding
+from sae_lightning.training.run import check, fit, is_finished
+
+
+class PackError(RuntimeError):
+    """Some of the runs of a pack failed; the others are finished."""
+
+
+def train_packed(cfgs: Sequence[DictConfig]) -> list[Path]:
+    """Train the unfinished ones of ``cfgs``, which read the same features, side by side; returns all run folders.
+
+    As many at a time as ``pack.memory_gb`` holds. A run that fails says why and leaves the others alone; PackError
+    names it at the end. Under DDP, where ranks would wait for each other, the whole pack ends with the first failure.
+    All stop at checkpoints when a signal asks for it (``preempt.py``).
+    """
+    folders = {Path(cfg.paths.runs) / run_name(cfg): cfg for cfg in cfgs}
+    failed: list[Path] = []
+    with heeding(f"{len(folders)} runs side by side"), ExitStack() as locks:
+        for folder in sorted(folders):
+            folder.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(FileLock(folder / ".lock"))
+        todo = {}
+        for folder, cfg in folders.items():
+            if is_finished(folder):
+                print(f"{folder.name}: finished before, skipped.", flush=True)
+                continue
+            try:
+                check(cfg)
+            except ValueError as error:
+                print(f"{folder.name}: {error}", file=sys.stderr, flush=True)
+                failed.append(folder)
+            else:
+                todo[folder] = cfg
+        if todo:
+            failed += _train(todo)
+    if failed:
+        raise PackError(
+            f"{len(failed)} of {len(folders)} runs failed, as said above: {', '.join(f.name for f in failed)}."
+        )
+    return list(folders)
+
+
+def _train(todo: dict[Path, DictConfig]) -> list[Path]:
+    """Train all of ``todo``, in rounds that fit the memory; returns those that failed."""
+    first = next(iter(todo.values()))
+    for cfg in todo.values():
+        settle(cfg)
+    store = ensure_store(first, "train")  # once, before every thread or rank opens it
+    ensure_store(first, "val")
+    failed: list[Path] = []
+    for members in rounds(todo, store.d_in, free_bytes(first)):
+        if wants_ranks(first):
+            pack = OmegaConf.create({str(f): OmegaConf.to_container(cfg, resolve=True) for f, cfg in members.items()})
+            launch_ranks(pack, next(iter(members)), "sae_lightning.training.packed", n_ranks(first))
+        else:
+            failed += fit_together(members)
+    return failed
+
+
+def fit_together(members: dict[Path, DictConfig], world: int = 1) -> list[Path]:
+    """Train ``members`` (folder: config) in threads of this process; returns the folders of those that failed.
+
+    Raises Preempted when a signal has stopped them, and the first failure when this is one of ``world`` > 1 ranks.
+    """
+    cfg = next(iter(members.values()))
+    workers = 1 if world > 1 else workers_of(cfg, len(members))
+    stream = SharedStream(len(members), workers)
+    failures: dict[Path, BaseException] = {}
+    preempted: list[Preempted] = []
+
+    def run(member: int, folder: Path, threads: int) -> None:
+        torch.set_num_threads(threads)
+        try:
+            stream.enter(member)
+            fit(members[folder], folder, Seat(stream, member))
+        except Preempted as error:
+            preempted.append(error)
+        except BaseException as error:
+            failures[folder] = error
+            _report(folder, error)
+            if world > 1:
+                stream.stop(error)
+        finally:
+            stream.leave(member)
+
+    with _bar(stream, members), _threads(workers) as each:
+        threads = [
+            threading.Thread(target=run, args=(i, folder, each), name=folder.name) for i, folder in enumerate(members)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:
+            stream.stop()
+            for thread in threads:
+                thread.join()
+            raise
+    if failures and world > 1:
+        raise next(iter(failures.values()))
+    if preempted:
+        raise preempted[0]
+    return list(failures)
+
+
+@contextmanager
+def _threads(workers: int):  # type: ignore[no-untyped-def]
+    """The threads of computation that each of ``workers`` has; those of this process are restored afterwards."""
+    whole = torch.get_num_threads()
+    try:
+        yield max(1, whole // workers)
+    finally:
+        torch.set_num_threads(whole)
+
+
+@contextmanager
+def _bar(stream: SharedStream, members: dict[Path, DictConfig]):  # type: ignore[no-untyped-def]
+    """One progress bar for the pack, which counts batches."""
+    cfg = next(iter(members.values()))
+    shown = cfg.trainer.enable_progress_bar and os.environ.get("RANK", "0") == "0"
+    with tqdm(desc=f"{cfg.backbone.name}: {len(members)} runs", unit="batch", disable=not shown) as bar:
+
+        def advance(position: int, steps: int) -> None:
+            trainers = [c.trainer for c in members.values()]
+            bar.total = max(t.max_steps if t.max_steps > 0 else (t.max_epochs or 0) * steps for t in trainers)
+            bar.update(position + 1 - bar.n)
+
+        stream.on_batch = advance
+        yield
+
+
+def _report(folder: Path, error: BaseException) -> None:
+    """Say which run failed and why, with the traceback of anything but a plain sentence."""
+    lines = [] if isinstance(error, ValueError | StreamStoppedError) else traceback.format_exception(error)[:-1]
+    print("".join([*lines, f"{folder.name}: {error or type(error).__name__}"]), file=sys.stderr, flush=True)
+
+
+def members_of(cfg: DictConfig) -> list[DictConfig]:
+    """The configs of the pack that ``cfg`` is a job of, as the sweeper wrote them; ``[cfg]`` where it is none."""
+    if cfg.pack.file is None:
+        return [cfg]
+    from hydra import compose
+
+    return [compose("config", overrides) for overrides in json.loads(Path(cfg.pack.file).read_text())]
+
+
+def main() -> None:
+    """Entry of one DDP rank: ``python -m sae_lightning.training.packed CONFIG FOLDER``."""
+    pack, _ = job()
+    fit_together({Path(str(folder)): cfg for folder, cfg in pack.items()}, int(os.environ["WORLD_SIZE"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Which runs of a sweep train side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+WHEN = ("auto", "always", "never")
+SECTIONS = ("data", "backbone", "features", "extract", "subset", "seed", "batch_size", "stream", "paths", "pack")
+TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "strategy")
+
+
+def stream_key(cfg: DictConfig) -> str:
+    """What runs must have in common to share a stream: the features, their order, and the processes."""
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    kept = {name: plain[name] for name in SECTIONS} | {name: plain["trainer"][name] for name in TRAINER_KEYS}
+    return json.dumps(kept, sort_keys=True)
+
+
+def grouped(cfgs: Sequence[DictConfig], in_turn: bool) -> list[list[int]]:
+    """Indices of ``cfgs``, those of a group being one job; ``in_turn`` says that jobs run one after another here.
+
+    Groups and their members come in the order of ``cfgs``. ValueError for an unknown ``pack.when``.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, cfg in enumerate(cfgs):
+        if cfg.pack.when not in WHEN:
+            raise ValueError(f"Unknown pack.when={cfg.pack.when}; choose one of {', '.join(WHEN)}.")
+        alone = cfg.pack.when == "never" or cfg.trainer.num_nodes > 1
+        packed = not alone and (cfg.pack.when == "always" or in_turn)
+        groups.setdefault(stream_key(cfg) if packed else str(i), []).append(i)
+    return [part for group in groups.values() for part in _parts(group, cfgs[group[0]].pack.members)]
+
+
+def _parts(group: list[int], most: int | None) -> list[list[int]]:
+    """The group in parts of nearly equal size, of at most ``most`` members."""
+    count = -(-len(group) // (most or len(group)))
+    size, more = divmod(len(group), count)
+    starts = [i * size + min(i, more) for i in range(count + 1)]
+    return [group[a:b] for a, b in pairwise(starts)]

@@ -1,0 +1,101 @@
+"""What sweeps were to train in a folder of runs, and how far each run is: ``sae-lightning runs``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig
+
+from sae_lightning.saes.artefact import write_json
+from sae_lightning.training.identity import run_name
+
+PLAN = "planned.json"
+STATES = ("finished", "running", "broken", "planned")
+
+
+def note_plan(cfgs: Sequence[DictConfig], overrides: Sequence[Sequence[str]], sweep: Path) -> None:
+    """Add the runs of a sweep to ``planned.json`` of their folder."""
+    when = datetime.now().astimezone().isoformat(timespec="seconds")
+    folders: dict[Path, dict[str, Any]] = {}
+    for cfg, chosen in zip(cfgs, overrides, strict=True):
+        folders.setdefault(Path(cfg.paths.runs), {})[run_name(cfg)] = {
+            "overrides": list(chosen), "sweep": str(sweep), "planned": when,
+        }  # fmt: skip
+    for folder, runs in folders.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{PLAN}.lock"):
+            write_json(folder / PLAN, planned(folder) | runs)
+
+
+def planned(folder: Path) -> dict[str, Any]:
+    """Runs by name that sweeps have planned in ``folder``."""
+    path = folder / PLAN
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+class State(NamedTuple):
+    """How far a run is: ``state`` is one of STATES, ``about`` what there is to say of it."""
+
+    name: str
+    state: str
+    about: str = ""
+    scores: int = 0
+
+
+def states(folder: Path) -> list[State]:
+    """The runs in ``folder`` and those planned there, in the order of the plan, then by name."""
+    found = [p.name for p in sorted(folder.iterdir()) if (p / ".lock").exists() or (p / "cfg.json").exists()]
+    return [state_of(folder / name) for name in dict.fromkeys([*planned(folder), *found])]
+
+
+def state_of(run: Path) -> State:
+    """How far one run is; ``running`` where another process holds it."""
+    if (run / "result.json").is_file() and (run / "sae.safetensors").is_file():
+        result = json.loads((run / "result.json").read_text())
+        value = result["val"].get("explained_variance")
+        about = f"{result['seconds']:.0f} s" + ("" if value is None else f", expl. var. {value:.3f}")
+        return State(run.name, "finished", about, _parts_scored(run))
+    if not run.is_dir():
+        return State(run.name, "planned")
+    last = _last_step(run)
+    about = "" if last is None else f"at step {last}"
+    if _held(run):
+        return State(run.name, "running", about)
+    kept = (run / "checkpoints" / "last.ckpt").is_file()
+    return State(run.name, "broken", f"{about}, goes on from its checkpoint" if kept else "starts anew")
+
+
+def _held(run: Path) -> bool:
+    if not (run / ".lock").exists():
+        return False
+    try:
+        with FileLock(run / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _last_step(run: Path) -> int | None:
+    """The step of the last row of history.csv."""
+    path = run / "history.csv"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    if len(lines) < 2:
+        return None
+    return int(dict(zip(lines[0].split(","), lines[-1].split(","), strict=False))["step"])
+
+
+def _parts_scored(run: Path) -> int:
+    """Parts of the benchmark that the run has scores of."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(run / "scores.parquet", columns=["part"])
+    except (FileNotFoundError, pa.ArrowException):
+        return 0
+    return len(set(table["part"].to_pylist()))
