@@ -30,7 +30,7 @@ from sae_lightning.finetuning.similarity import align, similarity_store
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.training.history import History
 from sae_lightning.training.launch import job, launch_ranks, n_ranks, wants_ranks
-from sae_lightning.training.loggers import build_logger
+from sae_lightning.training.loggers import check_loggers, checkpoint_step, close_loggers, open_loggers, settle
 from sae_lightning.training.run import build_callbacks, checkpoints, quiet
 
 MODULE = "sae_lightning.finetuning.run"  # what ranks run
@@ -56,6 +56,7 @@ def finetune(cfg: DictConfig) -> Path:
         for images in (train, held_out):  # once, before every rank opens them
             align(similarity_store(cfg, images.split), images)
         if not (folder / TRAINED).is_file():
+            settle(cfg)
             launch_ranks(cfg, folder, MODULE) if wants_ranks(cfg) else fit(cfg, folder)
         finish(cfg, folder, held_out)
     return folder
@@ -75,6 +76,7 @@ def check(cfg: DictConfig) -> None:
         raise FinetuneError(f"mono_weight={cfg.mono_weight} must be 0 (plain cross entropy) or positive.")
     if cfg.data.source == "store":
         raise FinetuneError("data=store holds features only; fine-tuning needs pictures, such as data=folder.")
+    check_loggers(cfg)
     check_augment(cfg.augment)
     check_schedule(plain(cfg.schedule))
     gpus, devices = torch.cuda.device_count(), cfg.trainer.devices
@@ -118,14 +120,15 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     )  # fmt: skip
     clock = EpochClock()
     callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), clock, *build_callbacks(cfg)]
+    last = folder / "checkpoints" / "last.ckpt"
+    loggers = open_loggers(cfg, folder, start=checkpoint_step(last))
     trainer = L.Trainer(
         **trainer_settings(cfg),
-        logger=build_logger(cfg, folder),
+        logger=loggers or False,
         callbacks=callbacks,
         default_root_dir=folder,
         use_distributed_sampler=False,
     )
-    last = folder / "checkpoints" / "last.ckpt"
     if last.is_file():
         print(f"{folder.name}: resuming from its last checkpoint.", flush=True)
     trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
@@ -139,6 +142,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
             "trained_parameters": sum(p.numel() for p in classifier.parameters() if p.requires_grad),
         }  # fmt: skip
         write_json(folder / TRAINED, done)
+        close_loggers(loggers, cfg, folder, done)
     trainer.strategy.barrier()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
-import time
 import warnings
 from datetime import timedelta
 from importlib.metadata import version
@@ -19,14 +18,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.features.datamodule import FeatureDataModule, InOrder
 from sae_lightning.features.ensure import ensure_store, plain
+from sae_lightning.features.shared import Seat
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
 from sae_lightning.saes.artefact import read_cfg, write_json
 from sae_lightning.training.history import History
 from sae_lightning.training.identity import callbacks_on, run_hash, run_name, uses_k
-from sae_lightning.training.launch import job, launch_ranks, wants_ranks
-from sae_lightning.training.loggers import build_logger
+from sae_lightning.training.launch import environment, job, launch_ranks, wants_ranks
+from sae_lightning.training.loggers import check_loggers, checkpoint_step, close_loggers, open_loggers, settle
 from sae_lightning.training.module import SAEModule
+from sae_lightning.training.nodes import check_tasks, leading, node
+from sae_lightning.training.preempt import StopWhenAsked, heeding
 from sae_lightning.training.progress import Throughput
 from sae_lightning.training.resample import Resample
 from sae_lightning.training.start import B_PRE, dead_at_start, prepare, warnings_for
@@ -39,22 +41,31 @@ def train(cfg: DictConfig) -> Path:
     """Train one SAE unless its run is finished; returns the run folder.
 
     Extracts missing stores first, resumes from the run's checkpoint, and spreads over processes when
-    ``trainer.devices`` asks for it. Raises ValueError for impossible settings, before any work.
+    ``trainer.devices`` asks for it. Stops at a checkpoint when a signal asks for it (``preempt.py``). Raises
+    ValueError for impossible settings, before any work.
     """
     check(cfg)
+    check_tasks(cfg)
     folder = Path(cfg.paths.runs) / run_name(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    with heeding(folder.name):
+        _lead(cfg, folder) if node()[0] == 0 else launch_ranks(cfg, folder)
+    return folder
+
+
+def _lead(cfg: DictConfig, folder: Path) -> None:
+    """What the first or only node of a job does for one run."""
+    with FileLock(folder / ".lock"), leading(folder):
         if is_finished(folder):
             print(f"{folder.name}: finished before, skipped.", flush=True)
-            return folder
+            return
         if wants_ranks(cfg):
+            settle(cfg)
             for split in ("train", "val"):  # once, before every rank opens them
                 ensure_store(cfg, split)
             launch_ranks(cfg, folder)
         else:
             fit(cfg, folder)
-    return folder
 
 
 def is_finished(folder: Path) -> bool:
@@ -81,6 +92,7 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(
             "sae.threshold=calibrated needs k a sample; with k_per=batch set sae.threshold=running_average."
         )
+    check_loggers(cfg)
     devices, accelerator = cfg.trainer.devices, str(cfg.trainer.accelerator)
     available = torch.cuda.device_count()
     if accelerator in ("gpu", "cuda") and isinstance(devices, int) and devices > available:
@@ -89,37 +101,46 @@ def check(cfg: DictConfig) -> None:
         )
 
 
-def fit(cfg: DictConfig, folder: Path) -> None:
-    """Train in this process (one of several ranks, or the only one) and write the artefact."""
+def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
+    """Train in this process (one of several ranks, or the only one) and write the artefact.
+
+    With a ``seat``, which is taken, the features come from a stream that other runs share (``packed.py``).
+    """
     quiet()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     stores = {split: ensure_store(cfg, split) for split in ("train", "val")}
     stores["train"] = stores["train"].subset(**plain(cfg.subset))
     stream = {key: value for key, value in plain(cfg.stream).items() if key not in ("damaged", "verify")}
-    data = FeatureDataModule(stores["train"], stores["val"], batch_size=cfg.batch_size, seed=cfg.seed, **stream)
+    data = FeatureDataModule(stores["train"], stores["val"], cfg.batch_size, cfg.seed, seat, **stream)
     module = build_module(cfg, stores["train"])
     throughput = Throughput(data)
+    last = folder / "checkpoints" / "last.ckpt"
     callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), throughput, *build_callbacks(cfg)]
+    callbacks.append(StopWhenAsked(last))
     if cfg.resample.every:
         callbacks.insert(0, Resample(cfg.resample.every, cfg.dead_after, cfg.resample.until))
     settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     if settings["strategy"] == "auto" and wants_ranks(cfg):
         settings["strategy"] = "ddp"
+    settings["enable_progress_bar"] &= seat is None  # a pack has one bar
+    about = {"variant": module.sae.variant, "d_in": module.sae.d_in, "d_sae": module.sae.d_sae} | record(cfg, stores)
+    loggers = open_loggers(cfg, folder, about, checkpoint_step(last))
     trainer = L.Trainer(
         **settings,
-        logger=build_logger(cfg, folder),
+        logger=loggers or False,
         callbacks=callbacks,
         default_root_dir=folder,
+        plugins=environment(),
         use_distributed_sampler=False,
     )
-    last = folder / "checkpoints" / "last.ckpt"
-    start = time.monotonic()
+    start = data.clock()
     if last.is_file():
         print(f"{folder.name}: resuming from its last checkpoint.", flush=True)
-    elif trainer.is_global_zero:
-        dead = dead_at_start(module.sae, stores["train"])
+    else:
+        dead = dead_at_start(module.sae, stores["train"])  # by all ranks: it may compare activations over them
         for sentence in warnings_for(stores["train"], dead, cfg.normalize, cfg.init.b_pre):
-            print(f"{folder.name}: warning: {sentence}", flush=True)
+            if trainer.is_global_zero:
+                print(f"{folder.name}: warning: {sentence}", flush=True)
     trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -128,13 +149,14 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     if trainer.is_global_zero:
         scores = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         module.sae.save(folder, **record(cfg, stores))
-        seconds = throughput.seconds_before + time.monotonic() - start
+        seconds = throughput.seconds_before + data.clock() - start
         result = {
             "status": "finished", "seconds": seconds, "steps": trainer.global_step,
             "samples_per_second": throughput.samples_per_second, "wait_share": throughput.wait_share,
-            "devices": trainer.world_size, "val": scores,
+            "devices": trainer.world_size, "side_by_side": 1 if seat is None else seat.stream.members, "val": scores,
         }  # fmt: skip
         write_json(folder / "result.json", result)
+        close_loggers(loggers, cfg, folder, result)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     trainer.strategy.barrier()
 
@@ -162,6 +184,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # ranks are not srun's business
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # the datamodule is
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # a resumed run
     warnings.filterwarnings("ignore", message=".*sync_dist=True.* when logging on epoch level.*")  # metrics reduce

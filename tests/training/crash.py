@@ -1,4 +1,9 @@
-"""A callback that ends a run in the middle, as a kill would."""
+"""Callbacks that end a run in the middle, as a kill or a cluster would."""
+
+import os
+import signal
+import time
+from pathlib import Path
 
 import lightning as L
 import torch.distributed as dist
@@ -14,3 +19,22 @@ class Crash(L.Callback):
         here = dist.get_rank() if dist.is_initialized() else 0
         if trainer.current_epoch == self.epoch and self.rank in (None, here):
             raise RuntimeError("the power went out")
+
+
+class Signal(L.Callback):
+    """Rank 0 sends ``name`` to process ``pid``, by default its own, in step ``at``; each step from there on is slow.
+
+    With ``pids``, a folder, every rank leaves a file there that its process id names.
+    """
+
+    def __init__(self, at: int, name: str = "SIGUSR1", pid: int | None = None, pids: str | None = None) -> None:
+        self.at, self.name, self.pid, self.pids = at, name, pid, pids
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
+        if trainer.global_step == self.at:
+            if self.pids is not None:
+                (Path(self.pids) / str(os.getpid())).touch()
+            if trainer.is_global_zero and self.name:
+                os.kill(self.pid or os.getpid(), getattr(signal, self.name))
+        if trainer.global_step >= self.at and (self.pid or self.pids):
+            time.sleep(0.4)

@@ -102,7 +102,7 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(variant, conf
         (["resample.every=-1"], "resample.every=-1"),
         (["+loss.sparkle=1.0"], "Unknown loss term"),
         (["trainer.accelerator=gpu", "trainer.devices=64"], "GPUs are visible"),
-        (["logger.kind=paper"], "logger.kind=paper"),
+        (["+logger.paper={}"], "logger.paper"),
         (["data.path=/no/such/folder"], "There is no folder"),
         (["backbone.layer=9"], "layers are 0 to 5"),
     ],

@@ -1,0 +1,215 @@
+"""Stopping when asked to: SLURM's warnings (SIGUSR1, SIGUSR2) and SIGTERM end a training at a checkpoint.
+
+``heeding`` takes the signals in the main thread, ``StopWhenAsked`` ends the training at the next step, in whatever
+thread and on all ranks alike, and ``heeding`` then hands the signal on: to submitit's handler, which requeues the job,
+or to an exit with a sentence.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+FLAG = "SAE_LIGHTNING_STOP"  # environment of ranks: the file that their parent makes to ask them to stop
+PATIENCE = 600.0  # seconds in which SLURM is to kill a job that it has sent SIGTERM
+
+
+class Preempted(BaseException):
+    """Training has stopped as ``signum`` asked; its checkpoint is written."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class _State:
+    """What this process has been asked, and how many trainings in it will see to it by themselves."""
+
+    def __init__(self) -> None:
+        self.previous: dict[int, Any] = {}  # handlers before heeding; empty: not heeding
+        self.asked: int | None = None
+        self.busy = 0
+        self.in_rank = False
+        self.what = ""
+        self.lock = threading.Lock()
+        self.looked = 0.0  # when the flag was last looked for
+
+
+_state = _State()
+
+
+def asked() -> int | None:
+    """The signal that asked this process to stop, or SIGUSR2 where its parent's flag says so; None: go on."""
+    flag = os.environ.get(FLAG)
+    if _state.asked is None and flag and time.monotonic() - _state.looked >= 1:
+        _state.looked = time.monotonic()
+        if os.path.exists(flag):
+            _state.asked = signal.SIGUSR2
+    return _state.asked
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """While inside, a signal is only noted: who is inside looks at ``asked`` and stops by itself."""
+    with _state.lock:
+        _state.busy += 1
+    try:
+        yield
+    finally:
+        with _state.lock:
+            _state.busy -= 1
+
+
+@contextmanager
+def heeding(what: str, in_rank: bool = False) -> Iterator[None]:
+    """Take SIGUSR1, SIGUSR2 and SIGTERM while inside; ``what`` is named in the sentence said on stopping.
+
+    Trainings inside stop at their next step and raise Preempted, on which this gives way (``give_way``); outside of
+    trainings, where the last checkpoint is all there is to keep, it gives way at once. A process ``in_rank`` of a job
+    leaves that to its parent: it ends silently with status 0, or at SIGTERM outside of trainings with 143. Does
+    nothing within another ``heeding`` or outside of the main thread.
+    """
+    if _state.previous or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _state.asked, _state.in_rank, _state.what = None, in_rank, what
+    _state.previous = {number: signal.getsignal(number) for number in SIGNALS}
+    _listen()
+    stopped: int | None = None
+    try:
+        yield
+    except Preempted as error:
+        stopped = error.signum
+    except SIGTERMException:  # Lightning's own, where it validates
+        stopped = signal.SIGTERM
+    finally:
+        previous = _restore()
+    if stopped is not None and not in_rank:
+        give_way(stopped, what, previous)
+
+
+def give_way(signum: int, what: str, previous: dict[int, Any]) -> NoReturn:
+    """End the job: hand ``signum`` on to the handlers that were there before, then exit with 128 + ``signum``.
+
+    In a submitit job either warning goes to submitit's handler, which requeues the job and exits. SIGTERM does not,
+    as it may come from scancel: where SLURM preempts, it requeues the job itself once the grace time is over, which
+    this waits for, as a job that ends by itself is not requeued.
+    """
+    name = signal.Signals(signum).name
+    print(f"{what}: stopped by {name}; the same command goes on from the last checkpoint.", flush=True)
+    submitted = "SUBMITIT_EXECUTOR" in os.environ
+    warnings = (signal.SIGUSR2, signal.SIGUSR1) if submitted and signum != signal.SIGTERM else ()
+    handler: Callable[..., Any] | None = next(
+        (previous[n] for n in (signum, *warnings) if callable(previous.get(n))), None
+    )
+    if handler is not None:
+        handler(signum, None)
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            time.sleep(1)
+    sys.exit(128 + signum)
+
+
+def _restore() -> dict[int, Any]:
+    previous, _state.previous = _state.previous, {}
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+    return previous
+
+
+def _listen() -> None:
+    """(Again) take the signals, also where Lightning has put itself in between."""
+    if _state.previous and threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, _heed)
+
+
+def _heed(signum: int, frame: Any) -> None:
+    if _state.busy:
+        _state.asked = _state.asked or signum
+    elif not _state.in_rank:
+        give_way(signum, _state.what, _restore())
+    elif signum == signal.SIGTERM:
+        sys.exit(128 + signum)
+
+
+class StopWhenAsked(Checkpoint):
+    """Ends training after the step in which a signal came: writes a checkpoint to ``path`` and raises Preempted.
+
+    All ranks stop at the same step: a flag is reduced over them in the background of each step and read after the
+    next one. At the last batch of an epoch it waits for validation and the end of the epoch. A Checkpoint, so that
+    Lightning calls it after all other callbacks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._working: Any = None
+        self._group: Any = None
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._pending: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        _listen()
+        self._working = working()
+        self._working.__enter__()
+        if trainer.world_size > 1:
+            self._group = dist.new_group(backend="gloo")  # on the CPU, so that no step waits for the GPU
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        _listen()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        signum = self._agreed()
+        if signum and not trainer.is_last_batch:
+            self._stop(trainer, signum)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        signum = self._agreed()
+        if signum:
+            self._stop(trainer, signum)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._leave()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self._leave(drain=False)
+
+    def _agreed(self) -> int:
+        """The largest number of a signal on any rank, one call late where there are several; 0: go on."""
+        here = asked() or 0
+        if self._group is None:
+            return here
+        agreed = 0
+        if self._pending is not None:
+            self._pending.wait()
+            agreed = int(self._flag)
+        self._flag = torch.tensor([here], dtype=torch.int32)
+        self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def _stop(self, trainer: L.Trainer, signum: int) -> NoReturn:
+        trainer.save_checkpoint(self.path)
+        raise Preempted(signum)
+
+    def _leave(self, drain: bool = True) -> None:
+        if drain and self._pending is not None:
+            self._pending.wait()
+        self._pending = self._group = None
+        if self._working is not None:
+            self._working.__exit__(None, None, None)
+            self._working = None
