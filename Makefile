@@ -5,16 +5,20 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 PEERS  := $(VENV)/.peers
 
-.PHONY: help install demo benchmark monoloss test check lint types format clean bench bench-features bench-monoscore \
-	bench-evaluate
+RUNS   ?= runs/grid
+
+.PHONY: help install demo benchmark grid status monoloss test test-slurm check lint types format clean bench \
+	bench-features bench-monoscore bench-evaluate bench-packed
 
 help:
 	@echo "make demo      train SAEs on the bundled pictures, score them, write reports/report.html"
 	@echo "make benchmark two SAEs on each of five backbones, scored by all of ViSAEBench: reports/benchmark.html"
+	@echo "make grid      ViSAEBench's sixty SAEs at the scale of the demo, scored, with the paper's analyses: reports/grid.html"
+	@echo "make status    how far the grid is, at any time; RUNS=folder for other runs"
 	@echo "make monoloss  the same SAEs without and with MonoLoss, compared in reports/monoloss.html"
-	@echo "make test      run all tests"
+	@echo "make test      run all tests; test-slurm: a real SLURM that it starts itself (root)"
 	@echo "make bench     time training steps against other packages; bench-features: reading and extraction;"
-	@echo "               bench-monoscore: scoring, and steps with MonoLoss; bench-evaluate: the benchmark's pass"
+	@echo "               bench-monoscore: scoring, and steps with MonoLoss; bench-evaluate: the benchmark's pass; bench-packed: twelve SAEs side by side"
 	@echo "make check     lint, types and tests"
 	@echo "make format    sort imports and format"
 	@echo "make clean     remove stores, runs and reports (not .venv)"
@@ -41,7 +45,7 @@ $(READY): pyproject.toml constraints.txt
 # other SAE packages, which the tests of the converters and the benchmarks run
 $(PEERS): $(READY)
 	@echo "Installing the packages that tests compare with …"
-	@$(call INSTALL,-e '.[peers]')
+	@$(call INSTALL,-e '.[peers,wandb]')
 	@touch $(PEERS)
 
 demo: $(READY)
@@ -54,6 +58,14 @@ benchmark: $(READY)
 	$(PY) evaluate.py metrics=visaebench paths.runs=runs/benchmark
 	$(PY) report.py paths.runs=runs/benchmark out=reports/benchmark.html detailed=10
 
+grid: $(READY)
+	$(PY) train.py -m experiment=visaebench_grid paths.runs=runs/grid
+	$(PY) evaluate.py metrics=visaebench paths.runs=runs/grid
+	$(PY) report.py grid='*' paths.runs=runs/grid out=reports/grid.html
+
+status: $(READY)
+	$(VENV)/bin/sae-lightning runs $(RUNS)
+
 monoloss: $(READY)
 	$(PY) train.py -m experiment=monoloss/demo paths.runs=runs/monoloss
 	$(PY) evaluate.py paths.runs=runs/monoloss
@@ -61,6 +73,9 @@ monoloss: $(READY)
 
 test: $(PEERS)
 	$(PY) -m pytest
+
+test-slurm: $(READY)
+	$(PY) -m experiments.slurm.test
 
 bench: $(PEERS)
 	$(PY) -m experiments.bench.train_step --memory --json reports/bench/train_step.json
@@ -74,6 +89,9 @@ bench-monoscore: $(READY)
 
 bench-evaluate: $(READY)
 	$(PY) -m experiments.bench.evaluate --json reports/bench/evaluate.json
+
+bench-packed: $(READY)
+	$(PY) -m experiments.bench.packed --memory --json reports/bench/packed.json
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -28,13 +28,12 @@ def load(*overrides: str, root: str = "config"):
 @pytest.mark.parametrize("path", GROUPS, ids=str)
 def test_every_choice_composes_and_resolves(path):
     group, name = path.parent.as_posix(), path.stem
-    prefix = "+" if group == "experiment" else ""
     needed = ["data.path=somewhere"] if name in ("cifar10", "folder", "imagenet", "openimages", "webdataset") else []
     needed += ["data.id=someone/something"] if name == "hf" else []
     needed += ["data.train=somewhere"] if name == "store" else []
     needed += ["backbone.published.model=some/model"] if name in ("timm", "transformers") else []
     root = "finetune" if group == "finetune_model" else "config"
-    cfg = load(f"{prefix}{group}={name}", *needed, root=root)
+    cfg = load(f"{group}={name}", *needed, root=root)
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert plain["data"]["source"] in (*SOURCES, "store")
     assert set(plain["logger"]) <= set(KINDS)

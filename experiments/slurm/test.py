@@ -8,6 +8,7 @@ Needs Debian's packages slurm-wlm and munge, and root. Prints a table of what pa
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -30,6 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 600.0  # seconds for any one thing
 
 
+started: list[subprocess.Popen[str]] = []
+
+
 class Sweep:
     """``train.py -m`` with small settings; runs go to ``work/NAME``, what it prints to ``work/NAME.log``."""
 
@@ -49,6 +53,7 @@ class Sweep:
     def start(self) -> Sweep:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(self.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True)
+        started.append(self.process)
         return self
 
     def wait(self, fails: bool = False) -> str:
@@ -67,6 +72,10 @@ class Sweep:
         found = [SAE.load(p.parent).state_dict() for p in self.runs.glob("*/result.json")]
         return sorted(found, key=lambda state: state["W_dec"].numel())
 
+    def devices(self) -> list[int]:
+        """How many ranks finished each of its runs."""
+        return [json.loads(p.read_text())["devices"] for p in self.runs.glob("*/result.json")]
+
 
 def until(happened: Callable[[], object], what: str, why: Callable[[], str] = str) -> None:
     """Wait until ``happened``; requeued jobs, which SLURM holds back for two minutes, begin at once."""
@@ -79,14 +88,13 @@ def until(happened: Callable[[], object], what: str, why: Callable[[], str] = st
         time.sleep(0.5)
 
 
-def equal(one: Sweep, two: Sweep, places: int | None = None) -> None:
-    """AssertionError unless both have the same weights, bit for bit or to ``places`` decimals."""
+def equal(one: Sweep, two: Sweep) -> None:
+    """AssertionError unless both have the same weights, bit for bit."""
     first, second = one.weights(), two.weights()
     assert len(first) == len(second) > 0, f"{len(first)} and {len(second)} finished runs"
     for a, b in zip(first, second, strict=True):
         for name in a:
-            far = float((a[name].double() - b[name].double()).abs().max()) if a[name].numel() else 0.0
-            assert far <= (0 if places is None else 10.0**-places), f"{name} differs by {far}"
+            assert torch.equal(a[name], b[name]), f"{name} differs"
 
 
 @contextlib.contextmanager
@@ -179,6 +187,7 @@ class Tests:
             until(lambda: restarts(job), "SLURM starts the job anew", sweep.say)
         assert "resuming from its last checkpoint" in sweep.wait()
         equal(self.two_ranks, sweep)
+        assert sweep.devices() == [2]
         return "two ranks (gloo) stop at one step, requeued, resumed, the same weights"
 
     def nodes(self) -> str:
@@ -192,6 +201,8 @@ class Tests:
             until(lambda: restarts(job), "SLURM starts the job anew", sweep.say)
         assert "resuming from its last checkpoint" in sweep.wait()
         equal(self.two_ranks, sweep)
+        assert sweep.devices() == [2]
+        assert "NumNodes=2" in said("scontrol", "show", "job", job)
         return "two nodes with a rank on each, requeued, resumed, the weights of two ranks"
 
     def crash(self) -> str:
@@ -222,6 +233,17 @@ def read(path: Path) -> bytes:
         return b""
 
 
+def clear() -> None:
+    """End what a test has left: sweeps that wait, and their jobs."""
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+        process.wait()
+    started.clear()
+    said("scancel", "--full", "--user=root")
+    until(lambda: not said("squeue", "-h"), "jobs are gone")
+
+
 def main() -> None:
     """Run the named tests, or all."""
     if missing() or os.geteuid() != 0:
@@ -232,6 +254,7 @@ def main() -> None:
     names = sys.argv[1:] or [name for name in vars(Tests) if not name.startswith("_") and callable(vars(Tests)[name])]
     table = Table("test", "", "time", "what")
     os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that daemons and jobs end with this
     failed = False
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         work = Path(folder)
@@ -245,8 +268,8 @@ def main() -> None:
                 except Exception:
                     traceback.print_exc()
                     passed, what, failed = "[red]failed[/]", "see above", True
-                    said("scancel", "--full", "--user=root")
-                    until(lambda: not said("squeue", "-h"), "jobs are gone")
+                finally:
+                    clear()
                 table.add_row(name, passed, f"{time.monotonic() - start:.0f} s", what)
                 print(f"{name}: {what}", flush=True)
     Console(width=120).print(table)

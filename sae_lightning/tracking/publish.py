@@ -36,7 +36,7 @@ def publish(runs: Sequence[Path], cfg: DictConfig) -> None:
     With ``cfg.again`` everything is logged anew. ValueError for an unknown logger.
     """
     check_loggers(cfg)
-    plain: dict[str, Any] = OmegaConf.to_container(cfg.logger or {}, resolve=True)  # type: ignore[assignment]
+    plain: Any = OmegaConf.to_container(cfg.logger, resolve=True) if cfg.logger else {}
     for kind, options in plain.items():
         for run in runs:
             marker = run / kind / "published"

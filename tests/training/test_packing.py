@@ -56,6 +56,7 @@ def test_on_imagenet_it_is_the_paper_s_of_table_1():
         assert (cfg.optimizer.name, cfg.optimizer.lr, cfg.batch_size, cfg.trainer.max_epochs) == ("adam", 1e-3, 8192, 1)
         assert (cfg.seed, cfg.extract.dtype, cfg.normalize, cfg.sae.name) == (42, "float16", "standard", "batchtopk")
         assert (cfg.schedule.warmup, cfg.schedule.decay) == (0, 0)
+        assert cfg.loss == {"reconstruction": 1, "sparsity": 0, "aux": 0}
         assert cfg.backbone.published.layer == 11
 
 

@@ -131,12 +131,12 @@ def test_two_ranks_stop_at_one_step_and_go_on_to_the_same_weights(config, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends processes with their parent")
-def test_ranks_end_with_a_killed_job_and_the_next_call_goes_on(config, tmp_path):
+def test_ranks_end_with_a_killed_job_and_leave_a_checkpoint(config, tmp_path):
     cfg, pids = config(), tmp_path / "pids"
     pids.mkdir()
     command = [
         sys.executable, "train.py", "data=folder", f"data.path={cfg.data.path}", "backbone=deit", "backbone.size=tiny",
-        "k=8", "expansion=2", "batch_size=256", "trainer.accelerator=cpu", "trainer.max_epochs=3", "dead_after=1000",
+        "k=8", "expansion=2", "batch_size=256", "trainer.accelerator=cpu", "dead_after=1000",
         "trainer.log_every_n_steps=2", f"paths.stores={cfg.paths.stores}", f"paths.runs={cfg.paths.runs}",
         "trainer.devices=2", f"hydra.run.dir={tmp_path / 'hydra'}", "trainer.max_epochs=500",
         f"+callbacks.signal={{_target_: tests.training.crash.Signal, at: 3, name: '', pids: {pids}}}",
