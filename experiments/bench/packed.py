@@ -2,10 +2,10 @@
 
     python -m experiments.bench.packed [--quick] [--json FILE] [--cases tiny vit-b slow-disk] [--memory]
 
-Expansion 8, 16, 32 by four sparsities, as in ViSAEBench's grid, on random features. ``tiny``: the demo's width of 128 and
-batches of 1024, where much of a step is overhead. ``vit-b``: width 768, where the encoder's product is most of a step.
-``slow-disk``: small dictionaries on features that arrive at ``--disk`` MB/s, as from a shared file system; the clock
-runs while nothing but reading goes on. Both contenders are the commands' own functions, from config to written SAEs.
+Expansion 8, 16, 32 by four sparsities, as in ViSAEBench's grid, on random features. ``tiny``: the demo's width of 128
+and batches of 1024, where much of a step is overhead. ``vit-b``: width 768, where the encoder's product is most of a
+step. ``slow-disk``: small dictionaries on features that arrive at ``--disk`` MB/s, as from a shared file system. Both
+contenders are the commands' own functions, from config to written SAEs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -115,8 +116,6 @@ def slowed(megabytes_a_second: float | None) -> Iterator[None]:
     if megabytes_a_second is None:
         yield
         return
-    from threading import Lock
-
     whole, lock, free = FeatureStore.read, Lock(), [0.0]
 
     def read(self: FeatureStore, start: int, rows: int, *rest: Any) -> None:

@@ -76,6 +76,8 @@ def check(cfg: DictConfig) -> None:
         raise FinetuneError(f"mono_weight={cfg.mono_weight} must be 0 (plain cross entropy) or positive.")
     if cfg.data.source == "store":
         raise FinetuneError("data=store holds features only; fine-tuning needs pictures, such as data=folder.")
+    if cfg.trainer.num_nodes > 1:
+        raise FinetuneError(f"Fine-tuning works on one node; set trainer.num_nodes=1 (it is {cfg.trainer.num_nodes}).")
     check_loggers(cfg)
     check_augment(cfg.augment)
     check_schedule(plain(cfg.schedule))

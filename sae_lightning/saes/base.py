@@ -178,7 +178,10 @@ class SAE(nn.Module):
 
     @staticmethod
     def from_pretrained(name: str | Path, revision: str | None = None) -> SAE:
-        """The SAE in a folder or in a repository of the model hub ("org/name"), in evaluation mode."""
+        """The SAE in a folder or in a repository of the model hub, in evaluation mode.
+
+        "org/name", or "org/name/folder" for one of several.
+        """
         from sae_lightning.saes.hub import from_pretrained
 
         return from_pretrained(name, revision)
