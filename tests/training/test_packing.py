@@ -187,3 +187,20 @@ def test_a_sweep_is_one_job_a_stream_and_goes_on_after_one_that_fails(config, pi
     again = subprocess.run(good, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert again.stdout.count("finished before, skipped") == 4
     assert time.monotonic() - start < 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["submitit_local"])
+def test_packs_go_through_other_launchers(launcher, config, pictures, tmp_path):
+    cfg = config()
+    command = [
+        sys.executable, str(ROOT / "train.py"), "-m", "data=folder", f"data.path={pictures}", "backbone=deit",
+        "backbone.size=tiny", "k=4,8,12", "expansion=2", "batch_size=256", "trainer.accelerator=cpu",
+        "trainer.max_epochs=1", f"paths.stores={cfg.paths.stores}", f"paths.runs={cfg.paths.runs}",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}", f"hydra/launcher={launcher}", "pack.when=always", "pack.members=2",
+    ]  # fmt: skip
+    environment = dict(os.environ, COLUMNS="160", OMP_NUM_THREADS="1")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    results = sorted(Path(cfg.paths.runs).glob("*/result.json"))
+    assert sorted(json.loads(path.read_text())["side_by_side"] for path in results) == [1, 2, 2]
+    assert all(path.parent.name in done.stdout for path in results)
