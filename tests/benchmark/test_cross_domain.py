@@ -52,6 +52,14 @@ def test_equals_the_definition():
     )
 
 
+def test_the_probe_of_all_codes_can_be_left_out():
+    (raw, train), (raw_test, test) = made()
+    own = own_accuracy(raw, train.labels, raw_test, test.labels)
+    whole, found = (values(cross_domain("digits", own, train, test, k=6, codes=codes)) for codes in (True, False))
+    left_out = {(f"cross_domain_{name}", "data=digits") for name in ("accuracy_codes", "codes_lift")}
+    assert found == {key: value for key, value in whole.items() if key not in left_out}
+
+
 def test_the_features_themselves_are_preserved_exactly():
     (raw, train), (raw_test, test) = made()
     own = own_accuracy(raw, train.labels, raw_test, test.labels)
