@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import lightning as L
+import torch
 import torch.distributed as dist
 
 
@@ -38,3 +39,15 @@ class Signal(L.Callback):
                 os.kill(self.pid or os.getpid(), getattr(signal, self.name))
         if trainer.global_step >= self.at and (self.pid or self.pids):
             time.sleep(0.4)
+
+
+class SameWeights(L.Callback):
+    """At the end of training: RuntimeError unless all ranks have the same parameters and buffers, bit for bit."""
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for name, tensor in module.sae.state_dict().items():  # type: ignore[union-attr,operator]
+            everywhere = [torch.empty_like(tensor) for _ in range(trainer.world_size)]
+            if trainer.world_size > 1:
+                dist.all_gather(everywhere, tensor.contiguous())
+            if any(not torch.equal(other, tensor) for other in everywhere if trainer.world_size > 1):
+                raise RuntimeError(f"{name} differs between ranks")

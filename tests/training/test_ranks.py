@@ -26,7 +26,8 @@ def _importable_tests(monkeypatch):
 @pytest.mark.parametrize("variant", ["batchtopk", "jumprelu"])
 def test_two_ranks_equal_one(variant, config, tmp_path):
     """In float64, where Adam does not turn the last digit of a small gradient into a whole step."""
-    choice = [f"sae={variant}", "trainer.precision=64-true", "trainer.max_epochs=2"]
+    choice = [f"sae={variant}", "trainer.precision=64-true", "trainer.max_epochs=2",
+              "+callbacks.same={_target_: tests.training.crash.SameWeights}"]  # fmt: skip
     folders = {n: train(config(*choice, f"trainer.devices={n}", f"paths.runs={tmp_path / str(n)}")) for n in (1, 2)}
     assert folders[1].name == folders[2].name
     one, two = SAE.load(folders[1]).state_dict(), SAE.load(folders[2]).state_dict()
