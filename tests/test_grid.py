@@ -1,4 +1,4 @@
-"""A piece of the grid through the commands, killed twice on its way: six SAEs, M1–M7 and the page of analyses."""
+"""A piece of the grid through the commands, killed once on its way: six SAEs, M1–M7 and the page of analyses."""
 
 import csv
 import math
@@ -16,7 +16,7 @@ from sae_lightning.training.plan import states
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = [
     "train.py", "-m", "experiment=visaebench_grid", "backbone=dinov2,mae", "expansion=8", "k=8,16,24",
-    "+data.limit=400", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
+    "+data.limit=300", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
 ]  # fmt: skip
 PARTS_LEFT_OUT = ("segmentation", "recovery", "histograms", "cknna")
 EVALUATE = [
@@ -60,7 +60,6 @@ def test_six_saes_are_trained_scored_and_analysed(tmp_path):
     assert "resuming from its last checkpoint" in printed
     assert [run.state for run in states(runs)] == ["finished"] * 6
 
-    killed_once(EVALUATE, tmp_path, lambda: list(runs.glob("*/scores.parquet")))
     printed = run(EVALUATE, tmp_path)
     assert "M7 absorption" in printed
     assert len({run.scores for run in states(runs)} - {0}) == 1

@@ -105,9 +105,21 @@ def test_a_crash_leaves_the_others_alone_and_all_go_on(config, tmp_path, capsys)
         assert_equal(folder, train(config(f"k={k}", f"paths.runs={tmp_path / 'alone'}")))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_signal_stops_all_at_checkpoints_and_they_go_on_to_the_same_weights(config, tmp_path, capsys, workers):
+    kill = "+callbacks.signal={_target_: tests.training.crash.Signal, at: 11, name: SIGTERM}"
+    with pytest.raises(SystemExit) as stopped:
+        train_packed([config(f"k={k}", f"pack.workers={workers}", *([kill] if k == 8 else [])) for k in (4, 8, 12)])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "3 runs side by side: stopped by SIGTERM" in capsys.readouterr().out
+    packed = train_packed([config(f"k={k}") for k in (4, 8, 12)])
+    assert capsys.readouterr().out.count("resuming from its last checkpoint") == 3
+    for k, folder in zip((4, 8, 12), packed, strict=True):
+        assert_equal(folder, train(config(f"k={k}", f"paths.runs={tmp_path / 'alone'}")))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
-def test_a_stopped_pack_goes_on_and_ends_with_the_same_weights(config, pictures, tmp_path, how):
+def test_a_killed_sweep_goes_on_and_ends_with_the_same_weights(config, pictures, tmp_path):
     cfg = config()
     command = [
         sys.executable, str(ROOT / "train.py"), "-m", "data=folder", f"data.path={pictures}", "backbone=deit",
@@ -121,7 +133,7 @@ def test_a_stopped_pack_goes_on_and_ends_with_the_same_weights(config, pictures,
         deadline = time.monotonic() + 120
         while len(list(folder.glob("*/checkpoints/last.ckpt"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
-        process.send_signal(getattr(signal, how))
+        process.kill()
         process.communicate(timeout=120)
     assert process.returncode != 0
     assert not list(folder.glob("*/result.json"))

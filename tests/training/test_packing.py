@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -182,22 +181,16 @@ def test_a_sweep_is_one_job_a_stream_and_goes_on_after_one_that_fails(config, pi
     planned = json.loads((runs / "planned.json").read_text())
     assert len(planned) == 8
     assert all("expansion=2" in p["overrides"] or "expansion=4" in p["overrides"] for p in planned.values())
-    start = time.monotonic()
-    good = [part.replace("8,4000", "8") for part in command]
-    again = subprocess.run(good, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert again.stdout.count("finished before, skipped") == 4
-    assert time.monotonic() - start < 100
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["submitit_local"])
-def test_packs_go_through_other_launchers(launcher, config, pictures, tmp_path):
+def test_packs_can_be_submitted(config, pictures, tmp_path):
     cfg = config()
     command = [
         sys.executable, str(ROOT / "train.py"), "-m", "data=folder", f"data.path={pictures}", "backbone=deit",
         "backbone.size=tiny", "k=4,8,12", "expansion=2", "batch_size=256", "trainer.accelerator=cpu",
         "trainer.max_epochs=1", f"paths.stores={cfg.paths.stores}", f"paths.runs={cfg.paths.runs}",
-        f"hydra.sweep.dir={tmp_path / 'sweep'}", f"hydra/launcher={launcher}", "pack.when=always", "pack.members=2",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra/launcher=submitit_local", "pack.when=always", "pack.members=2",
     ]  # fmt: skip
     environment = dict(os.environ, COLUMNS="160", OMP_NUM_THREADS="1")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
