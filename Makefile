@@ -46,7 +46,7 @@ $(READY): pyproject.toml constraints.txt
 # other SAE packages, which the tests of the converters and the benchmarks run
 $(PEERS): $(READY)
 	@echo "Installing the packages that tests compare with …"
-	@$(call INSTALL,-e '.[peers,wandb]')
+	@$(call INSTALL,-e '.[peers]')
 	@touch $(PEERS)
 
 demo: $(READY)
