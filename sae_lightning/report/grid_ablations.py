@@ -77,8 +77,8 @@ def layers(grid: Grid, paper: Paper) -> Section:
     title = "Layers"
     found = layer_differences(grid.frame)
     if found.empty:
-        return Section(title, missing="No backbone has runs on two layers that differ by nothing else: train the same "
-                       "with `backbone.layer=1` (ViT-B: `backbone.layer=3`) and evaluate them.")  # fmt: skip
+        return Section(title, missing="No backbone has runs on two layers that differ by nothing else: "
+                       f"`{TRAIN.replace('grid', 'layers')}` adds an early one; evaluate them.")  # fmt: skip
     found = found.assign(title=found["backbone"].map(grid.names))
     same = found["early_layer"].nunique() == found["late_layer"].nunique() == 1
     ends = [f"layer {found[f'{end}_layer'].iloc[0]:g}" if same else f"{end} layer" for end in ("early", "late")]
@@ -121,7 +121,7 @@ def families(grid: Grid, paper: Paper) -> Section:
     others = [v for v in dict.fromkeys(comparable["variant"]) if v != first]
     if not others:
         return Section(title, missing=f"All runs are of {first}: train a second variant on the same backbones, "
-                       f"`{TRAIN} sae=jumprelu`, and evaluate it.")  # fmt: skip
+                       f"`{TRAIN.replace('grid', 'jumprelu')}`, and evaluate it.")  # fmt: skip
     about, tables = ["Backbones from best to worst by their means, over runs whose L0 is within 2 of k. "
                      "[ViSAEBench App. Q, Table 9]"], []  # fmt: skip
     for second in others:
