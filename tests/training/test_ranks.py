@@ -59,7 +59,7 @@ def test_a_multirun_of_two_jobs_with_two_ranks_each(config, pictures, tmp_path):
     ]  # fmt: skip
     environment = dict(os.environ, COLUMNS="160")
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True)
-    runs = sorted(Path(cfg.paths.runs).iterdir())
+    runs = sorted(p.parent for p in Path(cfg.paths.runs).glob("*/cfg.json"))
     assert [json.loads((r / "result.json").read_text())["devices"] for r in runs] == [2, 2]
     assert all(r.name in first.stdout for r in runs)
     assert (first.stdout + first.stderr).count("Launching 2 jobs") == 1
