@@ -55,7 +55,7 @@ def test_a_multirun_of_two_jobs_with_two_ranks_each(config, pictures, tmp_path):
         sys.executable, "train.py", "-m", "data=folder", f"data.path={pictures}", "backbone=deit", "backbone.size=tiny",
         "k=8", "expansion=2,4", "batch_size=256", "trainer.accelerator=cpu", "trainer.devices=2",
         "trainer.max_epochs=1", f"paths.stores={cfg.paths.stores}", f"paths.runs={cfg.paths.runs}",
-        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}", "pack.when=never",
     ]  # fmt: skip
     environment = dict(os.environ, COLUMNS="160")
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True)
