@@ -161,7 +161,8 @@ def cross_domain(name: str, run: Evaluated, options: Options) -> list[Score]:
         lambda: m6.own_accuracy(train.raw, train.labels, test.raw, test.labels, **fit, device=run.device),
     )
     fitted, held = (m6.Part(each.labels, each.reconstruction, each.codes) for each in (train, test))
-    return m6.cross_domain(name, raw, fitted, held, options["k"], **fit, codes=options.get("codes", True), device=run.device)
+    codes = options.get("codes", True)
+    return m6.cross_domain(name, raw, fitted, held, options["k"], **fit, codes=codes, device=run.device)
 
 
 @of_labelled
