@@ -37,7 +37,6 @@ class PackedSweeper(BasicSweeper):
         assert self.hydra_context is not None
         assert self.config is not None
         loader = self.hydra_context.config_loader
-        self.validate_batch_is_legal(batch)
         cfgs = [_of_the_job(loader.load_sweep_config(self.config, overrides)) for overrides in batch]
         note_plan(cfgs, batch, Path(self.config.hydra.sweep.dir))
         alone = isinstance(self.launcher, BasicLauncher)

@@ -114,6 +114,14 @@ def restarts(job: str) -> int:
     return int(said("scontrol", "show", "job", job).split("Restarts=")[1].split()[0])
 
 
+def restarted(sweep: Sweep, pid: int, *command: str) -> str:
+    """Give ``command`` the job of process ``pid``, and wait until SLURM has started it anew; the job's number."""
+    job = job_of(pid)
+    subprocess.run([*command, job], check=True)
+    until(lambda: restarts(job), "SLURM starts the job anew", sweep.say)
+    return job
+
+
 class Tests:
     """Each public method is a test; its result is what the table says of it."""
 
@@ -146,9 +154,7 @@ class Tests:
         sweep = Sweep(self.work, "warned", "expansion=2,4")
         with held(sweep) as pid:
             time.sleep(1)
-            job = job_of(pid)
-            subprocess.run(["scancel", "--signal=USR2", job], check=True)
-            until(lambda: restarts(job), "SLURM starts the job anew", sweep.say)
+            restarted(sweep, pid, "scancel", "--signal=USR2")
         logs = sweep.wait()
         assert "stopped by SIGUSR2" in logs
         assert "resuming from its last checkpoint" in logs
@@ -158,9 +164,7 @@ class Tests:
     def requeued(self) -> str:
         sweep = Sweep(self.work, "requeued", "expansion=2,4")
         with held(sweep) as pid:
-            job = job_of(pid)
-            subprocess.run(["scontrol", "requeue", job], check=True)
-            until(lambda: restarts(job), "SLURM starts the job anew", sweep.say)
+            restarted(sweep, pid, "scontrol", "requeue")
         assert "resuming from its last checkpoint" in sweep.wait()
         equal(self.alone, sweep)
         return "scontrol requeue, as when preempted: resumed, the same weights"
@@ -182,9 +186,7 @@ class Tests:
     def ranks(self) -> str:
         sweep = Sweep(self.work, "ranks", "expansion=2", "trainer.devices=2", "hydra.launcher.cpus_per_task=2")
         with held(sweep) as pid:
-            job = job_of(pid)
-            subprocess.run(["scancel", "--signal=USR2", job], check=True)
-            until(lambda: restarts(job), "SLURM starts the job anew", sweep.say)
+            restarted(sweep, pid, "scancel", "--signal=USR2")
         assert "resuming from its last checkpoint" in sweep.wait()
         equal(self.two_ranks, sweep)
         assert sweep.devices() == [2]
@@ -196,9 +198,7 @@ class Tests:
             launcher="slurm_ddp",
         )  # fmt: skip
         with held(sweep) as pid:
-            job = job_of(pid)
-            subprocess.run(["scancel", "--signal=USR2", job], check=True)
-            until(lambda: restarts(job), "SLURM starts the job anew", sweep.say)
+            job = restarted(sweep, pid, "scancel", "--signal=USR2")
         assert "resuming from its last checkpoint" in sweep.wait()
         equal(self.two_ranks, sweep)
         assert sweep.devices() == [2]
