@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.training.identity import run_name
+from sae_lightning.training.run import is_finished
 
 PLAN = "planned.json"
-STATES = ("finished", "running", "broken", "planned")
 
 
 def note_plan(cfgs: Sequence[DictConfig], overrides: Sequence[Sequence[str]], sweep: Path) -> None:
@@ -39,7 +39,7 @@ def planned(folder: Path) -> dict[str, Any]:
 
 
 class State(NamedTuple):
-    """How far a run is: ``state`` is one of STATES, ``about`` what there is to say of it."""
+    """How far a run is: ``state`` is finished, running, broken or planned, ``about`` what there is to say of it."""
 
     name: str
     state: str
@@ -55,7 +55,7 @@ def states(folder: Path) -> list[State]:
 
 def state_of(run: Path) -> State:
     """How far one run is; ``running`` where another process holds it."""
-    if (run / "result.json").is_file() and (run / "sae.safetensors").is_file():
+    if is_finished(run):
         result = json.loads((run / "result.json").read_text())
         value = result["val"].get("explained_variance")
         about = f"{result['seconds']:.0f} s" + ("" if value is None else f", expl. var. {value:.3f}")
