@@ -1,0 +1,36 @@
+"""Use trained dictionaries: ``python explore.py app=naming run=FOLDER``.
+
+Applications: naming, search, bias, stability, steering, agreement, explorer; conf/app/ holds their options.
+"""
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from sae_lightning.apps.explore import explore
+from sae_lightning.apps.result import Result
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="explore")
+def main(cfg: DictConfig) -> None:
+    console = Console()
+    for result in explore(cfg):
+        console.print(table_of(result))
+        console.print(f"Page: {result.page}", highlight=False)
+
+
+def table_of(result: Result) -> Table:
+    """The headline figures beside their baselines."""
+    table = Table(title=result.title)
+    for column in ("", "value", "95 % interval", "baseline", "of"):
+        table.add_column(column, justify="left" if column in ("", "of") else "right")
+    for line in result.headlines:
+        interval = "" if line.interval is None else f"{line.interval[0]:.3g} to {line.interval[1]:.3g}"
+        baseline = "" if line.baseline is None else f"{line.baseline:.3g}"
+        table.add_row(line.what, f"{line.ours:.3g}", interval, baseline, line.against)
+    return table
+
+
+if __name__ == "__main__":
+    main()

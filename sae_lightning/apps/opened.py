@@ -1,0 +1,105 @@
+"""A finished run as the applications use it: SAE, encoder, pictures, and the codes of whole images."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from scipy.sparse import csr_matrix, vstack
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_lightning.backbones import Backbone, load_backbone
+from sae_lightning.data import DataError, ImageData, load_images
+from sae_lightning.features.ensure import ensure_store, plain
+from sae_lightning.features.store import FeatureStore
+from sae_lightning.saes import SAE
+from sae_lightning.saes.artefact import read_cfg
+
+TOKENS = 8192  # encoded at once
+
+
+class Opened:
+    """The run in ``folder``; everything is read when it is first asked for, and kept.
+
+    ``made`` is its cfg.json, ``config`` the config that it was trained with. ArtefactError when there is no run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, folder.name
+        self.made: dict[str, Any] = read_cfg(folder)
+        self.config: DictConfig = OmegaConf.create(self.made["config"])
+        self._images: dict[str, ImageData] = {}
+        self._codes: dict[str, csr_matrix] = {}
+        self._features: dict[str, np.ndarray] = {}
+
+    @property
+    def label(self) -> str:
+        """The run in a few words: ``clip (tiny) embedding · msae ×8``."""
+        kind = "" if self.made["features"] == "patch" else f" {self.made['features']}"
+        return f"{self.made['backbone']}{kind} · {self.made['variant']} ×{self.made['expansion']:g}"
+
+    @cached_property
+    def sae(self) -> SAE:
+        """The SAE, on the CPU, in evaluation mode."""
+        return SAE.load(self.folder)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The encoder whose features it was trained on; BackboneError when its weights cannot be had."""
+        return load_backbone(plain(self.config.backbone))
+
+    def images(self, split: str) -> ImageData:
+        """The pictures of ``split``; DataError where the run knows only a store, or a stream."""
+        if split not in self._images:
+            if self.config.data.source == "store":
+                raise DataError(
+                    f"{self.name} was trained on a given store, without pictures; train on an image data set (data=…)."
+                )
+            images = load_images(plain(self.config.data), split)
+            if not isinstance(images, ImageData):
+                raise DataError(
+                    f"{self.name} was trained on a stream of pictures, which cannot be shown by number; set "
+                    "data.streaming=false."
+                )
+            self._images[split] = images
+        return self._images[split]
+
+    def store(self, split: str, kind: str | None = None) -> FeatureStore:
+        """Features of ``split``, of the kind that the SAE was trained on or of another; extracted if missing."""
+        return ensure_store(self.config, split, kind)
+
+    def features(self, split: str) -> np.ndarray:
+        """Raw features of whole images, [n, d_in] float32: of patch tokens their mean."""
+        if split not in self._features:
+            store = self.store(split)
+            step = max(1, TOKENS // store.n_patches)
+            parts = [store.features(slice(i, i + step)).float().mean(1) for i in range(0, len(store), step)]
+            self._features[split] = torch.cat(parts).numpy()
+        return self._features[split]
+
+    def codes(self, split: str) -> csr_matrix:
+        """Codes of whole images, [n, d_sae] float32: of patch tokens the maximum of every latent."""
+        if split not in self._codes:
+            store = self.store(split)
+            step = max(1, TOKENS // store.n_patches)
+            parts = []
+            for i in tqdm(range(0, len(store), step), desc=f"Encoding {self.name}", unit="batch", leave=False):
+                parts.append(self.encode(store.features(slice(i, i + step))))
+            self._codes[split] = vstack(parts, format="csr")
+        return self._codes[split]
+
+    @torch.no_grad()
+    def encode(self, features: Tensor) -> csr_matrix:
+        """Codes [n, d_sae] of images from their raw features [n, P, d_in], pooled by maximum."""
+        codes = self.sae.encode(features.float()).pool(features.shape[1])
+        rows = (codes.values.float().numpy(), codes.latents.numpy(), codes.offsets.numpy())
+        return csr_matrix(rows, (codes.n_samples, codes.d_sae))
+
+    def results(self, app: str) -> Path:
+        """Where the application ``app`` leaves what it finds of this run."""
+        return self.folder / "apps" / app
