@@ -208,8 +208,8 @@ class Tests:
     def crash(self) -> str:
         crash = ["+callbacks.crash._target_=tests.training.crash.Crash", "+callbacks.crash.epoch=0"]
         sweep = Sweep(
-            self.work, "crash", "expansion=2", "trainer.devices=2", *crash, "+callbacks.crash.rank=1,7",
-            "hydra.launcher.cpus_per_task=2",
+            self.work, "crash", "expansion=2", "trainer.devices=2", "hydra.launcher.cpus_per_task=2", *crash,
+            "seed=1,42", "+callbacks.crash.rank=${seed}",
         )  # fmt: skip
         logs = sweep.start().wait(fails=True)
         assert "RuntimeError: the power went out" in sweep.log.read_text(), logs

@@ -11,8 +11,8 @@ import pandas as pd
 
 from sae_lightning.benchmark.table import read_rows, value_of
 from sae_lightning.benchmark.visaebench import HEADLINES, headline
-from sae_lightning.saes.artefact import read_cfg
-from sae_lightning.training.identity import callbacks_on
+from sae_lightning.saes.artefact import ArtefactError, read_cfg
+from sae_lightning.training.identity import monoloss_of
 
 
 class About(NamedTuple):
@@ -62,12 +62,16 @@ def tasks(table: pd.DataFrame) -> list[str]:
 
 def _row(run: Path, split: str) -> dict[str, Any]:
     cfg = read_cfg(run)
+    if "config" not in cfg:
+        raise ArtefactError(
+            f"{run / 'cfg.json'} holds no config: that SAE was not trained here. Leave it out of the grid."
+        )
     scores = [r for r in read_rows(run) if r["split"] == split]
     config = cfg["config"]
     settings = {
         "run": run.name, "data": cfg["data"], "backbone": config["backbone"]["name"], "title": cfg["backbone"],
         "features": cfg["features"], "layer": cfg["layer"], "variant": cfg["variant"],
-        "monoloss": _monoloss(config), "expansion": cfg["expansion"], "k": cfg["k"], "seed": cfg["seed"],
+        "monoloss": monoloss_of(config)[0], "expansion": cfg["expansion"], "k": cfg["k"], "seed": cfg["seed"],
         "d_in": cfg["d_in"], "d_sae": cfg["d_sae"], "l0": value_of(scores, "l0"),
         "dead_share": value_of(scores, "dead_share"),
     }  # fmt: skip
@@ -80,9 +84,3 @@ def _tasks(scores: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, float]]:
             if match := pattern.fullmatch(f"{row['metric']} {row['setting']}"):
                 of = match.groupdict()
                 yield f"{name.format(**of)}/{of.get('input', 'codes')}", row["value"]
-
-
-def _monoloss(config: Mapping[str, Any]) -> float:
-    """The weight of MonoLoss that a run was trained with; 0 without."""
-    on = "monoloss" in callbacks_on(config)  # type: ignore[arg-type]
-    return float(config["callbacks"]["monoloss"]["weight"] or 0) if on else 0.0

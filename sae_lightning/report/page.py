@@ -27,7 +27,6 @@ from sae_lightning.report.pairs import (
     as_markdown,
     first_of_settings,
     groups_of,
-    monoloss_of,
     rows,
     shown,
 )
@@ -35,6 +34,7 @@ from sae_lightning.report.profiles import group_profile, profiles
 from sae_lightning.report.strips import heat, overlay, strip, thumbnail
 from sae_lightning.report.visaebench_tables import NOTHING, Scored, by_backbone, number, scored_runs
 from sae_lightning.saes.artefact import read_cfg
+from sae_lightning.training.identity import monoloss_of
 
 GROUPS = {
     "most used": "The latents that fire on the most patches.",

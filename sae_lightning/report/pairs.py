@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sae_lightning.training.identity import SCALARS, SECTIONS, STREAM_KEYS, TRAINER_KEYS
+from sae_lightning.training.identity import MONOLOSS, SCALARS, SECTIONS, STREAM_KEYS, TRAINER_KEYS, monoloss_of
 
-ENTRY = "monoloss"  # of the callbacks
 METRICS = {
     "monoscore": "MonoScore", "monoscore_scored": "MonoScore, scored latents", "r2": "R²",
     "explained_variance": "explained variance", "l0": "L0", "dead_share": "dead share", "purity": "purity",
@@ -52,25 +51,14 @@ class Group:
         return self.without.runs[a], arm.runs[b]
 
 
-def monoloss_of(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-    """The weight of MonoLoss in a run's config and its other options; 0 and none for a run without it.
-
-    An entry without ``_target_`` is one that was given settings but not switched on (``callbacks=default``).
-    """
-    entry = (config.get("callbacks") or {}).get(ENTRY)
-    if not entry or "_target_" not in entry or not entry.get("weight"):
-        return 0.0, {}
-    return float(entry["weight"]), {k: v for k, v in entry.items() if k not in ("_target_", "weight")}
-
-
 def settings_key(config: Mapping[str, Any], monoloss: bool = True) -> str:
     """What determines the SAE apart from the seed, and with ``monoloss=False`` apart from MonoLoss too, as JSON."""
     kept: dict[str, Any] = {name: config.get(name) for name in (*SECTIONS, *SCALARS, "d_sae") if name != "seed"}
     for section, keys in {"trainer": TRAINER_KEYS, "stream": STREAM_KEYS}.items():
         kept[section] = {key: (config.get(section) or {}).get(key) for key in keys}
-    kept["callbacks"] = {k: v for k, v in (config.get("callbacks") or {}).items() if k != ENTRY and v}
+    kept["callbacks"] = {k: v for k, v in (config.get("callbacks") or {}).items() if k != MONOLOSS and v}
     if monoloss:
-        kept[ENTRY] = monoloss_of(config)
+        kept[MONOLOSS] = monoloss_of(config)
     return json.dumps(kept, sort_keys=True)
 
 

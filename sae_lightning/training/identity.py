@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 TRAINER_KEYS = ("max_epochs", "max_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")
 SECTIONS = ("data", "backbone", "sae", "loss", "loss_options", "optimizer", "schedule", "init", "resample", "subset")
 SCALARS = ("expansion", "k", "seed", "batch_size", "dead_after", "normalize", "features")
+MONOLOSS = "monoloss"  # of the callbacks
 STREAM_KEYS = ("unit", "buffer_mb", "block_mb", "lanes")  # what the order of the features depends on
 
 
@@ -49,6 +51,17 @@ def callbacks_on(cfg: DictConfig) -> list[str]:
 def loss_callbacks(cfg: DictConfig) -> list[str]:
     """Those that add to the loss, which have a weight; others are taken not to change the result."""
     return [name for name in callbacks_on(cfg) if "weight" in cfg.callbacks[name]]
+
+
+def monoloss_of(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    """The weight of MonoLoss in a run's config and its other options; 0 and none for a run without it.
+
+    An entry without ``_target_`` is one that was given settings but not switched on (``callbacks=default``).
+    """
+    entry = (config.get("callbacks") or {}).get(MONOLOSS)
+    if not entry or "_target_" not in entry or not entry.get("weight"):
+        return 0.0, {}
+    return float(entry["weight"]), {k: v for k, v in entry.items() if k not in ("_target_", "weight")}
 
 
 def run_hash(cfg: DictConfig) -> str:

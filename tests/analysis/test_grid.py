@@ -77,3 +77,12 @@ def test_no_runs_are_an_empty_table_and_a_strange_folder_an_error(tmp_path):
     assert list(read_grid([]).columns) == [*SETTINGS, *METRICS]
     with pytest.raises(ArtefactError, match=r"no cfg\.json"):
         read_grid([tmp_path])
+
+
+def test_an_sae_that_was_not_trained_here_is_an_error(tmp_path):
+    run = write_run(tmp_path / "foreign")
+    cfg = json.loads((run / "cfg.json").read_text())
+    del cfg["config"]
+    (run / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(ArtefactError, match="not trained here"):
+        read_grid([run])

@@ -12,11 +12,11 @@ from sae_lightning.report.pairs import (
     as_markdown,
     first_of_settings,
     groups_of,
-    monoloss_of,
     rows,
     settings_key,
     shown,
 )
+from sae_lightning.training.identity import monoloss_of
 
 CONFIG = {
     "data": {"name": "demo"}, "backbone": {"name": "dinov2"}, "sae": {"name": "batchtopk", "settings": {"k": 16}},

@@ -81,7 +81,7 @@ def test_the_gates_own_reconstruction_does_not_train_the_decoder():
     assert sae.r_mag.grad is None or (sae.r_mag.grad == 0).all()
 
 
-@pytest.mark.parametrize("variant", set(VARIANTS) - {"matryoshka", "matryoshka_topk", "msae"})
+@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"matryoshka", "matryoshka_topk", "msae"}))
 def test_nested_on_a_variant_without_levels_says_what_to_set(variant):
     sae = VARIANTS[variant](10, 30, **({"k": 3} if "topk" in variant else {}))
     with pytest.raises(ValueError, match=rf"sae\.name={variant} has no nested levels; set loss\.nested=0"):
