@@ -19,6 +19,7 @@ from sae_lightning.data import ImageData, load_images
 from sae_lightning.features.ensure import fingerprint, tap_of
 from sae_lightning.features.store import StoreError
 from sae_lightning.report import visaebench
+from sae_lightning.report.applications import applications
 from sae_lightning.report.bands import band_grid
 from sae_lightning.report.figures import COLOURS, tradeoff, training_curves
 from sae_lightning.report.pairs import (
@@ -184,7 +185,8 @@ def load_runs(folders: list[Path]) -> list[dict[str, Any]]:
 
 
 def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int = 1, grids: int = 4) -> Path:
-    """Write the page over evaluated runs to ``out``, and beside it the tables of M1–M7 and of MonoLoss, as there are.
+    """Write the page over evaluated runs to ``out``, and beside it the tables of M1–M7 and of MonoLoss, and the pages
+    of applications, as there are.
 
     Latents are drawn for at most ``detailed`` runs, ``detailed_seeds`` of those that differ only by seed; band grids
     for the first ``grids`` groups. FileNotFoundError when a run has no scores, StoreError when its pictures have
@@ -205,6 +207,7 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
         judges={run["similarity"]["title"]: run["similarity"]["baseline"] for run in runs},
         comparisons=[comparison(group, i < grids) for i, group in enumerate(groups)],
         visaebench=visaebench.section(saes), audit=audit(saes) if detailed else [],
+        applications=applications(folders, out),
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     if groups:
