@@ -6,6 +6,7 @@ READY  := $(VENV)/.ready
 PEERS  := $(VENV)/.peers
 
 RUNS   ?= runs/grid
+WORKERS ?= 2
 
 .PHONY: help install demo benchmark grid status monoloss test test-slurm check lint types format clean bench \
 	bench-features bench-monoscore bench-evaluate bench-packed
@@ -72,8 +73,9 @@ monoloss: $(READY)
 	$(PY) evaluate.py paths.runs=runs/monoloss
 	$(PY) report.py paths.runs=runs/monoloss out=reports/monoloss.html
 
+# in WORKERS processes of one thread each; without them: pytest
 test: $(PEERS)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 test-slurm: $(READY)
 	$(PY) -m experiments.slurm.test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # one server for all tests, which imports once what the processes forked off it need
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["tests.data.test_images", "tests.features.jobs", "sae_lightning.training.run", "datasets", "pandas"]
