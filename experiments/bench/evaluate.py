@@ -33,7 +33,7 @@ from torch import Tensor
 
 from experiments.bench.dense_evaluation import Found
 from experiments.bench.dense_evaluation import evaluate as dense
-from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, print_table, write_json
+from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, print_table, shared_parser, write_json
 from sae_lightning.benchmark.absorption import absorption
 from sae_lightning.benchmark.preservation import fit_raw, preservation
 from sae_lightning.benchmark.scoring_pass import Gather, ScoringPass
@@ -263,17 +263,11 @@ def measure(what: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="64 images, d_sae 3072")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser = shared_parser(__doc__, "64 images, d_sae 3072")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--dense-images", type=int, default=200, help="images that dense contenders are timed on")
     parser.add_argument("--d-sae", type=int, nargs="+", default=[6144, 24576])
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-probes", action="store_true")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory in child processes too")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         measure(args.measure)

@@ -37,7 +37,7 @@ from experiments.bench.feature_peers.stream import Pass, epochs, peak
 from experiments.bench.feature_peers.synthetic import Features
 from experiments.bench.feature_peers.training import train
 from experiments.bench.isolated import isolated, preload
-from experiments.bench.timing import write_json
+from experiments.bench.timing import shared_parser, write_json
 
 BATCH_TOKENS = 8192
 CASES = {
@@ -148,16 +148,13 @@ class Bench:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="0.4 GB, one repeat, a second or two each")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser = shared_parser(__doc__, "0.4 GB, one repeat, a second or two each", memory=False)
     parser.add_argument("--gb", type=float, default=4.0, help="size of the features, default 4")
     parser.add_argument(
         "--data", metavar="FOLDER", help="keep the features there and use them again; default a temporary folder"
     )
     parser.add_argument("--contenders", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, help="end each pass after that time; default a whole epoch")
     parser.add_argument("--steps", type=int, default=30, help="steps of the training, default 30")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the encoder")

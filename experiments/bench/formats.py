@@ -33,7 +33,7 @@ from experiments.bench.feature_peers.synthetic import Features
 from experiments.bench.format_candidates import CANDIDATES, Reader
 from experiments.bench.isolated import isolated, preload
 from experiments.bench.pagecache import cold, evict, files_in, warm
-from experiments.bench.timing import Row, write_json
+from experiments.bench.timing import Row, shared_parser, write_json
 
 PATTERNS = {"sequential": 56, "1 MiB": 4, "4 MiB": 14}  # images of 294 KiB a read
 THREADS = (1, 4)
@@ -170,15 +170,12 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a quarter of a GB, one repeat, a second a pass")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser = shared_parser(__doc__, "a quarter of a GB, one repeat, a second a pass", memory=False)
     parser.add_argument(
         "--gb", type=float, default=2.0, help="size of the features, default 2; on disk seven times that"
     )
     parser.add_argument("--data", metavar="FOLDER", help="write there; default a temporary folder")
     parser.add_argument("--candidates", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES))
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="end each pass after that time, default 5")
     args = parser.parse_args()
     if args.quick:

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from experiments.bench.contenders import ours as training_step
-from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, print_table, write_json
+from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, print_table, shared_parser, write_json
 from experiments.bench.train_step import batches as features
 from sae_lightning.metrics import MonoScore
 from sae_lightning.saes import SparseCodes
@@ -208,20 +208,14 @@ def measure(what: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="up to 16,384 images, pairwise up to 256")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser = shared_parser(__doc__, "up to 16,384 images, pairwise up to 256")
     parser.add_argument("--plot", metavar="FILE", help="draw time and memory over N there")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--pairwise-to", type=int, default=4096, help="largest N of the pairwise form")
     parser.add_argument("--dense-to", type=int, default=65536, help="largest N of the dense linear form")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--step-repeats", type=int, default=15)
     parser.add_argument("--no-steps", action="store_true", help="only the scores")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory in child processes too")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         measure(args.measure)

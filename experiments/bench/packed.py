@@ -30,7 +30,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.progress import Progress
 
-from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, print_table, write_json
+from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, print_table, shared_parser, write_json
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
 from sae_lightning.training.packed import train_packed
@@ -188,17 +188,11 @@ def measure(what: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="four small SAEs, a few steps")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser = shared_parser(__doc__, "four small SAEs, a few steps")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), help="default: all")
     parser.add_argument("--disk", type=float, default=20, help="MB/s of the slow disk; default 20")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory", action="store_true", help="measure peak memory in child processes too")
     parser.add_argument("--folder", help="where the random features go; default: the temporary folder")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         measure(args.measure)

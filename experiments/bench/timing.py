@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import resource
@@ -17,6 +18,23 @@ from rich.console import Console
 from rich.table import Table
 
 MB = 2**20
+
+
+# --- the command line ----------------------------------------------------------------------------------------
+def shared_parser(about: str | None, quick: str, repeats: int = 3, memory: bool = True) -> argparse.ArgumentParser:
+    """The options that benchmarks share: --quick, --json, --repeats, and with ``memory`` --threads and --memory.
+
+    ``quick`` says what --quick leaves of the work. A child process that measures memory is given --measure.
+    """
+    found = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--quick", action="store_true", help=quick)
+    found.add_argument("--json", metavar="FILE", help="write the rows there")
+    found.add_argument("--repeats", type=int, default=repeats)
+    if memory:
+        found.add_argument("--threads", type=int, default=2)
+        found.add_argument("--memory", action="store_true", help="measure peak memory in child processes too")
+        found.add_argument("--measure", help=argparse.SUPPRESS)
+    return found
 
 
 # --- time ----------------------------------------------------------------------------------------------------

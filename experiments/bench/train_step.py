@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from experiments.bench.contenders import LOSSES, dense, encoder_product, ours
 from experiments.bench.peers import PEERS, Builder
-from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, print_table, write_json
+from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, print_table, shared_parser, write_json
 
 D_IN = 768
 SHAPES = {"expansion": (8, 16, 32), "k": (32, 64, 256), "batch": (2048, 8192)}
@@ -87,21 +87,15 @@ def measure(what: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="TopK and BatchTopK in float32 at a small shape")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser = shared_parser(__doc__, "TopK and BatchTopK in float32 at a small shape", repeats=5)
     parser.add_argument("--variants", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--precisions", nargs="+", choices=["32", "bf16"], default=["32", "bf16"])
     parser.add_argument("--all-shapes", action="store_true", help="expansion 8 16 32, k 32 64 256, batch 2048 8192")
     for name, usual in (("expansion", 16), ("k", 64), ("batch", 2048)):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=[usual], help=f"default {usual}")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory", action="store_true", help="measure peak memory in child processes too")
     parser.add_argument("--no-peers", action="store_true", help="only ours, dense and the product")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         measure(args.measure)
