@@ -7,8 +7,9 @@ PEERS  := $(VENV)/.peers
 
 RUNS   ?= runs/grid
 WORKERS ?= 2
+RUN    ?= *
 
-.PHONY: help install demo benchmark grid status monoloss test test-slurm check lint types format clean bench \
+.PHONY: help install demo benchmark grid status monoloss apps explore test test-slurm check lint types format clean bench \
 	bench-features bench-monoscore bench-evaluate bench-packed
 
 help:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import csr_matrix, load_npz, save_npz, vstack
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lightning.backbones import Backbone, load_backbone
 from sae_lightning.data import DataError, ImageData, load_images
 from sae_lightning.features.ensure import ensure_store, plain
-from sae_lightning.features.store import FeatureStore
+from sae_lightning.features.store import FeatureStore, file_sha256
 from sae_lightning.saes import SAE
 from sae_lightning.saes.artefact import read_cfg
 
@@ -83,15 +85,27 @@ class Opened:
         return self._features[split]
 
     def codes(self, split: str) -> csr_matrix:
-        """Codes of whole images, [n, d_sae] float32: of patch tokens the maximum of every latent."""
+        """Codes of whole images, [n, d_sae] float32: of patch tokens the maximum of every latent.
+
+        Kept in the run's ``apps`` folder for the next application, 8 bytes an active latent.
+        """
         if split not in self._codes:
             store = self.store(split)
-            step = max(1, TOKENS // store.n_patches)
-            parts = []
-            for i in tqdm(range(0, len(store), step), desc=f"Encoding {self.name}", unit="batch", leave=False):
-                parts.append(self.encode(store.features(slice(i, i + step))))
-            self._codes[split] = vstack(parts, format="csr")
+            key = hashlib.sha256(f"{store.fingerprint}|{file_sha256(self.folder / 'sae.safetensors')}".encode())
+            kept = self.folder / "apps" / f"codes-{split}-{key.hexdigest()[:12]}.npz"
+            if kept.is_file():
+                self._codes[split] = load_npz(kept)
+            else:
+                self._codes[split] = self._encode_all(store)
+                _keep(kept, f"codes-{split}-*.npz", self._codes[split])
         return self._codes[split]
+
+    def _encode_all(self, store: FeatureStore) -> csr_matrix:
+        step = max(1, TOKENS // store.n_patches)
+        parts = []
+        for i in tqdm(range(0, len(store), step), desc=f"Encoding {self.name}", unit="batch", leave=False):
+            parts.append(self.encode(store.features(slice(i, i + step))))
+        return vstack(parts, format="csr")
 
     @torch.no_grad()
     def encode(self, features: Tensor) -> csr_matrix:
@@ -103,3 +117,17 @@ class Opened:
     def results(self, app: str) -> Path:
         """Where the application ``app`` leaves what it finds of this run."""
         return self.folder / "apps" / app
+
+
+def _keep(path: Path, earlier: str, codes: csr_matrix) -> None:
+    """Write ``codes`` to ``path`` and remove the ``earlier`` ones (a pattern); a folder that refuses is no error."""
+    partial = path.with_name(f".{path.stem}-{os.getpid()}.npz")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        old = [file for file in path.parent.glob(earlier) if file != path]
+        save_npz(partial, codes, compressed=False)
+        os.replace(partial, path)
+        for file in old:
+            file.unlink(missing_ok=True)
+    except OSError:
+        partial.unlink(missing_ok=True)

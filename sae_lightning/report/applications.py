@@ -16,7 +16,8 @@ def applications(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     Each has a ``title``, the ``runs`` it speaks of, its ``headlines`` and ``href``: its page, copied into the folder
     ``<out>-pages`` beside the report ``out``. Results older than their run's SAE are left out.
     """
-    found = [(run.name, run / "sae.safetensors", run / "apps") for run in folders]
+    found: list[tuple[str, Path | None, Path]] = []
+    found += [(run.name, run / "sae.safetensors", run / "apps") for run in folders]
     found += [("several runs", None, parent / "apps") for parent in dict.fromkeys(run.parent for run in folders)]
     gathered = []
     for name, weights, folder in found:

@@ -1,0 +1,62 @@
+"""One name a latent, for whatever shows latents: those that naming found, else the class it mostly fires on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_matrix
+
+from sae_lightning.apps.opened import Opened
+
+TABLE = "naming.parquet"  # of the application naming; ``shown`` is the name, "" where there is none
+PURE, IMAGES = 0.5, 20  # least share of one class in a latent's activation, and images it fires on, to be called so
+
+
+def names_of(opened: Opened) -> list[str]:
+    """One name for each of d_sae latents, "" where there is none.
+
+    Of the application naming where it has been run, else the class with at least half of the latent's activation over
+    the train images. All "" for data without classes. DataError where the run has no pictures.
+    """
+    found = opened.results("naming") / TABLE
+    if found.is_file():
+        table = pd.read_parquet(found, columns=["latent", "shown"]).sort_values("latent")
+        if len(table) == opened.sae.d_sae:
+            return table["shown"].tolist()
+    classes = opened.images("train").class_names
+    label, purity, images = dominant(opened.codes("train"), opened.images("train").labels, len(classes))
+    return label_names(label, purity, images, classes)
+
+
+def label_names(
+    label: np.ndarray,
+    purity: np.ndarray,
+    images: np.ndarray,
+    classes: list[str],
+    pure: float = PURE,
+    least: int = IMAGES,
+) -> list[str]:
+    """The names of the classes ``label`` [d_sae]; "" where ``purity`` is below ``pure`` or ``images`` below ``least``.
+
+    A data set with a single class tells nothing, so its name is given to none.
+    """
+    told = (purity >= pure) & (images >= least) & (len(classes) > 1) & (label >= 0)
+    return [classes[c] if ok else "" for c, ok in zip(label.tolist(), told.tolist(), strict=True)]
+
+
+def dominant(codes: csr_matrix, labels: np.ndarray, n_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each latent the class with most of its activation, that class's share of it, and the images it fires on.
+
+    ``codes`` [n, d_sae] pooled to images, ``labels`` [n]; three arrays [d_sae]: int64, float64 and int64; -1, 0 and 0
+    where a latent never fires. Of equal classes the first. ValueError when labels and codes differ in number.
+    """
+    if codes.shape[0] != len(labels):
+        raise ValueError(f"Expected one label for each of {codes.shape[0]} images; got {len(labels)}.")
+    rows = (np.ones(len(labels)), labels, np.arange(len(labels) + 1))
+    mass = (codes.T.astype(np.float64) @ csr_matrix(rows, (len(labels), n_classes))).tocsr()
+    total = np.asarray(mass.sum(1)).ravel()
+    label = np.asarray(mass.argmax(1)).ravel().astype(np.int64)
+    top = mass.max(1).toarray().ravel()
+    images = np.bincount(codes.indices[codes.data > 0], minlength=codes.shape[1])
+    fired = total > 0
+    return np.where(fired, label, -1), np.divide(top, total, out=np.zeros_like(top), where=fired), images

@@ -1,0 +1,105 @@
+"""Which latents are turned, the random ones beside them, and the mean difference of a class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor
+
+from sae_lightning.benchmark.top_images import TopImages, top_purity
+from sae_lightning.saes import SparseCodes
+
+NEAREST = 20  # latents of about the same firing rate that a random one is drawn from
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A latent to turn: the class of most of its ``top`` images (strongest first) and that class's ``purity`` among
+    them, its largest activation ``peak``, the ``images`` it fires on, and a ``random`` latent that fires as often."""
+
+    latent: int
+    label: int
+    purity: float
+    peak: float
+    images: int
+    top: tuple[int, ...]
+    random: int
+
+
+def choose(codes: csr_matrix, labels: np.ndarray, n: int, top: int, purity: float, seed: int) -> list[Turned]:
+    """``n`` latents by purity: the purest of each class, then each class's second, and so on.
+
+    ``codes`` [n_images, d_sae] are pooled to images, those of the train split. Only latents with ``top`` images or more
+    and at least ``purity`` of these in one class count. ValueError when there is none.
+    """
+    found = TopImages(codes.shape[1], top)
+    found.update(SparseCodes(*(torch.from_numpy(part) for part in _entries(codes)), codes.shape[1]))
+    images, fired, peaks = found.images(), found.images_fired.numpy(), found.peaks()
+    label, share = (t.numpy() for t in top_purity(images, torch.as_tensor(labels)))
+    able = np.flatnonzero((fired >= top) & (share >= purity))
+    if not len(able):
+        raise ValueError(
+            f"No latent has {top} images or more with {purity:.0%} of the strongest {top} in one class; lower "
+            "app.purity or app.top, or train longer."
+        )
+    chosen = round_robin(able, label[able], share[able])[:n]
+    controls = matched(fired, chosen, seed)
+    return [
+        Turned(
+            int(j),
+            int(label[j]),
+            float(share[j]),
+            float(peaks[j]),
+            int(fired[j]),
+            tuple(images[j].tolist()),
+            int(other),
+        )
+        for j, other in zip(chosen, controls, strict=True)
+    ]
+
+
+def round_robin(latents: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """``latents`` [m] in turns over their classes ``labels`` [m]: all bests of a class by score, all seconds, ..."""
+    order = np.lexsort((latents, -scores))
+    turns: dict[int, int] = {}
+    turn = np.empty(len(order), dtype=int)
+    for place, i in enumerate(order):
+        turn[place] = turns[labels[i]] = turns.get(labels[i], -1) + 1
+    return latents[order[np.argsort(turn, kind="stable")]]
+
+
+def matched(fired: np.ndarray, latents: Sequence[int] | np.ndarray, seed: int) -> list[int]:
+    """For each of ``latents`` another one, drawn from those nearest to it in the number of images it fires on.
+
+    ``fired`` [d_sae] counts images. ValueError where no other latent fires.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for latent in latents:
+        others = np.flatnonzero((fired > 0) & (np.arange(len(fired)) != latent))
+        if not len(others):
+            raise ValueError("No latent but one ever fires; there is none to compare with. Train longer.")
+        distance = np.abs(np.log(fired[others]) - np.log(fired[latent]))
+        near = others[np.argsort(distance, kind="stable")[:NEAREST]]
+        drawn.append(int(rng.choice(near)))
+    return drawn
+
+
+def diffmean(features: np.ndarray, present: np.ndarray) -> Tensor:
+    """Mean token of the images where a concept is ``present`` ([n] bool) minus that of the others, [d_in] float32.
+
+    ``features`` [n, d_in] are each image's mean token. ValueError when either kind is missing.
+    """
+    if present.all() or not present.any():
+        raise ValueError("DiffMean needs images with the concept and images without it; all are of one kind.")
+    means = [features[rows].mean(0, dtype=np.float64) for rows in (present, ~present)]
+    return torch.from_numpy((means[0] - means[1]).astype(np.float32))
+
+
+def _entries(codes: csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    codes = codes.sorted_indices()
+    return codes.indices.astype(np.int64), codes.data.astype(np.float32), codes.indptr.astype(np.int64)
