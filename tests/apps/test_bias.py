@@ -20,7 +20,7 @@ from sae_lightning.apps.bias_planted import Versions, check
 from sae_lightning.apps.bias_study import study
 from sae_lightning.apps.bias_task import Task, labelled, members, task_of
 from sae_lightning.apps.opened import Opened
-from sae_lightning.data import load_images
+from sae_lightning.data import DataError, load_images
 from sae_lightning.features.ensure import plain
 from sae_lightning.saes import ReLU
 from sae_lightning.training.run import train
@@ -241,6 +241,18 @@ def test_chosen_latents_and_no_check(finished):
     assert page.count("forced magnitude") == 1
     with pytest.raises(ValueError, match="silent on all images"):
         run(finished, options("app.latents=[999999]", "app.plant.attribute=null"))
+
+
+def test_without_pictures_there_is_a_page_without_the_check(finished, monkeypatch):
+    def images(self, split):
+        raise DataError("There are no pictures.")
+
+    monkeypatch.setattr(Opened, "images", images)
+    result = run(finished, options("app.positive=[cat,dog]", "app.negative=[truck,ship]"))
+    page = result.page.read_text()
+    assert "It needs pictures and the encoder. There are no pictures." in page
+    assert "data:image" not in page
+    assert len(result.headlines) >= 2
 
 
 def test_what_cannot_be_explained_is_refused(finished):
