@@ -1,5 +1,6 @@
 """Every file under conf/ composes, and says what the code expects."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import sae_lightning.backbones  # noqa: F401  registers a resolver that configs use
+from sae_lightning.apps.explore import EACH, TOGETHER
 from sae_lightning.benchmark.parts import parts_of
 from sae_lightning.data import SOURCES
 from sae_lightning.saes import VARIANTS
@@ -15,7 +17,10 @@ from sae_lightning.training.identity import run_name
 from sae_lightning.training.loggers import KINDS
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-GROUPS = sorted(p.relative_to(CONF) for p in CONF.glob("*/*.yaml") if p.parent.name != "metrics")
+OTHER = ("metrics", "app", "vlm")  # groups of other roots, which have tests of their own
+GROUPS = sorted(p.relative_to(CONF) for p in CONF.glob("*/*.yaml") if p.parent.name not in OTHER)
+APPS = sorted(p.stem for p in CONF.glob("app/*.yaml"))
+VLMS = sorted(p.stem for p in CONF.glob("vlm/*.yaml"))
 METRICS = sorted(p.stem for p in CONF.glob("metrics/*.yaml"))
 ROOTS = sorted(p.stem for p in CONF.glob("*.yaml"))
 
@@ -59,6 +64,20 @@ def test_every_choice_of_metrics_names_parts_and_usable_data_sets(name):
             assert OmegaConf.to_container(run.data, resolve=True)["source"] in SOURCES
         if part.judge is not None:
             assert not part.judge(run).own
+
+
+def test_every_application_has_its_options_and_its_code():
+    assert sorted(EACH + TOGETHER) == APPS
+    for name in APPS:
+        assert load(f"app={name}", root="explore").app.name == name
+        assert callable(import_module(f"sae_lightning.apps.{name}").run)
+
+
+@pytest.mark.parametrize("name", VLMS)
+@pytest.mark.parametrize("app", ["steering", "explorer"])
+def test_every_vision_language_model_fits_where_one_is_asked_for(app, name):
+    vlm = load(f"app={app}", f"vlm@app.vlm={name}", root="explore").app.vlm
+    assert OmegaConf.to_container(vlm, resolve=True, throw_on_missing=True)["name"] == name
 
 
 def test_data_decides_the_backbones_size_and_k():

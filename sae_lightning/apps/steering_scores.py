@@ -109,22 +109,28 @@ def headlines(
     """Figures of the SAE's latents beside both baselines, each method at its ``best`` α; means over latents."""
     near = f"gain_{max(top_k)}"
     lines = (
-        ("insert", "share", "captions that name the concept, its latent turned up"),
-        ("insert", "passed", "… and name no other class and stay well formed"),
-        ("insert", near, f"rise of the text's cosine with the latent's top {max(top_k)} images"),
-        ("suppress", "share", "captions that stop naming the concept, its latent turned down"),
-        ("suppress", "passed", "… and name at most one other class and stay well formed"),
+        ("insert", "share", "captions that name the concept, its latent turned up", ("random", "diffmean")),
+        ("insert", "passed", "… and name no other class and stay well formed", ("random", "diffmean")),
+        ("insert", "kept", "other words that those captions keep", ("diffmean",)),
+        (
+            "insert",
+            near,
+            f"rise of the text's cosine with the latent's top {max(top_k)} images",
+            ("random", "diffmean"),
+        ),
+        ("suppress", "share", "captions that stop naming the concept, its latent turned down", ("random", "diffmean")),
+        ("suppress", "passed", "… and name at most one other class and stay well formed", ("random", "diffmean")),
+        ("suppress", "kept", "other words that those captions keep", ("diffmean",)),
     )
     titles = {"diffmean": "DiffMean", "random": "random latents"}
     found = []
-    for goal, figure, what in lines:
+    for goal, figure, what, baselines in lines:
         each = {m: part[figure] for m, part in table[table.goal == goal].groupby("method")}
-        for against, title in titles.items():
+        for against in baselines:
             if {"sae", against} <= set(each):
-                label = f"{title} at {best[goal, against][0]:g} peaks (SAE at {best[goal, 'sae'][0]:g})"
-                found.append(
-                    Headline(what, each["sae"].mean(), each[against].mean(), label, interval(each["sae"]))
-                )  # fmt: skip
+                label = f"{titles[against]} at {best[goal, against][0]:g} peaks (SAE at {best[goal, 'sae'][0]:g})"
+                ours, theirs = float(each["sae"].mean()), float(each[against].mean())
+                found.append(Headline(what, ours, theirs, label, interval(each["sae"])))
     for goal in ("insert", "suppress"):
         gap = paired(table, goal, "passed", "diffmean")
         if len(gap):

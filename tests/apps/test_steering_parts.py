@@ -181,7 +181,7 @@ def test_headlines_hold_both_baselines_strengths_and_paired_differences():
     chosen = pd.concat([table[(table.method == m) & (table.alpha == a[0])] for (_, m), a in best.items()])
     assert paired(chosen, "insert", "passed", "diffmean").to_dict() == {1: 1.0, 2: 0.0}
     lines = headlines(chosen, best, [8])
-    assert [line.against for line in lines[:-1]] == ["DiffMean at 1 peaks (SAE at 2)"] * 3
+    assert [line.against for line in lines[:-1]] == ["DiffMean at 1 peaks (SAE at 2)"] * 4
     assert (lines[1].ours, lines[1].baseline) == (0.75, 0.25)
     assert lines[-1].what == "both criteria, insert: SAE minus DiffMean"
     assert lines[-1].ours == 0.5
