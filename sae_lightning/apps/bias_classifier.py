@@ -8,11 +8,11 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
+from sae_lightning.apps.intervals import RESAMPLES, mean_interval
 from sae_lightning.benchmark.probes import fit
 from sae_lightning.saes import SAE
 
 FOLDS = 5
-RESAMPLES = 2000
 
 
 class Classifier(NamedTuple):
@@ -73,12 +73,8 @@ def direct_effects(classifier: Classifier, sae: SAE) -> np.ndarray:
 
 
 def mean_of(values: np.ndarray, seed: int = 42) -> Interval:
-    """The mean of ``values`` [n] with its percentile bootstrap interval over 2000 resamples."""
-    rng = np.random.default_rng(seed)
-    values = np.asarray(values, dtype=np.float64)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    lo, hi = np.quantile(means, (0.025, 0.975))
-    return Interval(float(values.mean()), float(lo), float(hi))
+    """The mean of ``values`` [n] with its percentile bootstrap interval."""
+    return Interval(float(np.mean(values)), *mean_interval(values, seed))
 
 
 def f1_of(predicted: np.ndarray, truth: np.ndarray, seed: int = 42) -> Interval:

@@ -19,6 +19,7 @@ import torch
 from omegaconf import DictConfig
 from scipy.sparse import csr_matrix
 
+from sae_lightning.apps.intervals import share_interval
 from sae_lightning.apps.names import TABLE, dominant, label_names
 from sae_lightning.apps.naming_activation import fit
 from sae_lightning.apps.naming_checks import (
@@ -28,7 +29,6 @@ from sae_lightning.apps.naming_checks import (
     class_in,
     like,
     precision,
-    share_interval,
     standing,
     top_images,
 )  # fmt: skip

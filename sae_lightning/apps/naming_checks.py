@@ -7,16 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 from scipy.sparse import csr_matrix
 from sklearn.metrics import cohen_kappa_score
-from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor
 
+from sae_lightning.apps.intervals import mean_interval, share_interval
 from sae_lightning.apps.naming_activation import Fits
 from sae_lightning.apps.naming_match import CONDITIONS, Match, of_latents
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -27,22 +24,6 @@ class Measured:
     interval: tuple[float, float]
     chance: float
     latents: int
-
-
-def mean_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval (percentiles) of the mean of ``values`` [n]; the mean twice where all are equal."""
-    if len(values) < 2 or np.ptp(values) == 0:
-        return float(values.mean()), float(values.mean())
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=np.random.default_rng(seed)
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
-
-
-def share_interval(count: int, of: int) -> tuple[float, float]:
-    """95 % interval (Wilson) of the share ``count`` of ``of``."""
-    low, high = proportion_confint(count, of, method="wilson")
-    return float(low), float(high)
 
 
 # --- chance --------------------------------------------------------------------------------------
@@ -162,7 +143,7 @@ def agreement(text: np.ndarray, label: np.ndarray, seed: int) -> Agreement | Non
     same, n = int((text == label).sum()), len(text)
     chance = float((text[:, None] == label[None, :]).mean())
     rng = np.random.default_rng(seed)
-    drawn = [kappa(text[i], label[i]) for i in rng.integers(n, size=(RESAMPLES // 4, n))]
+    drawn = [kappa(text[i], label[i]) for i in rng.integers(n, size=(500, n))]
     there = [value for value in drawn if value is not None]
     found = kappa(text, label)
     interval = None if found is None or not there else tuple(np.quantile(there, [0.025, 0.975]).tolist())

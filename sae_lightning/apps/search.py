@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, ListConfig
 
+from sae_lightning.apps.intervals import mean_interval
 from sae_lightning.apps.names import dominant, names_of
 from sae_lightning.apps.opened import Opened
 from sae_lightning.apps.result import Headline, Result, leave
@@ -22,7 +23,6 @@ from sae_lightning.apps.search_scores import (
     MANHATTAN,
     SHUFFLED,
     agreement_of_shared,
-    mean_interval,
     precisions,
     spaces,
 )

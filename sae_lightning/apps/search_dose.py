@@ -10,10 +10,11 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from sae_lightning.apps.intervals import mean_interval
 from sae_lightning.apps.names import dominant
 from sae_lightning.apps.opened import Opened
 from sae_lightning.apps.search_neighbours import neighbours
-from sae_lightning.apps.search_scores import mean_interval, precision
+from sae_lightning.apps.search_scores import precision
 from sae_lightning.apps.search_turned import Decoded, spread
 
 LATENT, OTHER, RANDOM, MEANS = (

@@ -6,27 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from scipy.sparse import csr_matrix
 
+from sae_lightning.apps.intervals import mean_interval
 from sae_lightning.apps.search_explain import contributions, top_shared
 from sae_lightning.apps.search_neighbours import neighbours
 from sae_lightning.benchmark.probes import Matrix
 
 KS = (1, 5, 10)
-RESAMPLES = 2000
 FEATURES, MANHATTAN, COSINE = "features, cosine", "codes, Manhattan", "codes, cosine"
 CENTRED, PROJECTED, SHUFFLED = "features less their mean, cosine", "random projection, cosine", "shuffled codes, cosine"
-
-
-def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval (percentiles) of the mean of ``values`` [n]; the mean twice where all are equal."""
-    if len(values) < 2 or np.ptp(values) == 0:
-        return float(np.mean(values)), float(np.mean(values))
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=np.random.default_rng(seed)
-    ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
 
 
 def precision(found: np.ndarray, labels: np.ndarray, gallery_labels: np.ndarray, k: int) -> np.ndarray:

@@ -37,7 +37,7 @@ def choose(codes: csr_matrix, labels: np.ndarray, n: int, top: int, purity: floa
     and at least ``purity`` of these in one class count. ValueError when there is none.
     """
     found = TopImages(codes.shape[1], top)
-    found.update(SparseCodes(*(torch.from_numpy(part) for part in _entries(codes)), codes.shape[1]))
+    found.update(_sparse(codes))
     images, fired, peaks = found.images(), found.images_fired.numpy(), found.peaks()
     label, share = (t.numpy() for t in top_purity(images, torch.as_tensor(labels)))
     able = np.flatnonzero((fired >= top) & (share >= purity))
@@ -100,6 +100,8 @@ def diffmean(features: np.ndarray, present: np.ndarray) -> Tensor:
     return torch.from_numpy((means[0] - means[1]).astype(np.float32))
 
 
-def _entries(codes: csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    codes = codes.sorted_indices()
-    return codes.indices.astype(np.int64), codes.data.astype(np.float32), codes.indptr.astype(np.int64)
+def _sparse(codes: csr_matrix) -> SparseCodes:
+    rows = codes.sorted_indices()
+    parts = rows.indices.astype(np.int64), rows.data.astype(np.float32), rows.indptr.astype(np.int64)
+    latents, values, offsets = (torch.from_numpy(part) for part in parts)
+    return SparseCodes(latents, values, offsets, codes.shape[1])

@@ -98,7 +98,7 @@ def dose_figure(curves: pd.DataFrame) -> str:
                 for i, (method, label) in enumerate(TITLES.items()):
                     _curve(axis, part[part.method == method], column, COLOURS[i], label)
                 axis.set_title(f"{title}" if column == "share" else what, loc="left", fontsize=9)
-                axis.set_ylim(0, 1)
+                axis.set_ylim(0, 1.03)
                 axis.set_xlabel("α, peaks of the latent")
             axes[row][0].set_ylabel("share of captions")
         axes[0][0].legend(frameon=False, fontsize=8)

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import sparse
 from scipy.spatial.distance import cdist
 
+from sae_lightning.apps.intervals import mean_interval
 from sae_lightning.apps.opened import Opened
 from sae_lightning.apps.search import captions, neighbours, run, turned, turned_latents
 from sae_lightning.apps.search_dose import LATENT, OTHER, RANDOM, alike, class_latents, dose_means, dose_table
@@ -23,7 +24,6 @@ from sae_lightning.apps.search_scores import (
     FEATURES,
     SHUFFLED,
     agreement_of_shared,
-    mean_interval,
     precision,
     precisions,
     shuffled,

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sae_lightning.apps.steering_captions import steered_captions
 from sae_lightning.saes import BatchTopK, Normalizer, ReLU, TopK
 from sae_lightning.vlms import VLMError, load_vlm
 from sae_lightning.vlms.steer import Edit, edited, steer
@@ -189,6 +190,16 @@ def test_one_strength_a_picture_gives_each_what_it_would_have_alone(vlm, picture
         steer(vlm, sae, [Edit(3, "set", torch.ones(2))], LAYER),
     ):
         logits(vlm, pictures)
+
+
+def test_a_random_llava_is_steered_while_it_generates(vlm, pictures):
+    sae = SAES["topk"]()
+    found = steered_captions(vlm, sae, pictures, 3, [0.0, 300.0], keep_error=True)
+    assert [len(said) for said in found] == [3, 3]
+    for alpha, said in zip([0.0, 300.0], found, strict=True):
+        with steer(vlm, sae, [Edit(3, "set", alpha)], LAYER, keep_error=True):  # the layer that it reads
+            assert said == vlm.captions(pictures)
+    assert found[0] != found[1]
 
 
 def test_an_empty_edit_with_the_error_kept_changes_no_logit(vlm, pictures):
