@@ -18,6 +18,8 @@ help:
 	@echo "make grid      ViSAEBench's sixty SAEs at the scale of the demo, scored, with the paper's analyses: reports/grid.html"
 	@echo "make status    how far the grid is, at any time; RUNS=folder for other runs"
 	@echo "make monoloss  the same SAEs without and with MonoLoss, compared in reports/monoloss.html"
+	@echo "make apps      name, search, steer and match dictionaries, and look for bias: reports/apps.html"
+	@echo "make explore   browse the latents of trained SAEs in the web browser; RUN=folder or pattern"
 	@echo "make test      run all tests; make test-slurm: jobs under a real SLURM that it starts itself (root)"
 	@echo "make bench     time training steps against other packages; bench-features: reading and extraction;"
 	@echo "               bench-monoscore: scoring, and steps with MonoLoss; bench-evaluate: the benchmark's pass;"
@@ -73,6 +75,22 @@ monoloss: $(READY)
 	$(PY) train.py -m experiment=monoloss/demo paths.runs=runs/monoloss
 	$(PY) evaluate.py paths.runs=runs/monoloss
 	$(PY) report.py paths.runs=runs/monoloss out=reports/monoloss.html
+
+# what dictionaries are used for: naming, search, bias, steering, stability, people's judgements
+apps: $(READY)
+	$(PY) train.py -m experiment=apps/embedding paths.runs=runs/apps
+	$(PY) train.py -m experiment=apps/patches paths.runs=runs/apps
+	$(PY) explore.py app=naming run='topk-*' paths.runs=runs/apps
+	$(PY) explore.py app=search run='topk-clip-*' paths.runs=runs/apps
+	$(PY) explore.py app=bias run='topk-clip-*' app.positive=automobile app.negative=truck paths.runs=runs/apps
+	$(PY) explore.py app=steering run='batchtopk-clip-x8-*-s42-*' paths.runs=runs/apps
+	$(PY) explore.py app=stability run='batchtopk-*' paths.runs=runs/apps
+	$(PY) explore.py app=agreement run='batchtopk-clip-x8-*-s42-*' paths.runs=runs/apps
+	$(PY) evaluate.py paths.runs=runs/apps
+	$(PY) report.py paths.runs=runs/apps out=reports/apps.html
+
+explore: $(READY)
+	$(PY) explore.py app=explorer run='$(RUN)'
 
 # in WORKERS processes of one thread each; without them: pytest
 test: $(PEERS)
