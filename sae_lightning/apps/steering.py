@@ -93,7 +93,8 @@ def run(opened: Opened, cfg: DictConfig) -> Result:
     result = Result("steering", "Steering a vision-language model", folder, headlines(table, best, options.top_k))
     settings = {k: v for k, v in plain(options).items() if k not in ("vlm", "judge", "name")}
     numbers = {
-        "vlm": vlm.title, "judge": judging.backbone.title, "layer": layer, "cost": cost, "captions": len(on_val) + len(on_test),
+        "vlm": vlm.title, "judge": judging.backbone.title, "layer": layer, "cost": cost,
+        "captions": len(on_val) + len(on_test),
         "best": [{"goal": goal, "method": method, "alpha": a[0]} for (goal, method), a in best.items()],
     }  # fmt: skip
     return leave(result, opened.label, settings, context, numbers)
