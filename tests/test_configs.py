@@ -70,7 +70,7 @@ def test_every_application_has_its_options_and_its_code():
     assert sorted(EACH + TOGETHER) == APPS
     for name in APPS:
         assert load(f"app={name}", root="explore").app.name == name
-        assert callable(import_module(f"sae_lightning.apps.{name}").run)
+        assert callable(import_module(f"sae_lightning.apps.{name}.app").run)
 
 
 @pytest.mark.parametrize("name", VLMS)

@@ -25,7 +25,7 @@ def explore(cfg: DictConfig) -> list[Result]:
     name = cfg.app.name
     if name not in EACH + TOGETHER:
         raise ValueError(f"Unknown app={name}; choose one of {', '.join(EACH + TOGETHER)}.")
-    application: Callable = import_module(f"sae_lightning.apps.{name}").run
+    application: Callable = import_module(f"sae_lightning.apps.{name}.app").run
     opened = [Opened(folder) for folder in chosen_runs(cfg.run, Path(cfg.paths.runs))]
     if name in TOGETHER:
         result = application(opened, cfg)

@@ -16,8 +16,7 @@ from PIL import Image
 from scipy import stats
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.agreement import run
-from sae_lightning.apps.agreement_analysis import (
+from sae_lightning.apps.agreement.analysis import (
     agreement,
     by_difference,
     krippendorff,
@@ -26,10 +25,11 @@ from sae_lightning.apps.agreement_analysis import (
     raters,
     with_scores,
 )
-from sae_lightning.apps.agreement_collect import study_of, write_collecting_page
-from sae_lightning.apps.agreement_csv import COLUMNS, read_judgements
-from sae_lightning.apps.agreement_pairs import draw_pairs
-from sae_lightning.apps.agreement_scores import latent_scores, top_images
+from sae_lightning.apps.agreement.app import run
+from sae_lightning.apps.agreement.collect import study_of, write_collecting_page
+from sae_lightning.apps.agreement.judgements import COLUMNS, read_judgements
+from sae_lightning.apps.agreement.pairs import draw_pairs
+from sae_lightning.apps.agreement.scores import latent_scores, top_images
 from sae_lightning.benchmark.similarity import Similarity
 from tests.conftest import CONF, fill_store
 

@@ -14,11 +14,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from sae_lightning.apps.bias import run
-from sae_lightning.apps.bias_edits import wholes
-from sae_lightning.apps.bias_planted import Versions, check
-from sae_lightning.apps.bias_study import study
-from sae_lightning.apps.bias_task import Task, labelled, members, task_of
+from sae_lightning.apps.bias.app import run
+from sae_lightning.apps.bias.edits import wholes
+from sae_lightning.apps.bias.planted import Versions, check
+from sae_lightning.apps.bias.study import study
+from sae_lightning.apps.bias.task import Task, labelled, members, task_of
 from sae_lightning.apps.opened import Opened
 from sae_lightning.data import DataError, load_images
 from sae_lightning.features.ensure import plain

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy import special
 
-from sae_lightning.apps.bias_classifier import Classifier, direct_effects, f1_of, mean_of, train
-from sae_lightning.apps.bias_dose import dose, plateau, pushes, typical
-from sae_lightning.apps.bias_edits import forced, neutralised, wholes
+from sae_lightning.apps.bias.classifier import Classifier, direct_effects, f1_of, mean_of, train
+from sae_lightning.apps.bias.dose import dose, plateau, pushes, typical
+from sae_lightning.apps.bias.edits import forced, neutralised, wholes
 from sae_lightning.saes import MSAE, BatchTopK, SparseCodes
 from sae_lightning.saes.normalizer import Normalizer
 

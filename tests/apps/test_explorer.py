@@ -16,15 +16,15 @@ from omegaconf import DictConfig
 from PIL import Image
 from starlette.testclient import TestClient
 
-from sae_lightning.apps.explorer import application, listen, run, server_of
+from sae_lightning.apps.explorer.app import application, listen, run, server_of
+from sae_lightning.apps.explorer.book import Book, Picked
+from sae_lightning.apps.explorer.page import page
+from sae_lightning.apps.explorer.server import Explorer, make_app
+from sae_lightning.apps.explorer.shelf import Shelf
+from sae_lightning.apps.explorer.turning import Captioner
+from sae_lightning.apps.explorer.uploads import Uploads
 from sae_lightning.apps.opened import Opened
 from sae_lightning.benchmark.evaluate import evaluate_run
-from sae_lightning.explorer.book import Book, Picked
-from sae_lightning.explorer.page import page
-from sae_lightning.explorer.server import Explorer, make_app
-from sae_lightning.explorer.shelf import Shelf
-from sae_lightning.explorer.turning import Captioner
-from sae_lightning.explorer.uploads import Uploads
 from sae_lightning.features.ensure import ensure_store
 from sae_lightning.saes import Normalizer, TopK
 from sae_lightning.training.run import record

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from scipy.sparse import csr_matrix
 
-from sae_lightning.explorer.by_latent import ByLatent
-from sae_lightning.explorer.choose import choose
-from sae_lightning.explorer.columns import known, percentiles
-from sae_lightning.explorer.pictures import square
-from sae_lightning.explorer.refused import RefusedError
-from sae_lightning.explorer.uploads import KEPT, SIDE, Uploads, read_picture
+from sae_lightning.apps.explorer.by_latent import ByLatent
+from sae_lightning.apps.explorer.choose import choose
+from sae_lightning.apps.explorer.columns import known, percentiles
+from sae_lightning.apps.explorer.pictures import square
+from sae_lightning.apps.explorer.refused import RefusedError
+from sae_lightning.apps.explorer.uploads import KEPT, SIDE, Uploads, read_picture
 
 NAMES = ["", "cat", "Black cat", "truck", "black truck"]
 

@@ -9,9 +9,9 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from sae_lightning.apps.names import names_of
-from sae_lightning.apps.naming import run
-from sae_lightning.apps.naming_text import chosen_method
-from sae_lightning.apps.naming_vocabulary import moments, place
+from sae_lightning.apps.naming.app import run
+from sae_lightning.apps.naming.text import chosen_method
+from sae_lightning.apps.naming.vocabulary import moments, place
 from sae_lightning.apps.opened import Opened
 from sae_lightning.apps.result import read_result
 from sae_lightning.backbones import load_backbone

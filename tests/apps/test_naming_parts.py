@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from sklearn.metrics import cohen_kappa_score
 
-from sae_lightning.apps.naming_activation import correlations, fit
-from sae_lightning.apps.naming_checks import (
+from sae_lightning.apps.naming.activation import correlations, fit
+from sae_lightning.apps.naming.checks import (
     agreement,
     chance_counts,
     class_in,
@@ -20,8 +20,8 @@ from sae_lightning.apps.naming_checks import (
     standing,
     top_images,
 )
-from sae_lightning.apps.naming_match import cosines, match, named_at, of_concepts, of_latents
-from sae_lightning.apps.naming_vocabulary import embed, fill, moments, place, read_words
+from sae_lightning.apps.naming.match import cosines, match, named_at, of_concepts, of_latents
+from sae_lightning.apps.naming.vocabulary import embed, fill, moments, place, read_words
 from sae_lightning.saes import TopK
 from sae_lightning.saes.normalizer import Normalizer
 
@@ -128,7 +128,7 @@ class Tower:
 
 
 def test_words_that_the_text_tower_cannot_tell_apart_are_kept_once(monkeypatch):
-    monkeypatch.setattr("sae_lightning.apps.naming_vocabulary.BATCH", 2)
+    monkeypatch.setattr("sae_lightning.apps.naming.vocabulary.BATCH", 2)
     found = embed(["live", "cat", "evil", "act", "dog"], ["{}"], Tower())
     assert (found.words, found.same) == (["live", "cat", "dog"], 2)
     torch.testing.assert_close(found.embeddings, Tower().encode_text(found.words))

@@ -15,11 +15,11 @@ from scipy.spatial.distance import cdist
 
 from sae_lightning.apps.intervals import mean_interval
 from sae_lightning.apps.opened import Opened
-from sae_lightning.apps.search import captions, neighbours, run, turned, turned_latents
-from sae_lightning.apps.search_dose import LATENT, OTHER, RANDOM, alike, class_latents, dose_means, dose_table
-from sae_lightning.apps.search_explain import contributions, top_shared
-from sae_lightning.apps.search_query import drawn, queries_of
-from sae_lightning.apps.search_scores import (
+from sae_lightning.apps.search.app import captions, neighbours, run, turned, turned_latents
+from sae_lightning.apps.search.dose import LATENT, OTHER, RANDOM, alike, class_latents, dose_means, dose_table
+from sae_lightning.apps.search.explain import contributions, top_shared
+from sae_lightning.apps.search.query import drawn, queries_of
+from sae_lightning.apps.search.scores import (
     COSINE,
     FEATURES,
     SHUFFLED,
@@ -29,7 +29,7 @@ from sae_lightning.apps.search_scores import (
     shuffled,
     spaces,
 )
-from sae_lightning.apps.search_turned import spread
+from sae_lightning.apps.search.turned import spread
 from sae_lightning.saes import TopK
 from sae_lightning.saes.normalizer import Normalizer
 from sae_lightning.training.run import train
@@ -58,7 +58,7 @@ def test_neighbours_are_those_of_the_whole_table_of_distances(by, compressed):
 def test_blocks_change_nothing(monkeypatch):
     codes = sparse_codes(50, 20, 1)
     whole = neighbours(codes, codes, 4, "manhattan")
-    monkeypatch.setattr("sae_lightning.apps.search_neighbours.BLOCK", 120)
+    monkeypatch.setattr("sae_lightning.apps.search.neighbours.BLOCK", 120)
     parts = neighbours(codes, codes, 4, "manhattan")
     assert (whole.images == parts.images).all()
     assert np.allclose(whole.distances, parts.distances)
@@ -227,7 +227,7 @@ def test_class_latents_are_the_strongest_of_those_that_the_class_dominates():
 
 
 def test_a_random_latent_is_of_another_class_and_fires_as_often(monkeypatch):
-    monkeypatch.setattr("sae_lightning.apps.search_dose.ALIKE", 2)
+    monkeypatch.setattr("sae_lightning.apps.search.dose.ALIKE", 2)
     label, images = np.array([0, 0, 1, 1, 1, 2]), np.array([100, 101, 90, 5, 110, 0])
     assert {alike(0, label, images, np.random.default_rng(i)) for i in range(20)} == {2, 4}
     assert alike(0, np.zeros(6), images, np.random.default_rng(0)) == -1

@@ -13,18 +13,19 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps import stability, stability_page
 from sae_lightning.apps.opened import Opened
-from sae_lightning.apps.stability_matching import Activations, activations
-from sae_lightning.apps.stability_pairs import interval, random_like
-from sae_lightning.apps.stability_universal import (
+from sae_lightning.apps.stability import app as stability
+from sae_lightning.apps.stability import page as stability_page
+from sae_lightning.apps.stability.matching import Activations, activations
+from sae_lightning.apps.stability.pairs import interval, random_like
+from sae_lightning.apps.stability.universal import (
     all_correlations,
     lowest,
     search,
     shuffled_maxima,
     threshold_of,
 )
-from sae_lightning.apps.stability_views import codes_of, labels_of, shared_images
+from sae_lightning.apps.stability.views import codes_of, labels_of, shared_images
 from sae_lightning.data import ImageData
 from sae_lightning.saes.relu import ReLU
 from tests.conftest import CONF, fill_store

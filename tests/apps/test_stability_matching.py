@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps import stability_matching
-from sae_lightning.apps.stability_matching import (
+from sae_lightning.apps.stability import matching as stability_matching
+from sae_lightning.apps.stability.matching import (
     activations,
     class_correlation,
     correlation,

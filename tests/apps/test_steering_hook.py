@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sae_lightning.apps.steering_captions import steered_captions
+from sae_lightning.apps.steering.captions import steered_captions
 from sae_lightning.saes import BatchTopK, Normalizer, ReLU, TopK
 from sae_lightning.vlms import VLMError, load_vlm
 from sae_lightning.vlms.steer import Edit, edited, steer

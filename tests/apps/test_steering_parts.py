@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.steering_latents import choose, diffmean, matched, round_robin
-from sae_lightning.apps.steering_scores import (
+from sae_lightning.apps.steering.latents import choose, diffmean, matched, round_robin
+from sae_lightning.apps.steering.scores import (
     Manner,
     concept_embedding,
     headlines,
@@ -18,7 +18,7 @@ from sae_lightning.apps.steering_scores import (
     similarities,
     with_class_names,
 )
-from sae_lightning.apps.steering_trials import best_alphas, by_latent
+from sae_lightning.apps.steering.trials import best_alphas, by_latent
 
 CLASSES = ["ship", "automobile", "dog"]
 MANNER = Manner(3, 8)

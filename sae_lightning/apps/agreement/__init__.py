@@ -1,0 +1,1 @@
+"""Do the scores agree with the judgements of people?"""

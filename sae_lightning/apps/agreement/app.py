@@ -1,0 +1,141 @@
+"""Do people agree with the MS score? Pairs of latents judged on a page, and the analysis [ms-score-vlm, user study]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+
+from sae_lightning.apps.agreement.analysis import agreement, by_difference, majority, raters, with_scores
+from sae_lightning.apps.agreement.collect import study_of, write_collecting_page
+from sae_lightning.apps.agreement.judgements import SIMULATED, read_judgements
+from sae_lightning.apps.agreement.pairs import draw_pairs
+from sae_lightning.apps.agreement.scores import SCORES, latent_scores
+from sae_lightning.apps.agreement.simulated import simulated_judgements
+from sae_lightning.apps.opened import Opened
+from sae_lightning.apps.result import Headline, Result, leave
+from sae_lightning.benchmark.similarity import Similarity
+from sae_lightning.report.figures import COLOURS, STYLE, svg
+
+PAIRS, LATENTS, TABLE, MADE_UP = "pairs.parquet", "latents.parquet", "agreement.parquet", "judgements-simulated.csv"
+
+
+def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result:
+    """Write the collecting page for latents of these runs, or analyse what was collected on it.
+
+    Without ``app.judgements``: ``collect.html`` and ``pairs.parquet`` in RUNS/apps/agreement. With files, or with
+    ``app.simulated`` judges: ``agreement.parquet``, the page and ``app.json``. ``latents.parquet`` holds the scores.
+    Raises what ``read_judgements``, ``latent_scores`` and ``draw_pairs`` raise.
+    """
+    app, split, seed = cfg.app, cfg.split, int(cfg.seed)
+    opened = {one.name: one for one in all_opened}
+    if app.judgements is not None and app.simulated:
+        raise ValueError("Both app.judgements and app.simulated are set; people and made-up judges are not mixed.")
+    files = _files(app.judgements)
+    d_sae = {name: one.sae.d_sae for name, one in opened.items()}
+    judgements = read_judgements(files, d_sae) if files else None  # before anything slow
+    judge = Similarity(None if app.judge is None else OmegaConf.to_container(app.judge, resolve=False))  # type: ignore[arg-type]
+    scores = pd.concat([latent_scores(one, split, judge, app.images) for one in all_opened], ignore_index=True)
+    folder = Path(cfg.paths.runs) / "apps" / "agreement"
+    folder.mkdir(parents=True, exist_ok=True)
+    scores.to_parquet(folder / LATENTS)
+
+    context: dict[str, Any] = {"collected": False}
+    if judgements is None:
+        pairs = draw_pairs(scores, app.pairs, app.strata, app.images, seed)
+        pairs.to_parquet(folder / PAIRS)
+        write_collecting_page(study_of(pairs, opened, split, app.images), folder)
+        context |= {"pairs": len(pairs), "least": pairs["difference"].min(), "most": pairs["difference"].max()}
+        if app.simulated:
+            simulated_judgements(pairs, scores, app.simulated, seed).to_csv(folder / MADE_UP, index=False)
+            judgements = read_judgements([folder / MADE_UP], d_sae)
+    lines: list[Headline] = []
+    numbers: dict[str, Any] = {}
+    if judgements is not None:
+        table, bins, between = analysed(judgements, scores, list(app.bins))
+        table.to_parquet(folder / TABLE)
+        made_up = judgements["judge"].str.startswith(SIMULATED)
+        lines = headlines(table, "simulated judges" if made_up.any() else "people")
+        numbers = {"agreement": _plain(table), "by_difference": _plain(bins), "raters": _plain(between)}
+        context |= {
+            "collected": True, "table": table.to_dict("records"), "bins": bins.to_dict("records"), "raters": between,
+            "figure": bins_figure(bins), "titles": SCORES, "simulated": int(made_up.any()),
+            "unsure": float((judgements["choice"] == "unsure").mean()), "n": len(judgements),
+        }  # fmt: skip
+    about = all_opened[0].label if len(all_opened) == 1 else f"{len(all_opened)} runs"
+    asked = OmegaConf.to_container(app, resolve=False)
+    settings = {str(key): value for key, value in dict(asked).items() if key != "judge"}  # type: ignore[arg-type]
+    settings |= {"runs": list(opened), "split": split, "seed": seed}
+    return leave(Result("agreement", "Agreement with people", folder, lines), about, settings, context, numbers)
+
+
+def analysed(
+    judgements: pd.DataFrame, scores: pd.DataFrame, bins: Sequence[float]
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, float | int]]:
+    """Agreement of every score with all choices and with the majority of judges, by difference, and of the judges."""
+    levels = {"choices": judgements, "majority": majority(judgements)}
+    rows = [
+        {"score": name, "of": level} | agreement(with_scores(table, scores, [name]), name)
+        for name in SCORES
+        for level, table in levels.items()
+    ]
+    scored = with_scores(judgements, scores, list(SCORES))
+    ranges = [by_difference(scored, name, bins) for name in SCORES if name != "constant"]
+    return pd.DataFrame(rows), pd.concat(ranges, ignore_index=True), raters(judgements)
+
+
+def headlines(table: pd.DataFrame, whose: str) -> list[Headline]:
+    """MS score and MonoScore against a constant and purity, on the majority's choice a pair, which are independent."""
+    at = table[table["of"] == "majority"].set_index("score")
+    lines = []
+    for name in ("ms", "monoscore"):
+        ours = at.loc[name]
+        for rival in ("constant", "purity"):
+            what = f"{SCORES[name]} agrees with {whose}"
+            lines.append(Headline(what, float(ours["agreement"]), float(at.loc[rival, "agreement"]), SCORES[rival],
+                                  (float(ours["low"]), float(ours["high"]))))  # fmt: skip
+    return lines
+
+
+def bins_figure(bins: pd.DataFrame) -> str:
+    """Agreement by difference in score, one line of marks a score with Wilson intervals, SVG."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 3.0), layout="constrained")
+        axis = figure.subplots()
+        edges = sorted(set(zip(bins["from"], bins["to"], strict=True)))
+        names = list(dict.fromkeys(bins["score"]))
+        for i, name in enumerate(names):
+            part = bins[bins["score"] == name]
+            at = np.array([edges.index(edge) for edge in zip(part["from"], part["to"], strict=True)])
+            error = np.abs(part[["low", "high"]].to_numpy() - part[["agreement"]].to_numpy()).T
+            axis.errorbar(at + 0.12 * (i - (len(names) - 1) / 2), part["agreement"], yerr=error, fmt="o", ms=4.5,
+                          lw=1.2, color=COLOURS[i], label=SCORES[name])  # fmt: skip
+        axis.axhline(0.5, color="#555", lw=1, ls="--", label="chance")
+        axis.set_xticks(range(len(edges)), [f"{start:g} to {stop:g}" for start, stop in edges])
+        axis.set_ylim(0, 1.02)
+        axis.grid(axis="x", visible=False)
+        axis.set_xlabel("difference in score")
+        axis.set_ylabel("agreement")
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        return svg(figure)
+
+
+def _files(judgements: object) -> list[str]:
+    """``a.csv``, ``a.csv,b.csv`` or a list of them."""
+    if judgements is None:
+        return []
+    several = judgements.split(",") if isinstance(judgements, str) else list(judgements)  # type: ignore[call-overload]
+    return [str(one).strip() for one in several]
+
+
+def _plain(found: pd.DataFrame | Mapping[str, float | int]) -> Any:
+    """As JSON can hold it: None for NaN."""
+    if isinstance(found, pd.DataFrame):
+        return [_plain(row) for row in found.to_dict("records")]
+    return {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in found.items()}

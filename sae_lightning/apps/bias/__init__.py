@@ -1,0 +1,1 @@
+"""What a classifier's decisions rest on, told by latents."""

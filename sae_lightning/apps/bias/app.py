@@ -1,0 +1,265 @@
+"""Bias: what a linear classifier on the encoder's features has learnt, told by latents [MSAE §5.3, App. G.3].
+
+A latent's direct effect on the decision, how its magnitude goes with predicted and true classes, dose-response curves
+of forcing it, and a check with a known answer: the same on a classifier with a bias planted into its training pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from omegaconf import DictConfig
+
+from sae_lightning.apps.bias import figures
+from sae_lightning.apps.bias.classifier import mean_of
+from sae_lightning.apps.bias.dose import dose, pushes, typical
+from sae_lightning.apps.bias.edits import Wholes, wholes
+from sae_lightning.apps.bias.planted import Check, check, versions
+from sae_lightning.apps.bias.study import Study, study
+from sae_lightning.apps.bias.task import Members, Task, batches, labelled, members, task_of
+from sae_lightning.apps.names import names_of
+from sae_lightning.apps.opened import Opened
+from sae_lightning.apps.result import Headline, Result, leave
+from sae_lightning.backbones import BackboneError
+from sae_lightning.data import DataError
+from sae_lightning.data.planted import mark
+from sae_lightning.features.ensure import plain
+from sae_lightning.report.strips import strip, thumbnail
+
+APP, TABLE = "bias", "bias.parquet"
+TOP = 8  # images in a latent's strip
+RANDOM = 50  # latents that the drawn ones are compared with
+
+
+class Shown(NamedTuple):
+    """The pictures and names that a page has; ``where`` [n] are the task's images in the split's data set."""
+
+    opened: Opened
+    split: str
+    rows: np.ndarray
+    names: list[str]
+    pictures: bool
+
+    def strip(self, images: Sequence[int]) -> str:
+        """The task's ``images`` side by side; "" without pictures."""
+        if not self.pictures or not len(images):
+            return ""
+        data = self.opened.images(self.split)
+        ids = self.opened.store(self.split).image_ids
+        return strip([thumbnail(data[i]) for i in data.index_of([ids[self.rows[i]] for i in images]).tolist()])
+
+
+def run(opened: Opened, cfg: DictConfig) -> Result:
+    """Explain the classifier of ``cfg.app``'s task on images of ``cfg.split``; leaves a page and two parquet files.
+
+    ValueError for features of captions, for the split that the classifier is trained on, and for a task that does not
+    fit the data; DataError for an attribute that is not there.
+    """
+    app = cfg.app
+    if opened.made["features"] == "text":
+        raise ValueError(
+            f"{opened.name} was trained on captions, but a classifier of images is explained; train on "
+            "features=embedding, pooled, cls or patch."
+        )
+    if cfg.split == "train":
+        raise ValueError("The classifier is trained on the split train, so it is explained on another; set split=test.")
+    task, held = _task(opened, cfg.split, app)
+    _, fitted = _task(opened, "train", app)
+    images = wholes(opened.sae, batches(opened.store(cfg.split), held.rows))
+    found = study(
+        opened.features("train")[fitted.rows], fitted.truth, images, held.truth, opened.sae, app.strength, cfg.seed
+    )
+    planted, why_not = _planted(opened, cfg, fitted, held)
+    shown = _shown(opened, cfg.split, held.rows)
+    folder = opened.results(APP)
+    folder.mkdir(parents=True, exist_ok=True)
+    named(found.table, shown.names).to_parquet(folder / TABLE, index=False)
+    chosen = _chosen(app, found)
+    base = found.logits if app.keep_error else found.classifier.logits(images.decoded)
+    headlines, numbers = _headlines(found, images, base, chosen, planted, app.plant.attribute, cfg.seed)
+    if planted is not None:
+        named(_both(planted), shown.names).to_parquet(folder / "planted.parquet", index=False)
+    context = {
+        "task": task, "study": found, "n": len(held.truth), "n_train": len(fitted.truth), "split": cfg.split,
+        "latents": [_latent(found, images, base, int(i), app.reach, task, shown) for i in chosen],
+        "rows": _rows(found, images, shown, app.rows), "examples": _examples(base, held.truth, shown),
+        "plant": app.plant, "why_not": why_not, "check": _check(planted, opened, cfg, held, shown),
+        "columns": (("auc", "predicted"), ("truth", "true"), ("errors", "errors"), ("excess", "excess")),
+    }  # fmt: skip
+    title = f"Bias of a classifier: {task.title[0]} against {task.title[1]}"
+    return leave(Result(APP, title, folder, headlines), opened.label, plain(app), context, numbers)
+
+
+def _task(opened: Opened, split: str, app: DictConfig) -> tuple[Task, Members]:
+    labels, classes, siblings = labelled(opened, split, app.attribute)
+    task = task_of(classes, siblings, app.positive, app.negative)
+    if app.attribute is not None and app.positive is None:
+        task = task._replace(title=(app.attribute, f"not {app.attribute}"))
+    return task, members(labels, classes, task)
+
+
+def _planted(opened: Opened, cfg: DictConfig, fitted: Members, held: Members) -> tuple[Check | None, str]:
+    """The check, or None and why there is none."""
+    plant = plain(cfg.app.plant)
+    if plant["attribute"] is None:
+        return None, "It was left out (app.plant.attribute=null)."
+    other = "val" if cfg.split == "test" else "test"
+    parts = {"train": fitted, cfg.split: held, other: _task(opened, other, cfg.app)[1]}
+    try:
+        train, there, elsewhere = (
+            versions(opened, split, of, plant, cfg.device, cfg.seed) for split, of in parts.items()
+        )
+    except (BackboneError, DataError) as error:
+        return None, f"It needs pictures and the encoder. {error}"
+    rho, most, strength = plant["correlation"], plant["most"], cfg.app.strength
+    return check(train, there, elsewhere, opened.sae, rho, most, strength, cfg.seed), ""
+
+
+def _shown(opened: Opened, split: str, rows: np.ndarray) -> Shown:
+    try:
+        opened.images(split)
+        return Shown(opened, split, rows, names_of(opened), True)
+    except DataError:
+        return Shown(opened, split, rows, [""] * opened.sae.d_sae, False)
+
+
+def _chosen(app: DictConfig, found: Study) -> np.ndarray:
+    """The latents to draw; ValueError for one that is silent on the held-out images or does not exist."""
+    if app.latents is None:
+        return found.associated(app.each)
+    fires = found.table["images"].to_numpy()
+    wrong = [i for i in app.latents if not 0 <= i < len(fires) or not fires[i]]
+    if wrong:
+        raise ValueError(f"app.latents={wrong} are silent on all images of the task, or none of {len(fires)} latents.")
+    return np.asarray(app.latents, dtype=np.int64)
+
+
+def named(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """``table`` with the column ``name`` after the first."""
+    table = table.copy()
+    table.insert(1, "name", [names[i] for i in table["latent"]])
+    return table
+
+
+def _both(found: Check) -> pd.DataFrame:
+    """Both studies' tables of the planted check below each other, with what tells the attribute."""
+    parts = [(True, found.biased.table), (False, found.control.table)]
+    tells = {f"detects{end}": each for end, each in zip(("", "_lo", "_hi"), found.detects[:3], strict=True)}
+    return pd.concat([table.assign(planted=is_biased, **tells) for is_biased, table in parts], ignore_index=True)
+
+
+def _headlines(
+    found: Study, images: Wholes, base: np.ndarray, chosen: np.ndarray, planted: Check | None, attribute: str, seed: int
+) -> tuple[list[Headline], dict[str, Any]]:
+    """The figures of the page's head, and further ones for the record."""
+    majority = max(found.truth.mean(), 1 - found.truth.mean())
+    lines = [
+        Headline("accuracy of the classifier", found.accuracy.value, float(majority), "the larger class",
+                 found.accuracy[1:]),
+        Headline("F1 of the classifier", found.f1.value, float(2 * found.truth.mean() / (1 + found.truth.mean())),
+                 "always positive", found.f1[1:]),
+    ]  # fmt: skip
+    numbers: dict[str, Any] = {
+        "slope": found.classifier.slope, "tested": len(found.tested), "found": len(found.found),
+        "associated": int((found.table["auc_q"] < 0.05).sum()),
+    }  # fmt: skip
+    if len(chosen):
+        rng = np.random.default_rng(seed)
+        random = rng.choice(found.tested, size=min(RANDOM, len(found.tested)), replace=False)
+        ours, theirs = (pushes(some, found.effects, base, images) for some in (chosen, random))
+        value = mean_of(ours, seed)
+        lines.append(Headline("change of probability by one forced latent, the most associated ones", value.value,
+                              float(theirs.mean()), "random latents", value[1:]))  # fmt: skip
+    if planted is not None:
+        more, record = _planted_headlines(planted, attribute)
+        lines += more
+        numbers["planted"] = record
+    return lines, numbers
+
+
+def _planted_headlines(found: Check, attribute: str) -> tuple[list[Headline], dict[str, Any]]:
+    top, control_top = (int(each.ranked[0]) for each in (found.biased, found.control))
+    tells, by_chance = found.detection(top), found.detection(control_top)
+    ours, theirs = (each.table.iloc[found.best] for each in (found.biased, found.control))
+    lines = [
+        Headline(f"planted {attribute}: how well the surest latent tells it (AUC)", tells.value, by_chance.value,
+                 "the surest without a bias", (tells.lo, tells.hi)),
+        Headline(f"planted {attribute}: excess of the latent that tells it best", float(ours["excess"]),
+                 float(theirs["excess"]),
+                 f"without a bias ({theirs['excess_lo']:.2f} to {theirs['excess_hi']:.2f})",
+                 (float(ours["excess_lo"]), float(ours["excess_hi"]))),
+        Headline(f"planted {attribute}: latents found", len(found.biased.found), len(found.control.found),
+                 "without a bias"),
+    ]  # fmt: skip
+    record: dict[str, Any] = {
+        "best": found.best, "detects": found.detection(found.best).value, "surest": top,
+        "rank_of_best": int(np.flatnonzero(found.biased.ranked == found.best)[0]) + 1,
+        "accuracy": found.biased.accuracy.value, "accuracy_control": found.control.accuracy.value,
+        "found": len(found.biased.found), "found_control": len(found.control.found),
+    }  # fmt: skip
+    if found.mitigation is not None:
+        m = found.mitigation
+        lines.append(Headline(f"planted {attribute}: accuracy gained on conflicting pictures by neutralising",
+                              m.gain.value, m.random_gain.value, "as many random latents", m.gain[1:]))  # fmt: skip
+        record |= {"neutralised": m.latents.tolist(), "gain_over_random": list(m.over_random)}
+        for kind in m.before:
+            record[kind] = {"before": m.before[kind], "found": m.found[kind], "random": m.random[kind]}
+    return lines, record
+
+
+def _rows(found: Study, images: Wholes, shown: Shown, n: int) -> list[dict[str, Any]]:
+    """The ``n`` latents of the table: found ones first, then by association with the prediction."""
+    value = np.abs(found.table["auc"].to_numpy() - 0.5)
+    order = found.tested[np.argsort(-value[found.tested], kind="stable")]
+    latents = list(dict.fromkeys([*found.found.tolist(), *order.tolist()]))[:n]
+    sure = set(found.found.tolist())
+    return [
+        {"name": shown.names[i], "strip": _strip(images, i, shown), "found": i in sure, **found.table.iloc[i].to_dict()}
+        for i in latents
+    ]  # fmt: skip
+
+
+def _strip(images: Wholes, latent: int, shown: Shown) -> str:
+    own = images.magnitudes[:, [latent]].toarray().ravel()
+    return shown.strip([int(i) for i in np.argsort(-own, kind="stable")[:TOP] if own[i] > 0])
+
+
+def _latent(
+    found: Study, images: Wholes, base: np.ndarray, latent: int, reach: float, task: Task, shown: Shown
+) -> dict[str, Any]:
+    """What the page shows of one drawn latent."""
+    curve = dose(
+        latent, float(found.effects[latent]), base, found.truth, images, typical(base, found.truth), reach
+    )  # fmt: skip
+    own = images.magnitudes[:, [latent]].toarray().ravel()
+    return {
+        "latent": latent, "name": shown.names[latent], "strip": _strip(images, latent, shown), "dose": curve,
+        "response": figures.response(curve), "spread": figures.spread(own, found.predicted, task.title),
+        "row": found.table.iloc[latent],
+    }  # fmt: skip
+
+
+def _examples(base: np.ndarray, truth: np.ndarray, shown: Shown) -> list[str]:
+    return [shown.strip([i]) for i in typical(base, truth)]
+
+
+def _check(found: Check | None, opened: Opened, cfg: DictConfig, held: Members, shown: Shown) -> dict[str, Any] | None:
+    """What the page shows of the planted check."""
+    if found is None:
+        return None
+    ids, data = opened.store(cfg.split).image_ids, opened.images(cfg.split)
+    plain_ones = [data[int(i)] for i in data.index_of([ids[i] for i in held.rows[:TOP]])]
+    marked = [mark(image, cfg.app.plant.attribute, cfg.app.plant.strength) for image in plain_ones]
+    pictures = [strip([thumbnail(image) for image in some]) for some in (plain_ones, marked)]
+    top = found.biased.ranked[:TOP]
+    return {
+        "found": found, "pictures": pictures, "figure": figures.detections(found),
+        "top": [
+            {"latent": int(i), "name": shown.names[i], "tells": found.detection(int(i)),
+             **found.biased.table.iloc[i].to_dict(), "control": found.control.table.iloc[i]}
+            for i in top
+        ],
+    }  # fmt: skip

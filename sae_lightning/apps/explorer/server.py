@@ -1,0 +1,219 @@
+"""The page's server: routes to JSON and WebP. No path of any request names a file; all things go by number."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from sae_lightning.apps.explorer import views
+from sae_lightning.apps.explorer.book import KINDS, Book, Picked
+from sae_lightning.apps.explorer.choose import choose
+from sae_lightning.apps.explorer.guards import HOSTS, Guard, read_body
+from sae_lightning.apps.explorer.page import page
+from sae_lightning.apps.explorer.pictures import SIZES, lit, square, webp
+from sae_lightning.apps.explorer.refused import RefusedError
+from sae_lightning.apps.explorer.shelf import Shelf
+from sae_lightning.apps.explorer.turning import Captioner, turned_view
+from sae_lightning.apps.explorer.uploads import read_picture
+
+PAGED = 200  # lines of the list at once, at most
+CACHED = 4096  # pictures as WebP
+SMALL_BODY = 4096  # bytes of a request in JSON
+WORDS = {404: "There is no such page.", 405: "This cannot be done here."}
+
+
+class Explorer:
+    """Answers of the page over ``shelf``; ``per_band`` images a band, ``n_latents`` of a picture, ``n_near`` nearest.
+
+    ``upload_bytes`` limits uploads. Methods take a request and run in threads, those that read its body excepted.
+    """
+
+    def __init__(
+        self, shelf: Shelf, captioner: Captioner, per_band: int = 8, n_latents: int = 16, n_near: int = 8,
+        upload_bytes: int = 16 << 20,
+    ) -> None:  # fmt: skip
+        self.shelf, self.captioner = shelf, captioner
+        self.per_band, self.n_latents, self.n_near, self.upload_bytes = per_band, n_latents, n_near, upload_bytes
+        self._webp = lru_cache(CACHED)(self._draw)
+
+    def runs(self, request: Request) -> Response:
+        """All runs by number, without opening them."""
+        return JSONResponse([{"title": run.label, "name": run.name} for run in self.shelf.runs])
+
+    def run(self, request: Request) -> Response:
+        """One run, opened if need be."""
+        return JSONResponse(views.run_view(self._book(request)))
+
+    def latents(self, request: Request) -> Response:
+        """A part of the list: ``sort``, ``order``, ``text``, ``label``, ``least``, ``start``, ``count``."""
+        book, q = self._book(request), request.query_params
+        columns = book.known.columns
+        sort, order = q.get("sort", next(iter(columns))), q.get("order", "desc")
+        if sort == "latent":
+            values = np.arange(book.d_sae, dtype=np.float64)
+        elif sort in columns:
+            values = columns[sort].values
+        else:
+            raise RefusedError(400, f"Latents have no '{sort[:40]}'; sort by one of latent, {', '.join(columns)}.")
+        if order not in ("asc", "desc"):
+            raise RefusedError(400, "The order is asc or desc.")
+        label = _whole(q, "label", -1, len(book.class_names) - 1, low=-1)
+        found = choose(
+            values, book.names, book.known.label, book.known.images_fired, text=q.get("text", "")[:200],
+            of_class=None if label < 0 else label, at_least=_whole(q, "least", 0), descending=order == "desc",
+        )  # fmt: skip
+        start, count = _whole(q, "start", 0), _whole(q, "count", 50, PAGED)
+        rows = [views.latent_row(book, latent) for latent in found[start : start + count].tolist()]
+        return JSONResponse({"total": len(found), "start": start, "rows": rows})
+
+    def latent(self, request: Request) -> Response:
+        """All of one latent."""
+        book = self._book(request)
+        return JSONResponse(views.latent_view(book, self._latent(request, book), self.per_band))
+
+    def picture(self, request: Request) -> Response:
+        """A picture and its strongest latents, and the one that ``latent`` names."""
+        book, picked = self._book(request), self._picked(request)
+        also = _whole(request.query_params, "latent", -1, book.d_sae - 1, low=-1)
+        return JSONResponse(views.picture_view(book, picked, self.n_latents, None if also < 0 else also))
+
+    def plain(self, request: Request) -> Response:
+        """A picture as WebP."""
+        return self._image(request, None)
+
+    def over(self, request: Request) -> Response:
+        """A picture as WebP with the patches lit on which a latent fires."""
+        return self._image(request, self._latent(request, self._book(request)))
+
+    def captions(self, request: Request) -> Response:
+        """Whether captions can be had for a run, and why not."""
+        return JSONResponse({"why_not": self.captioner.why_not(self._book(request))})
+
+    async def upload(self, request: Request) -> Response:
+        """Keep the picture that is the request's body; its number."""
+        data = await read_body(request, self.upload_bytes)
+        picture = await run_in_threadpool(read_picture, data)
+        return JSONResponse({"upload": self.shelf.uploads.add(picture)})
+
+    async def turn(self, request: Request) -> Response:
+        """The nearest pictures before and after a latent of a picture is turned: ``{"latent": 3, "value": 1.5}``."""
+        return await self._turned(request, partial(turned_view, n=self.n_near))
+
+    async def caption(self, request: Request) -> Response:
+        """The captions of a picture before and after, likewise."""
+        return await self._turned(request, self.captioner.view)
+
+    async def _turned(self, request: Request, view: Any) -> Response:
+        asked = await read_body(request, SMALL_BODY)
+        latent, value = _turn(asked)
+        book = await run_in_threadpool(self._book, request)
+        return JSONResponse(await run_in_threadpool(view, book, self._picked(request), latent, value))
+
+    # --- what requests name -------------------------------------------------------------------------
+    def _book(self, request: Request) -> Book:
+        return self.shelf[request.path_params["run"]]
+
+    def _latent(self, request: Request, book: Book) -> int:
+        return book.check_latent(request.path_params["latent"])
+
+    def _picked(self, request: Request) -> Picked:
+        kind = request.path_params["kind"]
+        if kind not in KINDS:
+            raise RefusedError(404, WORDS[404])
+        return Picked(kind, request.path_params["number"])
+
+    def _image(self, request: Request, latent: int | None) -> Response:
+        size = _whole(request.query_params, "size", SIZES[0], max(SIZES))
+        if size not in SIZES:
+            raise RefusedError(400, f"Pictures come in sizes {' and '.join(map(str, SIZES))}.")
+        data = self._webp(request.path_params["run"], self._picked(request), size, latent)
+        return Response(data, media_type="image/webp", headers={"cache-control": "private, max-age=86400"})
+
+    def _draw(self, run: int, picked: Picked, size: int, latent: int | None) -> bytes:
+        book = self.shelf[run]
+        picture = square(book.picture(picked), size)
+        if latent is not None:
+            picture = lit(picture, book.activation(picked, latent), book.peak(latent))
+        return webp(picture)
+
+
+def make_app(explorer: Explorer) -> Starlette:
+    """The ASGI application: the page, its answers, and the guards around them."""
+    html, policy = page()
+
+    def front(request: Request) -> Response:
+        return HTMLResponse(html, headers={"cache-control": "no-cache"})
+
+    run, latent = "/api/runs/{run:int}", "/latents/{latent:int}"
+    picture = run + "/{kind}/{number:int}"  # of images or uploads
+    routes = [
+        Route("/", front),
+        Route("/api/runs", explorer.runs),
+        Route(run, explorer.run),
+        Route(f"{run}/latents", explorer.latents),
+        Route(f"{run}{latent}", explorer.latent),
+        Route(f"{run}/captions", explorer.captions),
+        Route("/api/uploads", explorer.upload, methods=["POST"]),
+        Route(picture, explorer.picture),
+        Route(f"{picture}/picture", explorer.plain),
+        Route(f"{picture}/over/{{latent:int}}", explorer.over),
+        Route(f"{picture}/turn", explorer.turn, methods=["POST"]),
+        Route(f"{picture}/caption", explorer.caption, methods=["POST"]),
+    ]
+    return Starlette(
+        routes=routes,
+        middleware=[
+            Middleware(Guard, policy=policy),
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS), www_redirect=False),
+        ],
+        exception_handlers={RefusedError: _refused, HTTPException: _no_route, Exception: _failed},
+    )
+
+
+def _whole(query: Mapping[str, str], name: str, default: int, high: int = 10**9, low: int = 0) -> int:
+    text = query.get(name)
+    if text is None:
+        return default
+    value = int(text) if len(text) < 12 and text.removeprefix("-").isdigit() and text.isascii() else None
+    if value is None or not low <= value <= high:
+        raise RefusedError(400, f"{name} must be a whole number from {low} to {high}.")
+    return value
+
+
+def _turn(data: bytes) -> tuple[int, float]:
+    try:
+        asked = json.loads(data)
+        latent, value = asked["latent"], float(asked["value"])
+        if type(latent) is not int or not math.isfinite(value) or abs(value) > 1e6:
+            raise ValueError
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        sentence = 'Send {"latent": 3, "value": 1.5}: a latent\'s number and a value up to a million.'
+        raise RefusedError(400, sentence) from error
+    return latent, value
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    return JSONResponse({"error": str(error)}, error.status)
+
+
+def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": WORDS.get(error.status_code, error.detail)}, error.status_code, error.headers)
+
+
+def _failed(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": f"Something failed inside: {type(error).__name__}; the terminal says more."}, 500)

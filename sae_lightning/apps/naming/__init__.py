@@ -1,0 +1,1 @@
+"""Which word each latent stands for."""

@@ -1,0 +1,183 @@
+"""Similarity search: nearest images by features and by codes, and after turning a latent [MSAE §5.2, App. G.2]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from omegaconf import DictConfig, ListConfig
+
+from sae_lightning.apps.intervals import mean_interval
+from sae_lightning.apps.names import dominant, names_of
+from sae_lightning.apps.opened import Opened
+from sae_lightning.apps.result import Headline, Result, leave
+from sae_lightning.apps.search.dose import LATENT, OTHER, RANDOM, class_latents, dose_means, dose_table, spread_of
+from sae_lightning.apps.search.neighbours import neighbours
+from sae_lightning.apps.search.page import dose_figure, precision_figure, shown_neighbours, shown_turned
+from sae_lightning.apps.search.query import Query, queries_of
+from sae_lightning.apps.search.scores import (
+    COSINE,
+    FEATURES,
+    KS,
+    MANHATTAN,
+    SHUFFLED,
+    agreement_of_shared,
+    precisions,
+    spaces,
+)
+from sae_lightning.apps.search.turned import turned
+from sae_lightning.features.ensure import plain
+from sae_lightning.report.strips import data_uri, thumbnail
+
+__all__ = ["neighbours", "run", "turned"]
+
+PRECISION, DOSE, SHOWN = "precision.parquet", "dose.parquet", "neighbours.parquet"
+UNITS = ("spread", "code")
+
+
+def run(opened: Opened, cfg: DictConfig) -> Result:
+    """Search one run's images; leaves a page, ``app.json`` and three tables in ``RUN/apps/search``.
+
+    ``precision.parquet`` (method, k), ``dose.parquet`` (latent, arm, dose) and ``neighbours.parquet`` of the queries
+    shown. ValueError for an SAE of text features, and with a sentence for options that do not fit.
+    """
+    if opened.made["features"] == "text":
+        raise ValueError(f"{opened.name} was trained on captions; search needs a run on features of images.")
+    app, split, seed = cfg.app, cfg.split, int(cfg.seed)
+    images, features, codes = opened.images(split), opened.features(split), opened.codes(split)
+    names, n_classes = names_of(opened), len(images.class_names)
+    queries = queries_of(opened, split, app.queries, app.shown, seed)
+    of_train = opened.images("train").labels
+    label, purity, _ = dominant(opened.codes("train"), of_train, n_classes)
+    called = captions(names, label, purity, images.class_names)
+    by_class = class_latents(opened.codes("train"), of_train, n_classes, 1)
+    chosen = turned_latents(queries, app.turn.latents, names, by_class, seed)
+
+    to, units = magnitudes(opened, list(app.turn.to), app.turn.unit)
+    shown, rows = [], []
+    for query, latents in zip(queries, chosen, strict=True):
+        methods, table = shown_neighbours(query, features, codes, images, called, app.neighbours, app.shared)
+        rows += table
+        turns = []
+        for latent in latents:
+            turns.append(shown_turned(opened.sae, query, latent, to, units, features, images, called, app.neighbours,
+                                      app.turn.keep_error))  # fmt: skip
+        shown.append({"query": query, "image": _uri(query), "methods": methods, "turns": turns})
+
+    scored = np.sort(np.random.default_rng(seed).permutation(len(images))[: app.scored])
+    table, found = precisions(spaces(features, codes, opened.features("train").mean(0), seed), images.labels, scored)
+    explained = {
+        method: agreement_of_shared(codes, found[method], scored, images.labels, label, by, app.shared, seed)
+        for method, by in ((MANHATTAN, "manhattan"), (COSINE, "cosine"))
+    }
+    doses = dose_table(opened, split, app.dose.latents, app.dose.images, list(app.dose.to), app.dose.neighbours, seed)
+    means = dose_means(doses) if len(doses) else pd.DataFrame(columns=["of", "arm", "dose", "share", "low", "high"])
+
+    folder = opened.results("search")
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(folder / PRECISION)
+    doses.to_parquet(folder / DOSE)
+    pd.DataFrame(rows).to_parquet(folder / SHOWN)
+    lines = [*_of_precision(table), *_of_shared(explained), *_of_dose(means, doses, app.dose.neighbours)]
+    result = Result("search", "Similarity search", folder, lines)
+    context = {
+        "queries": shown, "precision": table.to_dict("records"), "ks": KS, "figure": precision_figure(table),
+        "dose": dose_figure(means, app.dose.neighbours) if len(doses) else "", "scored": len(scored),
+        "gallery": len(images), "n_latents": doses["latent"].nunique() if len(doses) else 0,
+        "keep_error": app.turn.keep_error, "images": app.dose.images, "tokens": opened.made["features"] == "patch",
+    }  # fmt: skip
+    numbers = {"precision": table.to_dict("records"), "dose": means.to_dict("records")}
+    settings = plain(app) | {"split": split, "seed": seed}
+    return leave(result, opened.label, settings, context, numbers)
+
+
+def turned_latents(
+    queries: Sequence[Query], wanted: object, names: Sequence[str], by_class: Sequence[tuple[int, int]], seed: int
+) -> list[list[int]]:
+    """Which latents are turned on each query: those ``wanted``, by number or name, else one of another class.
+
+    ``by_class`` are (latent, class). A name stands for the first latent of that name. ValueError for an unknown one.
+    """
+    if wanted is None:
+        rng = np.random.default_rng(seed)
+        others = [[latent for latent, c in by_class if c != query.label] for query in queries]
+        return [[int(rng.choice(some))] if some else [] for some in others]
+    several = list(wanted) if isinstance(wanted, (list, tuple, ListConfig)) else [wanted]
+    return [[_latent(one, names) for one in several]] * len(queries)
+
+
+def captions(names: Sequence[str], label: np.ndarray, purity: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """What latents are called on the page: their names, else in brackets the class that most of their activation is of.
+
+    ``label`` and ``purity`` [d_sae] are that class (-1: never active) and its share.
+    """
+    return [
+        name or (f"({classes[c]} {share:.0%})" if c >= 0 else "")
+        for name, c, share in zip(names, label.tolist(), purity.tolist(), strict=True)
+    ]
+
+
+def magnitudes(opened: Opened, to: Sequence[float], unit: str) -> tuple[list[float], list[str]]:
+    """Code values for the magnitudes ``to`` in ``unit``, and what is printed beside each of them."""
+    if unit not in UNITS:
+        raise ValueError(f"Unknown app.turn.unit={unit}; choose one of {', '.join(UNITS)}.")
+    if unit == "code":
+        return [float(value) for value in to], ["" for _ in to]
+    one = spread_of(opened)
+    return [value * one for value in to], ["off" if value == 0 else f"{value:g} spread" for value in to]
+
+
+def _latent(one: object, names: Sequence[str]) -> int:
+    if str(one).isdecimal() and int(str(one)) < len(names):
+        return int(str(one))
+    if one and one in names:
+        return list(names).index(str(one))
+    known = sorted({name for name in names if name})
+    raise ValueError(
+        f"app.turn.latents names '{one}', which is neither a latent (0 to {len(names) - 1}) nor a name of one. Names "
+        f"are: {', '.join(known[:20]) or 'none'}{' …' if len(known) > 20 else ''}."
+    )
+
+
+def _uri(query: Query) -> str:
+    return data_uri(thumbnail(query.image))
+
+
+def _of_precision(table: pd.DataFrame) -> list[Headline]:
+    at = table[table["k"] == max(KS)].set_index("method")
+    lines = []
+    for method, against in ((MANHATTAN, FEATURES), (COSINE, FEATURES), (COSINE, SHUFFLED)):
+        ours = at.loc[method]
+        interval = (float(ours["low"]), float(ours["high"]))
+        what = f"precision@{max(KS)}, {method}"
+        lines.append(Headline(what, float(ours["precision"]), float(at.loc[against, "precision"]), against, interval))
+    return lines
+
+
+def _of_shared(explained: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[Headline]:
+    lines = []
+    for method, (top, random) in explained.items():
+        if len(top):
+            what = f"explaining latents of the pair's class, {method}"
+            lines.append(Headline(what, float(top.mean()), float(random.mean()), "shared latents at random",
+                                  mean_interval(top)))  # fmt: skip
+    return lines
+
+
+def _of_dose(means: pd.DataFrame, doses: pd.DataFrame, k: int) -> list[Headline]:
+    """At the largest dose up and the largest down: the latents' share against each control's."""
+    lines = []
+    for of, verb in (("others", "up"), ("own", "down")):
+        part = means[means["of"] == of]
+        if not len(part):
+            continue
+        dose = part["dose"].max() if of == "others" else part["dose"].min()
+        at = part[part["dose"] == dose].set_index("arm")
+        ours = at.loc[LATENT]
+        for arm in (OTHER, RANDOM):
+            if arm in at.index:
+                what = f"class of a latent in the {k} nearest, turned {verb} to {dose:g} spread"
+                interval = (float(ours["low"]), float(ours["high"]))
+                lines.append(Headline(what, float(ours["share"]), float(at.loc[arm, "share"]), arm, interval))
+    return lines

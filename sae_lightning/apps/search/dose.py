@@ -1,0 +1,129 @@
+"""Dose curves of concept arithmetic: does turning a class's latent up bring that class among the neighbours?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor
+
+from sae_lightning.apps.intervals import mean_interval
+from sae_lightning.apps.names import dominant
+from sae_lightning.apps.opened import Opened
+from sae_lightning.apps.search.neighbours import neighbours
+from sae_lightning.apps.search.scores import precision
+from sae_lightning.apps.search.turned import Decoded, spread
+
+LATENT, OTHER, RANDOM, MEANS = (
+    "latent of the class", "random latent, as often active", "random direction", "difference of class means (labels)"
+)  # fmt: skip
+ARMS = (LATENT, OTHER, RANDOM, MEANS)
+SPREAD_IMAGES = 1024  # that tell how far images lie from their mean
+FIRES = 20  # training images that a latent must fire on
+ALIKE = 20  # latents of most equal firing share, of which one is drawn
+
+
+def class_latents(codes: csr_matrix, labels: np.ndarray, n_classes: int, each: int) -> list[tuple[int, int]]:
+    """For every class ``each`` of the latents that it dominates, as (latent, class), strongest first.
+
+    Strength is the mean code on the class's images less that on all others: how far the latent moves images of the
+    class. The purest latents would be no choice: in dictionaries with many active latents they are of tiny activation,
+    along directions in which images hardly differ. Only latents that fire on at least 20 of the images count.
+    """
+    label, _, images = dominant(codes, labels, n_classes)
+    total, chosen = np.asarray(codes.sum(0, dtype=np.float64)).ravel(), []
+    for c in np.unique(labels).tolist():
+        here = labels == c
+        own = np.asarray(codes[here].sum(0, dtype=np.float64)).ravel()
+        excess = own / here.sum() - (total - own) / max(1, (~here).sum())
+        mine = np.flatnonzero((label == c) & (images >= FIRES) & (excess > 0))
+        chosen += [(int(i), c) for i in mine[np.argsort(-excess[mine], kind="stable")[:each]]]
+    return chosen
+
+
+def alike(latent: int, label: np.ndarray, images: np.ndarray, rng: np.random.Generator) -> int:
+    """A random latent of another dominant class among the 20 that fire on most nearly as many images; -1: none."""
+    others = np.flatnonzero((label != label[latent]) & (images > 0))
+    gap = abs(np.log(images[others]) - np.log(images[latent]))
+    near = others[np.argsort(gap, kind="stable")[:ALIKE]]
+    return int(rng.choice(near)) if len(near) else -1
+
+
+def dose_table(
+    opened: Opened, split: str, each: int, n_images: int, doses: Sequence[float], k: int, seed: int
+) -> pd.DataFrame:
+    """The share of a latent's class among the ``k`` nearest images when it is turned, one row a latent, arm and dose.
+
+    ``each`` latents a class, see ``class_latents``, of the training images; turned to ``doses`` spreads, up on
+    ``n_images`` images of other classes (``of`` "others"), down on as many of their own ("own"). The arms move the
+    images by the same length: along the latent, along a random latent that fires as often, in a random direction, and
+    along the difference of the class's mean from that of all others, which needs labels. ``before`` is the share
+    around the images decoded as they are. Empty where no latent can be chosen.
+    """
+    images = opened.images(split)
+    train = opened.codes("train")
+    label, purity, fires = dominant(train, opened.images("train").labels, len(images.class_names))
+    chosen = class_latents(train, opened.images("train").labels, len(images.class_names), each)
+    unit = spread_of(opened)
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
+    gallery, rows = opened.features(split), []
+    for own in (False, True):
+        members = [np.flatnonzero((images.labels == c) == own) for c in range(len(images.class_names))]
+        queries = [rng.permutation(some)[:n_images] for some in members]
+        decoded = {c: _decode(opened, split, queries[c]) for c in {c for _, c in chosen} if len(queries[c])}
+        wanted = [dose for dose in doses if (dose <= 0 if own else dose >= 0)]
+        for latent, c in chosen:
+            if c not in decoded:
+                continue
+            ways = _ways(opened, latent, alike(latent, label, fires, rng), c, generator)
+            moved = [decoded[c].images] + [
+                decoded[c].turned(latent, dose * unit, along) for along in ways.values() for dose in wanted
+            ]
+            where = np.tile(queries[c], len(moved))
+            found = neighbours(torch.cat(moved).numpy(), gallery, k, "cosine", where).images
+            shares = precision(found, np.full(len(found), c), images.labels, k).reshape(len(moved), -1).mean(1)
+            cells = [(arm, dose) for arm in ways for dose in wanted]
+            rows += [
+                {"latent": latent, "class": images.class_names[c], "purity": purity[latent],
+                 "of": "own" if own else "others", "arm": arm, "dose": dose, "share": share, "before": shares[0]}
+                for (arm, dose), share in zip(cells, shares[1:], strict=True)
+            ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def dose_means(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean share over latents with its 95 % bootstrap interval, one row for each ``of``, arm and dose."""
+    rows = []
+    for (of, arm, dose), part in table.groupby(["of", "arm", "dose"], sort=True):
+        low, high = mean_interval(part["share"].to_numpy())
+        rows.append({"of": of, "arm": arm, "dose": dose, "share": part["share"].mean(), "low": low, "high": high,
+                     "before": part["before"].mean(), "latents": len(part)})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def spread_of(opened: Opened) -> float:
+    """The magnitude that moves an image by the spread of the run's training images, see ``spread``."""
+    store = opened.store("train")
+    some = np.linspace(0, len(store) - 1, min(len(store), SPREAD_IMAGES)).astype(np.int64)
+    return spread(opened.sae, store.features(torch.from_numpy(some)))
+
+
+def _decode(opened: Opened, split: str, index: np.ndarray) -> Decoded:
+    return Decoded(opened.sae, opened.store(split).features(torch.from_numpy(np.asarray(index))))
+
+
+def _ways(opened: Opened, latent: int, other: int, c: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The direction of each arm [d_in], as long as the latent's decoder row."""
+    rows = opened.sae.W_dec.detach()
+    ways = {LATENT: rows[latent], RANDOM: torch.randn(rows.shape[1], generator=generator)}
+    if other >= 0:
+        ways[OTHER] = rows[other]
+    labels, features = opened.images("train").labels, opened.features("train")
+    if (labels != c).any():
+        ways[MEANS] = torch.from_numpy(features[labels == c].mean(0) - features[labels != c].mean(0))
+    length = rows[latent].norm()
+    return {arm: ways[arm] * (length / ways[arm].norm()) for arm in ARMS if arm in ways}

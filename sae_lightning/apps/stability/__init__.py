@@ -1,0 +1,1 @@
+"""Which latents recur in other dictionaries."""

@@ -1,0 +1,1 @@
+"""What a vision-language model says when a latent is turned."""

@@ -1,0 +1,165 @@
+"""Turning latents inside a vision-language model's vision tower, and reading what it then says [MS score, steering]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from sae_lightning.apps.names import names_of
+from sae_lightning.apps.opened import Opened
+from sae_lightning.apps.result import Result, leave
+from sae_lightning.apps.steering.captions import check_fit, steered_captions
+from sae_lightning.apps.steering.latents import Turned, choose, diffmean
+from sae_lightning.apps.steering.page import page_context
+from sae_lightning.apps.steering.scores import (
+    concept_embedding,
+    headlines,
+    own_class_share,
+    similarities,
+    with_class_names,
+)
+from sae_lightning.apps.steering.trials import (
+    GOALS,
+    METHODS,
+    Pool,
+    Steered,
+    best_alphas,
+    by_latent,
+    draw_pool,
+    trials,
+)
+from sae_lightning.backbones import Backbone, load_backbone
+from sae_lightning.backbones.settings import SIZES
+from sae_lightning.features.ensure import ensure_store, plain
+from sae_lightning.vlms import load_vlm
+
+__all__ = ["run", "steered_captions"]
+TABLE, CAPTIONS = "steering.parquet", "captions.parquet"
+TRIED = 4  # pictures that tell whether the model's tower is the run's encoder
+EXAMPLES = 3  # pictures a latent and goal on the page
+
+
+def run(opened: Opened, cfg: DictConfig) -> Result:
+    """Turn the purest latents of a run up and down, beside random ones and DiffMean.
+
+    Latents are chosen on train, each method's strength on val; the figures are those of ``cfg.split``. ValueError for
+    a run whose encoder, layer or features are not those of the model's vision tower, and for pictures without classes.
+    """
+    options = cfg.app
+    vlm = load_vlm(options.vlm, cfg.device)
+    train, val, shown = (opened.images(split) for split in ("train", "val", cfg.split))
+    if len(train.class_names) < 2:
+        raise ValueError("Steering is scored by the classes that captions name; this data set has only one class.")
+    store = opened.store("train")
+    layer = check_fit(vlm, store, [train[i] for i in range(min(TRIED, len(store)))])
+    steered = Steered(vlm, opened.sae, layer, options.tokens, options.keep_error)
+    top = max(options.top, *options.top_k)
+    turned = choose(opened.codes("train"), train.labels, options.latents, top, options.purity, cfg.seed)
+    means = {t.label: diffmean(opened.features("train"), train.labels == t.label) for t in turned}
+
+    classes = sorted({t.label for t in turned})
+    pools = {
+        split: draw_pool(vlm, images, classes, n, cfg.seed)
+        for split, images, n in (("val", val, options.images), ("test", shown, options.tested))
+    }
+    judging = Judge(opened, options)
+    tried = {(goal, method): list(options[goal]) for goal, method in product(GOALS, METHODS)}
+    on_val = judging.add(trials(steered, turned, pools["val"], means, tried, options.images), turned)
+    curves = by_latent(on_val)
+    best = best_alphas(curves)
+    on_test = judging.add(trials(steered, turned, pools["test"], means, best, options.tested), turned)
+    table = by_latent(on_test)
+
+    folder = opened.results("steering")
+    folder.mkdir(parents=True, exist_ok=True)
+    both = [part.assign(split=split) for part, split in ((curves, "val"), (table, cfg.split))]
+    pd.concat(both, ignore_index=True).assign(mode="set").to_parquet(folder / TABLE)
+    captions = [part.assign(split=split) for part, split in ((on_val, "val"), (on_test, cfg.split))]
+    pd.concat(captions, ignore_index=True).to_parquet(folder / CAPTIONS)
+
+    cost = reconstruction_cost(steered, pools["test"])
+    names = names_of(opened)
+    context = page_context(
+        turned, [names[t.latent] for t in turned], train, curves, table, best, cost, options,
+        examples(steered, turned[: options.shown], pools["test"], options), vlm.title, judging.backbone.title, shown,
+    )  # fmt: skip
+    result = Result("steering", "Steering a vision-language model", folder, headlines(table, best, options.top_k))
+    settings = {k: v for k, v in plain(options).items() if k not in ("vlm", "judge", "name")}
+    numbers = {
+        "vlm": vlm.title, "judge": judging.backbone.title, "layer": layer, "cost": cost,
+        "captions": len(on_val) + len(on_test),
+        "best": [{"goal": goal, "method": method, "alpha": a[0]} for (goal, method), a in best.items()],
+    }  # fmt: skip
+    return leave(result, opened.label, settings, context, numbers)
+
+
+class Judge:
+    """The image–text encoder ``options.judge`` and what it makes of the train images of ``opened``."""
+
+    def __init__(self, opened: Opened, options: DictConfig) -> None:
+        node = judge_node(options.judge, opened.config.backbone.size)
+        self.backbone: Backbone = load_backbone(node)
+        config = OmegaConf.merge(opened.config, {})
+        assert isinstance(config, DictConfig)
+        config.backbone = node
+        self.embeddings: Tensor = ensure_store(config, "train", "embedding").features(slice(None)).squeeze(1)
+        self.top_k: Sequence[int] = list(options.top_k)
+        self.classes = opened.images("train").class_names
+
+    def add(self, captions: pd.DataFrame, turned: Sequence[Turned]) -> pd.DataFrame:
+        """``captions`` with ``similarity_K``, the cosine of the text with the mean embedding of the latent's first K
+        images, and ``gain_K``, how much that is above the unsteered caption's, for each K."""
+        keys = list(product(turned, self.top_k))
+        concepts = torch.stack([concept_embedding(self.embeddings, t.top, k) for t, k in keys])
+        row = {(t.latent, k): i for i, (t, k) in enumerate(keys)}
+        after, before = (self._cosines(captions[column], concepts) for column in ("caption", "before"))
+        found = {}
+        for k in self.top_k:
+            columns = [row[latent, k] for latent in captions["latent"]]
+            found[f"similarity_{k}"] = after[np.arange(len(captions)), columns]
+            found[f"gain_{k}"] = found[f"similarity_{k}"] - before[np.arange(len(captions)), columns]
+        return captions.assign(**found)
+
+    def _cosines(self, captions: pd.Series, concepts: Tensor) -> np.ndarray:
+        texts = [with_class_names(caption, self.classes) for caption in captions]
+        return similarities(texts, self.backbone.encode_text, concepts).numpy()
+
+
+def judge_node(judge: DictConfig, size: str) -> dict[str, Any]:
+    """The judge's backbone node; of the ``size`` of the run's own encoder unless it names one."""
+    node: Any = OmegaConf.to_container(judge, resolve=False)  # its size refers to a data node that is not there
+    return node | {"size": node["size"] if node["size"] in SIZES else size}
+
+
+def reconstruction_cost(steered: Steered, pool: Pool) -> dict[str, float]:
+    """The share of captions that name their picture's class, plain and with all tokens encoded and decoded."""
+    plainly = own_class_share(pool.captions, pool.images, pool.rows)
+    decoded = steered.reconstructed(pool.images, pool.rows)
+    return {"plain": plainly, "reconstructed": own_class_share(decoded, pool.images, pool.rows), "n": len(pool.rows)}
+
+
+def examples(
+    steered: Steered, turned: Sequence[Turned], pool: Pool, options: DictConfig
+) -> list[dict[str, list[tuple[int, str, list[str]]]]]:
+    """For each latent and goal a few pictures (rows of the pool's images), unsteered captions, captions at every α."""
+    found = []
+    for t in turned:
+        one = {}
+        for goal in GOALS:
+            at = pool.suited(t.label, goal, EXAMPLES)
+            said = steered_captions(
+                steered.vlm, steered.sae, [pool.images[i] for i in pool.rows[at].tolist()], t.latent,
+                [a * t.peak for a in options[goal]], layer=steered.layer, tokens=steered.tokens,
+                keep_error=steered.keep_error,
+            )  # fmt: skip
+            columns = list(zip(*said, strict=True))
+            one[goal] = [(int(pool.rows[i]), pool.captions[i], list(c)) for i, c in zip(at, columns, strict=True)]
+        found.append(one)
+    return found
