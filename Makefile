@@ -80,11 +80,12 @@ monoloss: $(READY)
 apps: $(READY)
 	$(PY) train.py -m experiment=apps/embedding paths.runs=runs/apps
 	$(PY) train.py -m experiment=apps/patches paths.runs=runs/apps
+	$(PY) train.py backbone=clip sae=batchtopk k=4 expansion=2 paths.runs=runs/apps
 	$(PY) explore.py app=naming run='topk-*' paths.runs=runs/apps
 	$(PY) explore.py app=search run='topk-clip-*' paths.runs=runs/apps
 	$(PY) explore.py app=bias run='topk-clip-*' app.positive=automobile app.negative=truck paths.runs=runs/apps
-	$(PY) explore.py app=steering run='batchtopk-clip-x8-*-s42-*' paths.runs=runs/apps
-	$(PY) explore.py app=stability run='batchtopk-*' paths.runs=runs/apps
+	$(PY) explore.py app=steering run='batchtopk-clip-x2-k4-*' paths.runs=runs/apps
+	$(PY) explore.py app=stability run='batchtopk-*-k16-*' paths.runs=runs/apps
 	$(PY) explore.py app=agreement run='batchtopk-clip-x8-*-s42-*' paths.runs=runs/apps
 	$(PY) evaluate.py paths.runs=runs/apps
 	$(PY) report.py paths.runs=runs/apps out=reports/apps.html
