@@ -206,7 +206,8 @@ def test_an_upload_has_the_latents_of_the_same_stored_picture(client, shelf):
         assert [item["latent"] for item in given] == [item["latent"] for item in stored]
         assert [item["value"] for item in given] == pytest.approx([item["value"] for item in stored], rel=1e-2)
     latent = given[0]["latent"]
-    assert client.get(f"/api/runs/0/uploads/{number}/picture").status_code == 200
+    picture = client.get(f"/api/runs/0/uploads/{number}/picture")
+    assert (picture.status_code, picture.headers["cache-control"]) == (200, "no-store")
     assert client.get(f"/api/runs/0/uploads/{number}/over/{latent}").status_code == 200
     near = client.post(f"/api/runs/0/uploads/{number}/turn", json={"latent": latent, "value": 2.0}).json()
     assert near["before"][0]["image"] == 5  # the same picture is nearest

@@ -139,8 +139,11 @@ class Explorer:
         size = _whole(request.query_params, "size", SIZES[0], max(SIZES))
         if size not in SIZES:
             raise RefusedError(400, f"Pictures come in sizes {' and '.join(map(str, SIZES))}.")
-        data = self._webp(request.path_params["run"], self._picked(request), size, latent)
-        return Response(data, media_type="image/webp", headers={"cache-control": "private, max-age=86400"})
+        picked = self._picked(request)
+        data = self._webp(request.path_params["run"], picked, size, latent)
+        # numbers of uploads begin anew with each server
+        kept = "no-store" if picked.kind == "uploads" else "private, max-age=86400"
+        return Response(data, media_type="image/webp", headers={"cache-control": kept})
 
     def _draw(self, run: int, picked: Picked, size: int, latent: int | None) -> bytes:
         book = self.shelf[run]
