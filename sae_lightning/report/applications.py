@@ -13,7 +13,7 @@ from sae_lightning.apps.result import PAGE, RECORD, read_result
 def applications(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     """The applications of the runs ``folders``, and those over several runs of the same parent folder.
 
-    Each has a ``title``, the ``runs`` it speaks of, its ``headlines`` and ``href``: its page, copied into the folder
+    Each has a ``title``, the ``runs`` it speaks of, its ``headlines`` and ``href``: its page, copied into a folder of
     ``<out>-pages`` beside the report ``out``. Results older than their run's SAE are left out.
     """
     found: list[tuple[str, Path | None, Path]] = []
@@ -26,11 +26,12 @@ def applications(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:
             if old or not (record.parent / PAGE).is_file():
                 continue
             result = read_result(record.parent)
-            page = out.with_name(f"{out.stem}-pages") / f"{name.replace(' ', '-')}-{result.app}.html"
-            page.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(result.page, page)
+            pages = out.with_name(f"{out.stem}-pages") / f"{name.replace(' ', '-')}-{result.app}"
+            pages.mkdir(parents=True, exist_ok=True)
+            for page in record.parent.glob("*.html"):  # its page may link to others
+                shutil.copyfile(page, pages / page.name)
             gathered.append({
                 "title": result.title, "runs": name, "headlines": result.headlines,
-                "href": f"{page.parent.name}/{page.name}",
+                "href": f"{pages.parent.name}/{pages.name}/{PAGE}",
             })  # fmt: skip
     return gathered

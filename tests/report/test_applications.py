@@ -24,10 +24,12 @@ def test_results_of_runs_and_of_their_folder_are_gathered_with_their_pages(tmp_p
     runs = [run(tmp_path / "runs" / name) for name in ("a", "b")]
     leave(runs[0] / "apps" / "naming", "naming")
     leave(tmp_path / "runs" / "apps" / "stability", "stability")
+    (tmp_path / "runs" / "apps" / "stability" / "more.html").write_text("more")
     found = applications(runs, tmp_path / "reports" / "report.html")
     assert [(f["runs"], f["title"]) for f in found] == [("a", "Naming"), ("several runs", "Stability")]
     assert found[0]["headlines"] == [Headline("share named", 0.5, 0.1, "chance", [0.4, 0.6])]
     assert [(tmp_path / "reports" / f["href"]).read_text() for f in found] == ["<p>naming</p>", "<p>stability</p>"]
+    assert (tmp_path / "reports" / found[1]["href"]).with_name("more.html").read_text() == "more"
 
 
 def test_a_result_older_than_the_sae_or_without_its_page_is_left_out(tmp_path):

@@ -156,6 +156,7 @@ def cards(opened: Opened, table: pd.DataFrame, latents: np.ndarray, cfg: DictCon
         there = np.flatnonzero(top[row] >= 0)
         pictures = [thumbnail(images[int(top[row, i])]) for i in there]
         card = {"row": table.iloc[latent].to_dict(), "strips": [strip(pictures)] if pictures else []}
+        card["share"] = len(there) / top.shape[1]  # of the strip's width
         label = int(card["row"]["label"])
         card["label"] = images.class_names[label] if label >= 0 else ""
         card["classes"] = ", ".join(images.class_names[c] for c in images.labels[top[row, there]].tolist())
