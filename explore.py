@@ -16,7 +16,8 @@ from sae_lightning.apps.result import Result
 def main(cfg: DictConfig) -> None:
     console = Console()
     for result in explore(cfg):
-        console.print(table_of(result))
+        if result.headlines:
+            console.print(table_of(result))
         console.print(f"Page: {result.page}", highlight=False)
 
 

@@ -57,21 +57,28 @@ def match_latents(
     one, two = _unit(first), _unit(second)
     row, column, cosine = _pairs(one, two, candidates, absolute, rows)
     n, m = len(one), len(two)
-    alone = np.arange(n)  # a column of its own for each row, so that there always is a full matching
-    weights = np.concatenate([cosine + SHIFT, np.full(n, ALONE)])
-    places = (np.concatenate([row, alone]), np.concatenate([column, m + alone]))
-    graph = csr_matrix((weights, places), shape=(n, m + n))
-    _, partner = min_weight_full_bipartite_matching(graph, maximize=True)
-    partner = torch.from_numpy(np.asarray(partner, dtype=np.int64))
-    rest = (partner >= m).nonzero().squeeze(1)
+    partner = torch.from_numpy(sparse_assignment(row, column, cosine, n, m))
+    rest = (partner < 0).nonzero().squeeze(1)
     if len(rest):
         free = torch.ones(m, dtype=torch.bool)
-        free[partner[partner < m]] = False
+        free[partner[partner >= 0]] = False
         left = free.nonzero().squeeze(1)
         found = match_latents(first[rest], second[left], absolute, min(len(left), 1024), rows)
         partner[rest] = left[found.second]
     cosines = (one.double() * two[partner.to(two.device)].double()).sum(1).cpu()
     return Matching(torch.arange(n), partner, cosines.abs() if absolute else cosines)
+
+
+def sparse_assignment(row: np.ndarray, column: np.ndarray, value: np.ndarray, n: int, m: int) -> np.ndarray:
+    """The partners [n] int64 with the largest sum of ``value`` (each from -1 to 1) over the pairs ``row``, ``column``.
+
+    Of n ≤ m rows; -1 for a row whose pairs all have better uses. Solved exactly [sparse Jonker–Volgenant].
+    """
+    alone = np.arange(n)  # a column of its own for each row, so that there always is a full matching
+    places = (np.concatenate([row, alone]), np.concatenate([column, m + alone]))
+    graph = csr_matrix((np.concatenate([value + SHIFT, np.full(n, ALONE)]), places), shape=(n, m + n))
+    _, partner = min_weight_full_bipartite_matching(graph, maximize=True)
+    return np.where(partner < m, partner, -1).astype(np.int64)
 
 
 def stability(

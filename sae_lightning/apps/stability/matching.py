@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
+from sae_lightning.metrics.stability import sparse_assignment
 
 DENSE = 1 << 24  # similarities held at once, 128 MB: as many as two dictionaries of 4,096 latents have
 BLOCK = 1 << 22  # similarities of one block of rows where there are more
-SHIFT, ALONE = 2.0, 1e-3  # a sparse graph's weights are positive; having no partner weighs less than any partner
 
 Similarity = Callable[[np.ndarray], np.ndarray]  # rows [r] int64 of n → similarities [r, m] to all of the other
 
@@ -112,7 +112,7 @@ def match(similarity: Similarity, n: int, m: int, candidates: int = 64, dense: i
         first, second = linear_sum_assignment(all_of_them, maximize=True)
         return Matched(first, second, all_of_them[first, second], all_of_them.max(1), all_of_them.max(0))
     row, column, value, nearest_first, nearest_second = _candidates(similarity, n, m, candidates)
-    partner = _sparse_assignment(row, column, value, n, m) if n <= m else _turned(row, column, value, n, m)
+    partner = sparse_assignment(row, column, value, n, m) if n <= m else _turned(row, column, value, n, m)
     first = np.flatnonzero(partner >= 0)
     found = np.empty(n)
     found[first] = value[np.searchsorted(row * m + column, first * m + partner[first])]
@@ -126,17 +126,8 @@ def match(similarity: Similarity, n: int, m: int, candidates: int = 64, dense: i
     return Matched(first, partner[first], found[first], nearest_first, nearest_second)
 
 
-def _sparse_assignment(row: np.ndarray, column: np.ndarray, value: np.ndarray, n: int, m: int) -> np.ndarray:
-    """The partner of each of n ≤ m rows, [n], -1 where it is better to have none."""
-    alone = np.arange(n)  # a column of its own for each row, so that there always is a full matching
-    places = (np.concatenate([row, alone]), np.concatenate([column, m + alone]))
-    graph = csr_matrix((np.concatenate([value + SHIFT, np.full(n, ALONE)]), places), (n, m + n))
-    _, partner = min_weight_full_bipartite_matching(graph, maximize=True)
-    return np.where(partner < m, partner, -1).astype(np.int64)
-
-
 def _turned(row: np.ndarray, column: np.ndarray, value: np.ndarray, n: int, m: int) -> np.ndarray:
-    backward = _sparse_assignment(column, row, value, m, n)
+    backward = sparse_assignment(column, row, value, m, n)
     partner = np.full(n, -1, dtype=np.int64)
     partner[backward[backward >= 0]] = np.flatnonzero(backward >= 0)
     return partner

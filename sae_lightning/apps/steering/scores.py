@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import bootstrap
 from torch import Tensor
 
+from sae_lightning.apps.intervals import mean_interval
 from sae_lightning.apps.result import Headline
 from sae_lightning.data import ImageData
 from sae_lightning.vlms.concepts import concepts_in, mentions, words_for
@@ -78,12 +78,7 @@ def interval(each: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, 
     values = values[~np.isnan(values)]
     if len(values) < 3:
         return None
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    found = bootstrap(
-        (values,), np.mean, n_resamples=5000, method="percentile", rng=np.random.default_rng(seed)
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    return mean_interval(values, seed)
 
 
 def with_class_names(caption: str, classes: Sequence[str]) -> str:
