@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 from sae_lightning.apps.opened import Opened
 from sae_lightning.apps.result import read_result
 from sae_lightning.apps.steering import app as steering
-from sae_lightning.apps.steering.app import judge_node, run, steered_captions
-from sae_lightning.apps.steering.captions import check_fit
+from sae_lightning.apps.steering.app import judge_node, run
+from sae_lightning.apps.steering.captions import check_fit, steered_captions
 from sae_lightning.apps.steering.latents import diffmean
 from sae_lightning.backbones import Tap
 from sae_lightning.training.run import train

@@ -40,7 +40,6 @@ from sae_lightning.backbones.settings import SIZES
 from sae_lightning.features.ensure import ensure_store, plain
 from sae_lightning.vlms import load_vlm
 
-__all__ = ["run", "steered_captions"]
 TABLE, CAPTIONS = "steering.parquet", "captions.parquet"
 TRIED = 4  # pictures that tell whether the model's tower is the run's encoder
 EXAMPLES = 3  # pictures a latent and goal on the page
