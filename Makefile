@@ -95,7 +95,7 @@ explore: $(READY)
 
 # in WORKERS processes of one thread each; without them: pytest
 test: $(PEERS)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slurm: $(READY)
 	$(PY) -m experiments.slurm.test

@@ -25,6 +25,12 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 N_PATCHES, D_IN, CLASSES = 16, 12, 3
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that of several processes none waits long for another's last file."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def sparse_features(n_images: int, seed: int, d_in: int = D_IN, n_patches: int = N_PATCHES) -> torch.Tensor:
     """Patch tokens [n, P, d_in]: sums of 3 of 30 fixed directions, off centre, with some noise."""
     directions = torch.nn.functional.normalize(torch.randn(30, d_in, generator=torch.Generator().manual_seed(0)), dim=1)
