@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,12 @@ class Opened:
     def results(self, app: str) -> Path:
         """Where the application ``app`` leaves what it finds of this run."""
         return self.folder / "apps" / app
+
+
+def shared_results(runs: Sequence[Opened], app: str, otherwise: str | Path) -> Path:
+    """Where ``app`` leaves what it finds of several ``runs``: beside them, or below ``otherwise`` if they lie apart."""
+    parents = {run.folder.parent for run in runs}
+    return (parents.pop() if len(parents) == 1 else Path(otherwise)) / "apps" / app
 
 
 def _keep(path: Path, earlier: str, codes: csr_matrix) -> None:

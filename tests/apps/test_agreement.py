@@ -248,8 +248,12 @@ def asked(tmp_path, **app):
     return OmegaConf.create(cfg | {"paths": {"runs": str(tmp_path)}})
 
 
+def placed(opened, tmp_path):
+    return SimpleNamespace(**vars(opened), folder=tmp_path / opened.name)
+
+
 def test_without_judgements_the_collecting_page_is_written(opened, tmp_path):
-    result = run([opened], asked(tmp_path))
+    result = run([placed(opened, tmp_path)], asked(tmp_path))
     assert result.headlines == []
     assert 'href="collect.html"' in result.page.read_text()
     page = (result.folder / "collect.html").read_text()
@@ -260,7 +264,7 @@ def test_without_judgements_the_collecting_page_is_written(opened, tmp_path):
 
 
 def test_simulated_judges_prefer_pure_latents_and_are_called_simulated(opened, tmp_path):
-    result = run([opened], asked(tmp_path, simulated=3, pairs=60))
+    result = run([placed(opened, tmp_path)], asked(tmp_path, simulated=3, pairs=60))
     page = result.page.read_text()
     assert "Simulated judges: these choices were made up" in page
     assert all("simulated judges" in line.what for line in result.headlines)
@@ -271,11 +275,11 @@ def test_simulated_judges_prefer_pure_latents_and_are_called_simulated(opened, t
     assert set(read["judge"]) == {"simulated 1", "simulated 2", "simulated 3"}
     people = tmp_path / "people.csv"
     read.assign(judge="Ann").to_csv(people, index=False)
-    other = run([opened], asked(tmp_path, judgements=str(people)))
+    other = run([placed(opened, tmp_path)], asked(tmp_path, judgements=str(people)))
     assert "made up" not in other.page.read_text()
     assert all("people" in line.what for line in other.headlines)
     with pytest.raises(ValueError, match="people and made-up judges are not mixed"):
-        run([opened], asked(tmp_path, judgements=str(people), simulated=1))
+        run([placed(opened, tmp_path)], asked(tmp_path, judgements=str(people), simulated=1))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")

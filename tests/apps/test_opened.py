@@ -1,9 +1,12 @@
 """A run as the applications open it: codes of whole images, kept for the next one."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from sae_lightning.apps.opened import Opened
+from sae_lightning.apps.opened import Opened, shared_results
 from sae_lightning.data import DataError
 from sae_lightning.saes import TopK
 from tests.conftest import D_IN, N_PATCHES, write_store
@@ -55,3 +58,11 @@ def test_a_folder_that_refuses_to_keep_them_is_no_error(opened, monkeypatch):
 def test_pictures_of_a_given_store_are_an_error_that_says_so(opened):
     with pytest.raises(DataError, match="without pictures"):
         opened.images("test")
+
+
+def test_results_of_several_runs_lie_beside_them_or_where_all_runs_do(tmp_path):
+    def at(folder):
+        return SimpleNamespace(folder=tmp_path / folder)
+
+    assert shared_results([at("grid/a"), at("grid/b")], "stability", "runs") == tmp_path / "grid/apps/stability"
+    assert shared_results([at("grid/a"), at("more/b")], "stability", "runs") == Path("runs/apps/stability")

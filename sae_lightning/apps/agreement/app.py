@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -18,7 +17,7 @@ from sae_lightning.apps.agreement.judgements import SIMULATED, read_judgements
 from sae_lightning.apps.agreement.pairs import draw_pairs
 from sae_lightning.apps.agreement.scores import SCORES, latent_scores
 from sae_lightning.apps.agreement.simulated import simulated_judgements
-from sae_lightning.apps.opened import Opened
+from sae_lightning.apps.opened import Opened, shared_results
 from sae_lightning.apps.result import Headline, Result, leave
 from sae_lightning.benchmark.similarity import Similarity
 from sae_lightning.report.figures import COLOURS, STYLE, svg
@@ -29,9 +28,9 @@ PAIRS, LATENTS, TABLE, MADE_UP = "pairs.parquet", "latents.parquet", "agreement.
 def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result:
     """Write the collecting page for latents of these runs, or analyse what was collected on it.
 
-    Without ``app.judgements``: ``collect.html`` and ``pairs.parquet`` in RUNS/apps/agreement. With files, or with
-    ``app.simulated`` judges: ``agreement.parquet``, the page and ``app.json``. ``latents.parquet`` holds the scores.
-    Raises what ``read_judgements``, ``latent_scores`` and ``draw_pairs`` raise.
+    Without ``app.judgements``: ``collect.html`` and ``pairs.parquet`` in ``apps/agreement`` beside the runs. With
+    files, or with ``app.simulated`` judges: ``agreement.parquet``, the page and ``app.json``. ``latents.parquet``
+    holds the scores. Raises what ``read_judgements``, ``latent_scores`` and ``draw_pairs`` raise.
     """
     app, split, seed = cfg.app, cfg.split, int(cfg.seed)
     opened = {one.name: one for one in all_opened}
@@ -42,7 +41,7 @@ def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result:
     judgements = read_judgements(files, d_sae) if files else None  # before anything slow
     judge = Similarity(None if app.judge is None else OmegaConf.to_container(app.judge, resolve=False))  # type: ignore[arg-type]
     scores = pd.concat([latent_scores(one, split, judge, app.images) for one in all_opened], ignore_index=True)
-    folder = Path(cfg.paths.runs) / "apps" / "agreement"
+    folder = shared_results(all_opened, "agreement", cfg.paths.runs)
     folder.mkdir(parents=True, exist_ok=True)
     scores.to_parquet(folder / LATENTS)
 

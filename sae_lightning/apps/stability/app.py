@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
-from sae_lightning.apps.opened import Opened
+from sae_lightning.apps.opened import Opened, shared_results
 from sae_lightning.apps.result import Headline, Result, leave
 from sae_lightning.apps.stability.page import context
 from sae_lightning.apps.stability.pairs import (
@@ -39,7 +38,8 @@ def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result:
     Runs on the same features are matched by their directions (decoder and encoder, with a random dictionary for a
     null), and all runs by their activations on shared images, on ``app.fit``, then measured on ``split``. Leaves
     ``pairs.parquet`` (a row a pair and kind), ``matches.parquet`` (a row a pair of latents), ``universal.parquet`` and
-    a page in ``paths.runs``/apps/stability. ValueError for a single run, equal splits, or runs without common images.
+    a page in ``apps/stability`` beside the runs. ValueError for a single run, equal splits, or runs without common
+    images.
     """
     options = cfg.app
     if len(all_opened) < 2:
@@ -62,7 +62,7 @@ def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result:
         table, numbers = universal(of, options.universal.latents, options.universal.shuffles, rng)
         tables.append(long_form(table, of, number))
         found.append((of, table, numbers))
-    folder = Path(cfg.paths.runs) / "apps" / "stability"
+    folder = shared_results(all_opened, "stability", cfg.paths.runs)
     folder.mkdir(parents=True, exist_ok=True)
     pairs.to_parquet(folder / PAIRS, index=False)
     matches.to_parquet(folder / MATCHES, index=False)
