@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from glob import glob
 from importlib import import_module
 from pathlib import Path
 
@@ -34,13 +35,16 @@ def explore(cfg: DictConfig) -> list[Result]:
 
 
 def chosen_runs(wanted: str | Iterable[str], folder: Path) -> list[Path]:
-    """The finished runs that ``wanted`` names: folders, or patterns of names below ``folder``; one or several.
+    """The finished runs that ``wanted`` names: folders or patterns of them, or names or patterns of names below
+    ``folder``; one or several.
 
     FileNotFoundError with a sentence when one names no finished run.
     """
     several = list(wanted) if isinstance(wanted, (list, tuple, ListConfig)) else [str(wanted)]
     found: list[Path] = []
     for one in several:
-        path = Path(one)
-        found += [path] if (path / "result.json").is_file() else finished_runs(one, folder)
+        paths = sorted(Path(path) for path in glob(one) if (Path(path) / "result.json").is_file())
+        if not paths and Path(one).is_absolute():
+            raise FileNotFoundError(f"No finished run is {one}; give the folder of one that train.py has finished.")
+        found += paths or finished_runs(one, folder)
     return list(dict.fromkeys(found))

@@ -1,5 +1,6 @@
 """From the command's config to applications: which runs, in which way, and what is printed."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,13 +24,17 @@ def runs(tmp_path):
     return [finished(tmp_path / "runs" / name) for name in ("msae-clip", "topk-clip", "topk-mae")]
 
 
-def test_runs_are_named_by_folder_by_pattern_or_both(runs, tmp_path):
+def test_runs_are_named_by_folder_by_pattern_or_both(runs, tmp_path, monkeypatch):
     folder, elsewhere = tmp_path / "runs", finished(tmp_path / "other" / "run")
     assert chosen_runs("topk-*", folder) == runs[1:]
     assert chosen_runs(str(elsewhere), folder) == [elsewhere]
     several = OmegaConf.create([str(elsewhere), "*-clip", "topk-*"])
     assert chosen_runs(several, folder) == [elsewhere, *runs]
+    monkeypatch.chdir(tmp_path)
+    assert chosen_runs("runs/topk-*", tmp_path / "nowhere") == [Path("runs/topk-clip"), Path("runs/topk-mae")]
     (folder / "unfinished").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"No finished run is .*unfinished"):
+        chosen_runs(str(folder / "unfinished"), folder)
     with pytest.raises(FileNotFoundError, match=r"No finished run .* matches unfinished"):
         chosen_runs("unfinished", folder)
 
