@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 from scipy.sparse import csr_matrix, load_npz, save_npz, vstack
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lightning.apps.codes import as_csr
 from sae_lightning.backbones import Backbone, load_backbone
 from sae_lightning.data import DataError, ImageData, load_images
-from sae_lightning.features.ensure import ensure_store, plain
+from sae_lightning.features.ensure import ensure_store, plain, tap_of
 from sae_lightning.features.store import FeatureStore, file_sha256
 from sae_lightning.saes import SAE
 from sae_lightning.saes.artefact import read_cfg
@@ -97,23 +99,28 @@ class Opened:
             if kept.is_file():
                 self._codes[split] = load_npz(kept)
             else:
-                self._codes[split] = self._encode_all(store)
+                self._codes[split] = self.encode_images(store, np.arange(len(store)))
                 _keep(kept, f"codes-{split}-*.npz", self._codes[split])
         return self._codes[split]
 
-    def _encode_all(self, store: FeatureStore) -> csr_matrix:
+    def encode_images(self, store: FeatureStore, places: np.ndarray) -> csr_matrix:
+        """Codes of the images of ``store`` at ``places`` [n], pooled by maximum, in that order."""
         step = max(1, TOKENS // store.n_patches)
         parts = []
-        for i in tqdm(range(0, len(store), step), desc=f"Encoding {self.name}", unit="batch", leave=False):
-            parts.append(self.encode(store.features(slice(i, i + step))))
+        for i in tqdm(range(0, len(places), step), desc=f"Encoding {self.name}", unit="batch", leave=False):
+            parts.append(self.encode(store.features(places[i : i + step])))
         return vstack(parts, format="csr")
 
     @torch.no_grad()
     def encode(self, features: Tensor) -> csr_matrix:
         """Codes [n, d_sae] of images from their raw features [n, P, d_in], pooled by maximum."""
-        codes = self.sae.encode(features.float()).pool(features.shape[1])
-        rows = (codes.values.float().numpy(), codes.latents.numpy(), codes.offsets.numpy())
-        return csr_matrix(rows, (codes.n_samples, codes.d_sae))
+        return as_csr(self.sae.encode(features.float()).pool(features.shape[1]))
+
+    def picture_features(self, image: Image.Image, device: str = "cpu") -> Tensor:
+        """Raw features [1, P, d_in] float32 of any RGB picture, of the kind that the SAE was trained on."""
+        backbone, tap = self.backbone.to(device), tap_of(self.config)
+        features = backbone.forward_features(backbone.transform(image)[None].to(device), [tap])[tap].cpu().float()
+        return features if features.ndim == 3 else features[:, None]
 
     def results(self, app: str) -> Path:
         """Where the application ``app`` leaves what it finds of this run."""

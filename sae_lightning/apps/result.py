@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import jinja2
 
 from sae_lightning import __version__
-from sae_lightning.saes.artefact import write_json
+from sae_lightning.saes.artefact import write_json, write_text
 
 RECORD, PAGE = "app.json", "page.html"
 
@@ -60,9 +59,7 @@ def leave(
     html = environment.get_template(f"apps/{result.app}.html").render(
         title=result.title, about=about, headlines=result.headlines, version=__version__, **context
     )
-    partial = result.page.with_name(PAGE + ".partial")
-    partial.write_text(html)
-    os.replace(partial, result.page)
+    write_text(result.page, html)
     record = {
         "app": result.app, "title": result.title, "about": about, "version": __version__, "settings": dict(settings),
         "headlines": [asdict(headline) for headline in result.headlines], **numbers,

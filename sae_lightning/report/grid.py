@@ -19,7 +19,7 @@ from sae_lightning.report.grid_runs import Grid, load
 from sae_lightning.report.grid_section import Section, plural, prose
 from sae_lightning.report.grid_tables import files, view
 from sae_lightning.report.grid_variance import decomposition
-from sae_lightning.report.page import write_text
+from sae_lightning.saes.artefact import write_text
 
 SECTIONS: tuple[Callable[[Grid, Paper], Section], ...] = (
     overview.what_was_run, overview.profiles, overview.means_table, details.raw_moran, overview.dissociation,

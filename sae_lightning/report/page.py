@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from sae_lightning.report.pairs import (
 from sae_lightning.report.profiles import group_profile, profiles
 from sae_lightning.report.strips import heat, overlay, strip, thumbnail
 from sae_lightning.report.visaebench_tables import NOTHING, Scored, by_backbone, number, scored_runs
-from sae_lightning.saes.artefact import read_cfg
+from sae_lightning.saes.artefact import read_cfg, write_text
 from sae_lightning.training.identity import monoloss_of
 
 GROUPS = {
@@ -217,10 +216,3 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
         write_text(out.parent / name, text)
     write_text(out, html)
     return out
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file, so that a reader sees the old one or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -14,12 +14,12 @@ LARGEST = 96  # thumbnails of larger images
 WARM = (255, 196, 60)
 
 
-def thumbnail(image: Image.Image) -> Image.Image:
-    """The centred square of an RGB image, at most 96 pixels wide."""
+def thumbnail(image: Image.Image, largest: int = LARGEST) -> Image.Image:
+    """The centred square of an RGB image, at most ``largest`` pixels wide; small ones keep their pixels."""
     side = min(image.size)
     left, upper = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, upper, left + side, upper + side))
-    return square if side <= LARGEST else square.resize((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return square if side <= largest else square.resize((largest, largest), Image.Resampling.LANCZOS)
 
 
 def overlay(image: Image.Image, activation: np.ndarray, peak: float) -> Image.Image:

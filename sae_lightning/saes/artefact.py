@@ -19,11 +19,16 @@ class ArtefactError(ValueError):
     """A folder that does not hold a complete SAE artefact."""
 
 
+def write_text(path: Path, text: str) -> None:
+    """A file, so that a reader sees the old one or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def save(sae: SAE, folder: Path, record: dict[str, Any]) -> None:

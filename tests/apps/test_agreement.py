@@ -29,7 +29,8 @@ from sae_lightning.apps.agreement.app import run
 from sae_lightning.apps.agreement.collect import study_of, write_collecting_page
 from sae_lightning.apps.agreement.judgements import COLUMNS, read_judgements
 from sae_lightning.apps.agreement.pairs import draw_pairs
-from sae_lightning.apps.agreement.scores import latent_scores, top_images
+from sae_lightning.apps.agreement.scores import latent_scores
+from sae_lightning.apps.codes import top_images
 from sae_lightning.benchmark.similarity import Similarity
 from tests.conftest import CONF, fill_store
 

@@ -14,9 +14,9 @@ from scipy.sparse import csr_matrix
 from sae_lightning.apps.explorer.by_latent import ByLatent
 from sae_lightning.apps.explorer.choose import choose
 from sae_lightning.apps.explorer.columns import known, percentiles
-from sae_lightning.apps.explorer.pictures import square
 from sae_lightning.apps.explorer.refused import RefusedError
 from sae_lightning.apps.explorer.uploads import KEPT, SIDE, Uploads, read_picture
+from sae_lightning.report.strips import thumbnail
 
 NAMES = ["", "cat", "Black cat", "truck", "black truck"]
 
@@ -173,6 +173,6 @@ def test_only_the_last_uploads_are_held():
 def test_squares_are_centred_and_never_enlarged():
     picture = Image.new("RGB", (300, 100), "red")
     picture.paste("blue", (100, 0, 200, 100))
-    assert square(picture, 96).size == (96, 96)
-    assert square(picture, 288).size == (100, 100)
-    assert set(square(picture, 288).get_flattened_data()) == {(0, 0, 255)}
+    assert thumbnail(picture, 96).size == (96, 96)
+    assert thumbnail(picture, 288).size == (100, 100)
+    assert set(thumbnail(picture, 288).get_flattened_data()) == {(0, 0, 255)}

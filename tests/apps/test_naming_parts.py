@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from sklearn.metrics import cohen_kappa_score
 
+from sae_lightning.apps.codes import top_images
 from sae_lightning.apps.naming.activation import correlations, fit
 from sae_lightning.apps.naming.checks import (
     agreement,
@@ -18,7 +19,6 @@ from sae_lightning.apps.naming.checks import (
     like,
     precision,
     standing,
-    top_images,
 )
 from sae_lightning.apps.naming.match import cosines, match, named_at, of_concepts, of_latents
 from sae_lightning.apps.naming.vocabulary import embed, fill, moments, place, read_words
@@ -231,7 +231,7 @@ def test_top_images_are_the_strongest(seed):
     rng = np.random.default_rng(seed)
     dense = np.round(rng.random((30, 6)) * (rng.random((30, 6)) < 0.25), 1)
     latents = np.array([4, 0, 2])
-    found = top_images(csr_matrix(dense), latents, 5)
+    found = top_images(csr_matrix(dense), 5, latents)
     for row, latent in zip(found, latents, strict=True):
         order = sorted((i for i in range(30) if dense[i, latent] > 0), key=lambda i: (-dense[i, latent], i))[:5]
         assert row.tolist() == order + [-1] * (5 - len(order))

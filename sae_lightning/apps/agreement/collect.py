@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import pandas as pd
 from PIL import Image
 
 from sae_lightning.apps.agreement.judgements import COLUMNS
-from sae_lightning.apps.agreement.scores import top_images
+from sae_lightning.apps.codes import top_images
 from sae_lightning.apps.opened import Opened
 from sae_lightning.report.strips import GAP, data_uri, thumbnail
+from sae_lightning.saes.artefact import write_text
 
 COLLECT = "collect.html"
 
@@ -53,7 +53,5 @@ def write_collecting_page(study: Mapping[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("sae_lightning.report"), autoescape=True)
     html = environment.get_template("apps/agreement_collect.html").render(study=study)
-    partial = folder / (COLLECT + ".partial")
-    partial.write_text(html)
-    os.replace(partial, folder / COLLECT)
+    write_text(folder / COLLECT, html)
     return folder / COLLECT

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import torch
-from scipy.sparse import csr_matrix
 
+from sae_lightning.apps.codes import as_codes, top_images
 from sae_lightning.apps.names import dominant
 from sae_lightning.apps.opened import Opened
 from sae_lightning.benchmark.similarity import Judge, Similarity
 from sae_lightning.metrics import MonoScore, MSScore
-from sae_lightning.saes import SparseCodes
 
 SCORES = {"ms": "MS score", "monoscore": "MonoScore", "purity": "class purity (labels)", "constant": "a constant"}
 BATCH = 4096  # images
@@ -36,31 +34,14 @@ def latent_scores(opened: Opened, split: str, judge: Similarity, n_images: int) 
     })  # fmt: skip
 
 
-def top_images(codes: csr_matrix, n: int) -> np.ndarray:
-    """The ``n`` images of each latent with its largest codes, [d_sae, n] int64, strongest first; -1 where fewer."""
-    columns = codes.tocsc()
-    found = np.full((codes.shape[1], n), -1, dtype=np.int64)
-    for latent, (start, stop) in enumerate(zip(columns.indptr[:-1], columns.indptr[1:], strict=True)):
-        order = np.argsort(-columns.data[start:stop], kind="stable")[:n]
-        found[latent, : len(order)] = columns.indices[start:stop][order]
-    return found
-
-
 def _scored(kind: type[MonoScore], opened: Opened, split: str, other: object) -> np.ndarray:
     store, codes = opened.store(split), opened.codes(split)
     judge = Judge(store, other)  # type: ignore[arg-type]
     metric = kind(codes.shape[1], judge.d)
     for start in range(0, codes.shape[0], BATCH):
         some = slice(start, min(start + BATCH, codes.shape[0]))
-        metric.update(_sparse(codes[some]), judge.embeddings(some, store.features(some)))
+        metric.update(as_codes(codes[some]), judge.embeddings(some, store.features(some)))
     return np.where(metric.scored().numpy(), metric.scores().numpy(), np.nan)
-
-
-def _sparse(codes: csr_matrix) -> SparseCodes:
-    rows = csr_matrix(codes, copy=True)
-    rows.sort_indices()
-    latents, offsets = (torch.from_numpy(x.astype(np.int64)) for x in (rows.indices, rows.indptr))
-    return SparseCodes(latents, torch.from_numpy(rows.data.astype(np.float32)), offsets, codes.shape[1])
 
 
 def _commonest(labels: np.ndarray) -> float:

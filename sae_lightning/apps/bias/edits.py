@@ -10,6 +10,7 @@ import torch
 from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
+from sae_lightning.apps.codes import as_csr
 from sae_lightning.saes import SAE
 from sae_lightning.saes.codes import SparseCodes
 
@@ -63,12 +64,6 @@ def wholes(sae: SAE, batches: Iterable[Tensor]) -> Wholes:
         vstack(each, format="csr") if isinstance(each[0], csr_matrix) else np.concatenate(each)
         for each in zip(*parts, strict=True)
     ))  # fmt: skip
-
-
-def as_csr(codes: SparseCodes) -> csr_matrix:
-    """Codes [n, d_sae] as SciPy holds them, float32."""
-    rows = (codes.values.float().numpy(), codes.latents.numpy(), codes.offsets.numpy())
-    return csr_matrix(rows, (codes.n_samples, codes.d_sae))
 
 
 def forced(logits: np.ndarray, images: Wholes, effect: float, latent: int, magnitudes: np.ndarray) -> np.ndarray:

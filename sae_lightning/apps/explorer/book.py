@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from sae_lightning.apps.codes import as_csr
 from sae_lightning.apps.explorer.by_latent import ByLatent
 from sae_lightning.apps.explorer.columns import TOP, evaluation_of, known, percentiles
 from sae_lightning.apps.explorer.refused import RefusedError
@@ -20,7 +21,6 @@ from sae_lightning.apps.explorer.uploads import Uploads
 from sae_lightning.apps.names import names_of
 from sae_lightning.apps.opened import Opened
 from sae_lightning.data.decode import decode
-from sae_lightning.features.ensure import tap_of
 
 KINDS = ("images", "uploads")
 ENCODED = 256  # pictures whose codes of patches are kept
@@ -102,19 +102,15 @@ class Book:
         """Raw features [1, P, d_in] of a picture, float32: from the store, or of an upload from the encoder."""
         if self.check(picked).kind == "images":
             return self.store.features([picked.number]).float()
-        backbone, tap = self.opened.backbone.to(self.device), tap_of(self.opened.config)
-        pixels = backbone.transform(self.picture(picked)).unsqueeze(0).to(self.device)
-        features = backbone.forward_features(pixels, [tap])[tap].cpu().to(self.store.dtype).float()
-        return features if features.ndim == 3 else features.unsqueeze(1)
+        features = self.opened.picture_features(self.picture(picked), self.device)
+        return features.to(self.store.dtype).float()
 
     def token_codes(self, picked: Picked) -> csr_matrix:
         """Codes [P, d_sae] of a picture's tokens; those of the last pictures are kept."""
         with self._work:
             if picked not in self._encoded:
                 with torch.no_grad():
-                    codes = self.opened.sae.encode(self.features(picked))
-                rows = (codes.values.float().numpy(), codes.latents.numpy(), codes.offsets.numpy())
-                self._encoded[picked] = csr_matrix(rows, (codes.n_samples, self.d_sae))
+                    self._encoded[picked] = as_csr(self.opened.sae.encode(self.features(picked)))
                 while len(self._encoded) > ENCODED:
                     self._encoded.popitem(last=False)
             self._encoded.move_to_end(picked)

@@ -11,6 +11,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from sae_lightning.apps.codes import as_codes
 from sae_lightning.benchmark.evaluate import stored_scores
 from sae_lightning.benchmark.latents import LATENTS, read_tensors
 from sae_lightning.benchmark.top_images import top_purity
@@ -64,7 +65,7 @@ def known(
     ``top`` [d_sae, m ≥ 9] are each latent's strongest images (-1: none), ``labels`` [n] indices of ``n_classes``,
     ``embeddings`` [n, d] judge how alike images are where no evaluation has, ``n_tokens`` are those of its counts.
     """
-    sparse = sparse_codes(codes)
+    sparse = as_codes(codes)
     purity = Purity(sparse.d_sae, n_classes)
     purity.update(sparse, labels)
     found = purity.per_latent()
@@ -118,15 +119,6 @@ def evaluation_of(run: Path, split: str) -> tuple[dict[str, Tensor], int] | None
     """
     scores = stored_scores(run, split, ())
     return None if scores is None else (read_tensors(run / LATENTS)[0], int(scores["n_tokens"]))
-
-
-def sparse_codes(codes: csr_matrix) -> SparseCodes:
-    """``codes`` [n, d_sae] as SparseCodes, float32."""
-    codes = codes.sorted_indices()
-    return SparseCodes(
-        torch.from_numpy(codes.indices.astype(np.int64)), torch.from_numpy(codes.data.astype(np.float32)),
-        torch.from_numpy(codes.indptr.astype(np.int64)), codes.shape[1],
-    )  # fmt: skip
 
 
 def percentiles(columns: Iterable[Column]) -> dict[str, np.ndarray]:

@@ -23,11 +23,12 @@ from sae_lightning.apps.explorer.book import KINDS, Book, Picked
 from sae_lightning.apps.explorer.choose import choose
 from sae_lightning.apps.explorer.guards import HOSTS, Guard, read_body
 from sae_lightning.apps.explorer.page import page
-from sae_lightning.apps.explorer.pictures import SIZES, lit, square, webp
+from sae_lightning.apps.explorer.pictures import SIZES, webp
 from sae_lightning.apps.explorer.refused import RefusedError
 from sae_lightning.apps.explorer.shelf import Shelf
 from sae_lightning.apps.explorer.turning import Captioner, turned_view
 from sae_lightning.apps.explorer.uploads import read_picture
+from sae_lightning.report.strips import overlay, thumbnail
 
 PAGED = 200  # lines of the list at once, at most
 CACHED = 4096  # pictures as WebP
@@ -147,9 +148,9 @@ class Explorer:
 
     def _draw(self, run: int, picked: Picked, size: int, latent: int | None) -> bytes:
         book = self.shelf[run]
-        picture = square(book.picture(picked), size)
+        picture = thumbnail(book.picture(picked), size)
         if latent is not None:
-            picture = lit(picture, book.activation(picked, latent), book.peak(latent))
+            picture = overlay(picture, book.activation(picked, latent), book.peak(latent))
         return webp(picture)
 
 

@@ -19,6 +19,7 @@ import torch
 from omegaconf import DictConfig
 from scipy.sparse import csr_matrix
 
+from sae_lightning.apps.codes import top_images
 from sae_lightning.apps.intervals import share_interval
 from sae_lightning.apps.names import TABLE, dominant, label_names
 from sae_lightning.apps.naming.activation import fit
@@ -30,7 +31,6 @@ from sae_lightning.apps.naming.checks import (
     like,
     precision,
     standing,
-    top_images,
 )  # fmt: skip
 from sae_lightning.apps.naming.match import COLUMNS, CONDITIONS, cosines, match, of_concepts, of_latents
 from sae_lightning.apps.naming.page import page_context
@@ -144,7 +144,7 @@ def checked(
     found: dict[str, Measured | Agreement | None] = {}
     if text is not None:
         named = np.flatnonzero(table[COLUMNS[options.named]])
-        top = top_images(codes, named, options.top)
+        top = top_images(codes, options.top, named)
         of_word = {word: class_in(word, classes) for word in table["name"][named].unique()}
         of_text = np.array([of_word[word] for word in table["name"][named]], dtype=np.int64)
         found["text_precision"] = precision(top, of_text, images.labels, cfg.seed)
@@ -154,7 +154,7 @@ def checked(
         found["standing"] = standing(top, words, fit(image_embeddings(opened, cfg.split), text.texts), cfg.seed)
         found["agreement"] = agreement(of_text, of_label[named], cfg.seed)
     labelled = np.flatnonzero(of_label >= 0)
-    top = top_images(codes, labelled, options.top)
+    top = top_images(codes, options.top, labelled)
     found["label_precision"] = precision(top, of_label[labelled], images.labels, cfg.seed)
     return {name: each for name, each in found.items() if each is not None}
 
@@ -172,7 +172,7 @@ def random_precision(opened: Opened, text: TextNames, cfg: DictConfig) -> Measur
     named = np.flatnonzero(near.score > text.threshold)
     of_text = np.array([class_in(text.words[i], images.class_names) for i in near.index[named]], dtype=np.int64)
     codes = csr_matrix((held_out @ directions[torch.from_numpy(named)].T).clamp_min(0).numpy())
-    top = top_images(codes, np.arange(len(named)), cfg.app.top)
+    top = top_images(codes, cfg.app.top)
     return precision(top, of_text, images.labels, cfg.seed)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 from sklearn.metrics import cohen_kappa_score
 from torch import Tensor
 
@@ -53,17 +52,6 @@ def chance_counts(
 
 
 # --- held-out pictures ---------------------------------------------------------------------------
-def top_images(codes: csr_matrix, latents: np.ndarray, n: int) -> np.ndarray:
-    """The up to ``n`` images [m, n] int64 on which each of ``latents`` [m] is strongest, -1 where it fires on fewer."""
-    by_latent = codes.tocsc()
-    found = np.full((len(latents), n), -1, dtype=np.int64)
-    for row, latent in enumerate(latents.tolist()):
-        span = slice(*by_latent.indptr[latent : latent + 2])
-        values, images = by_latent.data[span], by_latent.indices[span]
-        order = np.lexsort((images, -values))[:n]
-        order = order[values[order] > 0]
-        found[row, : len(order)] = images[order]
-    return found
 
 
 def precision(top: np.ndarray, named: np.ndarray, labels: np.ndarray, seed: int) -> Measured | None:

@@ -12,7 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from sae_lightning.apps.naming.checks import Agreement, Measured, top_images
+from sae_lightning.apps.codes import top_images
+from sae_lightning.apps.naming.checks import Agreement, Measured
 from sae_lightning.apps.naming.match import COLUMNS, CONDITIONS, PAPER, named_at, of_concepts, of_latents
 from sae_lightning.apps.naming.text import RANDOM_LATENTS, RANDOM_WORDS, TextNames
 from sae_lightning.apps.opened import Opened
@@ -145,7 +146,7 @@ def _first_of(table: pd.DataFrame, name: str, by: str, n: int) -> pd.Series:
 def cards(opened: Opened, table: pd.DataFrame, latents: np.ndarray, cfg: DictConfig) -> list[dict[str, Any]]:
     """What is shown of each of ``latents``: its row, the class of its label, and strips of its top images."""
     images = opened.images(cfg.split)
-    top = top_images(opened.codes(cfg.split), latents, cfg.app.top)
+    top = top_images(opened.codes(cfg.split), cfg.app.top, latents)
     maps = None
     if opened.made["features"] == "patch":
         with torch.no_grad():

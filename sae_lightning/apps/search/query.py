@@ -16,7 +16,6 @@ from torch import Tensor
 from sae_lightning.apps.opened import Opened
 from sae_lightning.data import ImageData
 from sae_lightning.data.decode import to_rgb
-from sae_lightning.features.ensure import tap_of
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,6 @@ def drawn(labels: np.ndarray, n: int, seed: int) -> list[int]:
     return order[np.argsort(turn, kind="stable")[:n]].tolist()
 
 
-def picture_features(opened: Opened, image: Image.Image) -> Tensor:
-    """Raw features [1, P, d_in] of any RGB picture, of the kind that the SAE was trained on."""
-    tap = tap_of(opened.config)
-    pixels = opened.backbone.transform(image)[None]
-    features = opened.backbone.forward_features(pixels, [tap])[tap].float()
-    return features if features.ndim == 3 else features[:, None]
-
-
 def _query(opened: Opened, split: str, images: ImageData, one: str | int) -> Query:
     if isinstance(one, str) and one in images.image_ids:
         return _of_data(opened, split, images.image_ids.index(one))
@@ -82,7 +73,7 @@ def _query(opened: Opened, split: str, images: ImageData, one: str | int) -> Que
             "picture file; give one of these."
         )
     image = to_rgb(path, str(one))
-    features = picture_features(opened, image)
+    features = opened.picture_features(image)
     return Query(path.name, image, features, opened.encode(features))
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.opened import TOKENS, Opened
+from sae_lightning.apps.opened import Opened
 from sae_lightning.apps.stability.matching import Activations, activations
 from sae_lightning.training.identity import identity, short_hash
 
@@ -115,9 +115,7 @@ def codes_of(run: Opened, split: str, image_ids: Sequence[str]) -> csr_matrix:
     places = store.find(image_ids)[0]
     if len(places) == len(store):
         return run.codes(split)[places]
-    step = max(1, TOKENS // store.n_patches)
-    parts = [run.encode(store.features(places[i : i + step])) for i in range(0, len(places), step)]
-    return vstack(parts, format="csr")
+    return run.encode_images(store, places)
 
 
 def space_of(run: Opened) -> tuple[Any, ...]:

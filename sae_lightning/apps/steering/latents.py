@@ -10,8 +10,8 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from sae_lightning.apps.codes import as_codes
 from sae_lightning.benchmark.top_images import TopImages, top_purity
-from sae_lightning.saes import SparseCodes
 
 NEAREST = 20  # latents of about the same firing rate that a random one is drawn from
 
@@ -37,7 +37,7 @@ def choose(codes: csr_matrix, labels: np.ndarray, n: int, top: int, purity: floa
     and at least ``purity`` of these in one class count. ValueError when there is none.
     """
     found = TopImages(codes.shape[1], top)
-    found.update(_sparse(codes))
+    found.update(as_codes(codes))
     images, fired, peaks = found.images(), found.images_fired.numpy(), found.peaks()
     label, share = (t.numpy() for t in top_purity(images, torch.as_tensor(labels)))
     able = np.flatnonzero((fired >= top) & (share >= purity))
@@ -98,10 +98,3 @@ def diffmean(features: np.ndarray, present: np.ndarray) -> Tensor:
         raise ValueError("DiffMean needs images with the concept and images without it; all are of one kind.")
     means = [features[rows].mean(0, dtype=np.float64) for rows in (present, ~present)]
     return torch.from_numpy((means[0] - means[1]).astype(np.float32))
-
-
-def _sparse(codes: csr_matrix) -> SparseCodes:
-    rows = codes.sorted_indices()
-    parts = rows.indices.astype(np.int64), rows.data.astype(np.float32), rows.indptr.astype(np.int64)
-    latents, values, offsets = (torch.from_numpy(part) for part in parts)
-    return SparseCodes(latents, values, offsets, codes.shape[1])
