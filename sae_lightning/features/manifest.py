@@ -100,7 +100,7 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """Give ``path`` the content so that a reader, or a kill, never sees half of it; OSError leaves nothing behind."""
     partial = partial_name(path)
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from sae_lightning.finetuning.preprocess import check_augment
 from sae_lightning.finetuning.scores import predict, scores
 from sae_lightning.finetuning.similarity import align, similarity_store
 from sae_lightning.saes.artefact import write_json
+from sae_lightning.training.checkpoints import CheckpointFiles, last_checkpoint, mend_checkpoint, remove_checkpoints
 from sae_lightning.training.history import History
 from sae_lightning.training.launch import job, launch_ranks, n_ranks, wants_ranks
 from sae_lightning.training.loggers import check_loggers, checkpoint_step, close_loggers, open_loggers, settle
@@ -56,6 +56,7 @@ def finetune(cfg: DictConfig) -> Path:
         for images in (train, held_out):  # once, before every rank opens them
             align(similarity_store(cfg, images.split), images)
         if not (folder / TRAINED).is_file():
+            mend_checkpoint(folder)
             settle(cfg)
             launch_ranks(cfg, folder, MODULE) if wants_ranks(cfg) else fit(cfg, folder)
         finish(cfg, folder, held_out)
@@ -122,13 +123,14 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     )  # fmt: skip
     clock = EpochClock()
     callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), clock, *build_callbacks(cfg)]
-    last = folder / "checkpoints" / "last.ckpt"
+    last = last_checkpoint(folder)
     loggers = open_loggers(cfg, folder, start=checkpoint_step(last))
     trainer = L.Trainer(
         **trainer_settings(cfg),
         logger=loggers or False,
         callbacks=callbacks,
         default_root_dir=folder,
+        plugins=[CheckpointFiles(last)],
         use_distributed_sampler=False,
     )
     if last.is_file():
@@ -173,7 +175,7 @@ def finish(cfg: DictConfig, folder: Path, held_out: ImageData) -> None:
     result = {"status": "finished", **json.loads((folder / TRAINED).read_text())}
     write_json(folder / "result.json", result | {held_out.split: scores(found, embeddings)})
     (folder / TRAINED).unlink()
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    remove_checkpoints(folder)
 
 
 def record(cfg: DictConfig, encoder: str) -> dict[str, Any]:

@@ -20,9 +20,12 @@ class ArtefactError(ValueError):
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file, so that a reader sees the old one or the whole new one."""
+    """A file, so that a reader, also after a power cut, sees the old one or the whole new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 

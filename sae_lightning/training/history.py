@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 import lightning as L
+
+from sae_lightning.saes.artefact import write_text
+from sae_lightning.training.damage import set_aside
 
 
 class History(L.Callback):
@@ -21,8 +25,11 @@ class History(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # not in on_fit_start: the step is not restored by then
         if trainer.is_global_zero and self.path.is_file() and trainer.global_step > 0:
-            with self.path.open() as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= trainer.global_step]
+            try:
+                rows = list(csv.DictReader(self.path.read_text(encoding="utf-8").splitlines()))
+                self.rows = [row for row in rows if int(row["step"]) <= trainer.global_step]
+            except (ValueError, KeyError, TypeError, csv.Error) as error:
+                set_aside(self.path, f"{type(error).__name__}: {error}", "the curves begin at this step")
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -49,9 +56,8 @@ class History(L.Callback):
         if not trainer.is_global_zero or not self.rows:
             return
         columns = ["step", "epoch", *sorted({k for row in self.rows for k in row} - {"step", "epoch"})]
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        partial.replace(self.path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from sae_lightning.features.ensure import ensure_store
 from sae_lightning.features.shared import Seat, SharedStream, StreamStoppedError
+from sae_lightning.training.checkpoints import mend_checkpoint
 from sae_lightning.training.identity import run_name
 from sae_lightning.training.launch import job, launch_ranks, n_ranks, wants_ranks
 from sae_lightning.training.loggers import settle
@@ -55,6 +56,7 @@ def train_packed(cfgs: Sequence[DictConfig]) -> list[Path]:
                 continue
             try:
                 check(cfg)
+                mend_checkpoint(folder)
             except ValueError as error:
                 print(f"{folder.name}: {error}", file=sys.stderr, flush=True)
                 failed.append(folder)

@@ -12,6 +12,8 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 from sae_lightning.saes.artefact import write_json
+from sae_lightning.training.checkpoints import last_checkpoint
+from sae_lightning.training.damage import set_aside
 from sae_lightning.training.identity import run_name
 from sae_lightning.training.run import is_finished
 
@@ -33,9 +35,18 @@ def note_plan(cfgs: Sequence[DictConfig], overrides: Sequence[Sequence[str]], sw
 
 
 def planned(folder: Path) -> dict[str, Any]:
-    """Runs by name that sweeps have planned in ``folder``."""
+    """Runs by name that sweeps have planned in ``folder``; none where the list is damaged, which is then set aside."""
     path = folder / PLAN
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no list of runs")
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        set_aside(path, str(error), "runs that were planned and not begun are no longer listed, all others are")
+        return {}
+    return found
 
 
 class State(NamedTuple):
@@ -66,7 +77,7 @@ def state_of(run: Path) -> State:
     about = "" if last is None else f"at step {last}"
     if _held(run):
         return State(run.name, "running", about)
-    kept = (run / "checkpoints" / "last.ckpt").is_file()
+    kept = last_checkpoint(run).is_file()
     return State(run.name, "broken", f"{about}, goes on from its checkpoint" if kept else "starts anew")
 
 

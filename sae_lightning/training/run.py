@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import shutil
 import warnings
 from datetime import timedelta
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from sae_lightning.features.shared import Seat
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
 from sae_lightning.saes.artefact import read_cfg, write_json
+from sae_lightning.training.checkpoints import CheckpointFiles, last_checkpoint, mend_checkpoint, remove_checkpoints
 from sae_lightning.training.history import History
 from sae_lightning.training.identity import callbacks_on, run_hash, run_name, uses_k
 from sae_lightning.training.launch import environment, job, launch_ranks, wants_ranks
@@ -59,6 +59,7 @@ def _lead(cfg: DictConfig, folder: Path) -> None:
         if is_finished(folder):
             print(f"{folder.name}: finished before, skipped.", flush=True)
             return
+        mend_checkpoint(folder)
         if wants_ranks(cfg):
             settle(cfg)
             for split in ("train", "val"):  # once, before every rank opens them
@@ -114,7 +115,7 @@ def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
     data = FeatureDataModule(stores["train"], stores["val"], cfg.batch_size, cfg.seed, seat, **stream)
     module = build_module(cfg, stores["train"])
     throughput = Throughput(data)
-    last = folder / "checkpoints" / "last.ckpt"
+    last = last_checkpoint(folder)
     callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), throughput, *build_callbacks(cfg)]
     callbacks.append(StopWhenAsked(last))
     if cfg.resample.every:
@@ -130,7 +131,7 @@ def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
         logger=loggers or False,
         callbacks=callbacks,
         default_root_dir=folder,
-        plugins=environment(),
+        plugins=[*environment(), CheckpointFiles(last)],
         use_distributed_sampler=False,
     )
     start = data.clock()
@@ -157,7 +158,7 @@ def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
         }  # fmt: skip
         write_json(folder / "result.json", result)
         close_loggers(loggers, cfg, folder, result)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        remove_checkpoints(folder)
     trainer.strategy.barrier()
 
 
@@ -171,7 +172,7 @@ def checkpoints(cfg: DictConfig, folder: Path) -> list[L.Callback]:
     when: list[dict[str, Any]] = [{"save_on_train_epoch_end": True}, *([within] if within else [])]
     return [
         L.pytorch.callbacks.ModelCheckpoint(
-            folder / "checkpoints", filename="last", enable_version_counter=False, **options
+            last_checkpoint(folder).parent, filename="last", enable_version_counter=False, **options
         )
         for options in when
     ]

@@ -1,0 +1,106 @@
+"""A run's own checkpoint, which outlives kills, full disks and power cuts: ``checkpoints/last.ckpt``.
+
+It is written beside its place and moved there; the one before stays until the next, and takes its place where a power
+cut has left half of it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from sae_lightning.features.manifest import cause, write_atomically
+from sae_lightning.features.shard import sync_folder
+from sae_lightning.training.damage import set_aside
+
+LAST, BEFORE = "last.ckpt", "before.ckpt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read."""
+
+
+def last_checkpoint(run: Path) -> Path:
+    """Where the checkpoint lies that ``run`` goes on from."""
+    return run / "checkpoints" / LAST
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Lightning's way to the disk, but staged beside the target, and with the one before ``own`` kept."""
+
+    def __init__(self, own: Path) -> None:
+        self.own = own
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write ``path``; CheckpointError where there is no room or no right to, with what was there left alone."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path, content = Path(path), io.BytesIO()
+        torch.save(checkpoint, content)
+        staged = path.with_name(f".{path.name}.new")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(staged, content.getbuffer())
+            if path == self.own and path.is_file():
+                os.replace(path, path.with_name(BEFORE))
+            os.replace(staged, path)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise CheckpointError(
+                f"Writing {path} failed: {cause(error)}. Free space there, or set paths.runs to another disk; the same "
+                "line goes on from the checkpoint before."
+            ) from error
+
+
+def mend_checkpoint(run: Path) -> None:
+    """Leave ``run`` a whole last.ckpt or none: a damaged one is named and set aside, and the one before replaces it.
+
+    Call it while holding the run. Raises CheckpointError where it cannot be read at all.
+    """
+    last = last_checkpoint(run)
+    before = last.with_name(BEFORE)
+    for path in (last, before):
+        if not path.is_file():
+            continue
+        try:
+            fault = damage(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {cause(error)}. Make it readable, or delete it to start {run.name} anew."
+            ) from error
+        if fault is None:
+            os.replace(path, last)
+            return
+        more = path == last and before.is_file()
+        set_aside(path, fault, "the one before it is used" if more else "training starts anew")
+        if path.exists():
+            raise CheckpointError(f"{path} is damaged ({fault}) and cannot be set aside; delete it.")
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file that PyTorch has saved, by its checksums; None for nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names, broken = archive.namelist(), archive.testzip()
+    except zipfile.BadZipFile:
+        return f"its {path.stat().st_size:,} bytes are not a whole checkpoint"
+    if broken is not None:
+        return f"{broken} in it is broken"
+    return None if any(name.endswith("data.pkl") for name in names) else "it is no checkpoint"
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Remove what this module has made for a finished run; checkpoints of the user's own callbacks stay."""
+    folder = last_checkpoint(run).parent
+    for name in (LAST, BEFORE):
+        for path in [*folder.glob(f"{name}*"), *folder.glob(f".*{name}.*")]:
+            path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
