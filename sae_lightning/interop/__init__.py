@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_lightning.saes import SAE, VARIANTS, Normalizer
+from sae_lightning.saes import SAE, VARIANTS, BatchTopK, Normalizer
+from sae_lightning.saes.batchtopk import NOT_OURS
 from sae_lightning.saes.matryoshka import prefix_ends
 
 Weights = dict[str, Tensor]
@@ -71,8 +72,11 @@ def fold(sae: SAE, unit_norm: bool = False) -> Weights:
     weights |= {name: state[name] for name in ("b_gate", "r_mag") if name in state}
     if "log_threshold" in state:
         weights["threshold"] = state["log_threshold"].float().exp().double()
-    elif "threshold" in state:
-        weights["threshold"] = state["threshold"].clamp_min(0).repeat(sae.d_sae)
+    elif isinstance(sae, BatchTopK):
+        threshold = sae.inference_threshold().detach().cpu().double()
+        if not bool(threshold.isfinite()):
+            raise ValueError("This SAE has no threshold for inference yet; train it, or call calibrate, and export then.")
+        weights["threshold"] = threshold.repeat(sae.d_sae)
     return weights
 
 
@@ -128,7 +132,7 @@ def build(variant: str, weights: Weights, normalizer: Normalizer | None = None, 
         # the smallest positive float for a threshold of zero: its logarithm stays finite
         state["log_threshold"] = weights["threshold"].clamp_min(torch.finfo(torch.float32).tiny).log()
     elif "threshold" in state:
-        state["threshold"] = weights["threshold"][0].clamp_min(0)
+        state |= {"threshold": weights["threshold"][0].clamp_min(0), "average": torch.tensor(NOT_OURS)}
     sae.load_state_dict(state)
     return sae.eval()
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -80,7 +81,7 @@ def load(folder: Path) -> SAE:
         if "W_enc" not in tensors:
             raise ArtefactError(f"{weights} does not fit its cfg.json: it has no W_enc.")
         tensors["W_enc"] = tensors["W_enc"].T.contiguous()
-        tensors = {name: tensor for name, tensor in sae.state_dict().items() if name == "lowest"} | tensors
+    tensors = {name: torch.tensor(value) for name, value in sae.later_buffers.items()} | tensors
     if sae.tied and "W_dec" in tensors:
         tensors["W_enc"] = tensors["W_dec"]
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ class SAE(nn.Module):
     tokens_since_fired: Tensor
     k: float | None = None  # active latents a sample, for variants that choose them so
     k_now: float  # what training uses, if it anneals k
+    later_buffers: ClassVar[dict[str, float]] = {}  # scalars that older artefacts lack, with what they are taken for
 
     def __init__(
         self,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,17 +13,22 @@ from sae_lightning.kernels import selection
 from sae_lightning.saes.base import SAE
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.input_norm import input_norm
-from sae_lightning.saes.ranks import kth_largest_over_ranks, world_size
+from sae_lightning.saes.ranks import kth_largest, kth_largest_over_ranks, world_size
+
+INFINITE = float("inf")
+NOT_OURS = -1.0  # no threshold of training's
 
 
 class BatchTopK(SAE):
     """The ``k * N`` largest pre-activations of the global batch (all DDP ranks) [Bussmann et al. 2024].
 
     ``k_per`` "batch" counts k a batch instead of a sample [MonoLoss §B]. In evaluation mode a latent is active
-    where its pre-activation exceeds ``threshold``, so that a sample's code does not depend on its batch.
-    Training follows the smallest kept activation in two ways: ``threshold`` as a running average, and
-    ``lowest`` as a running minimum; ``calibrate`` replaces the threshold by the value that gives k active
-    latents on held-out data, ``use_lowest`` by the running minimum.
+    where its pre-activation exceeds ``inference_threshold()``, so that a sample's code does not depend on its batch.
+    Training follows the smallest kept activation in three ways: ``threshold`` as a running average, ``lowest`` as a
+    running minimum, and ``latest``, that of the last step. ``calibrate`` sets the threshold to the value that gives k
+    active latents on held-out data, ``use_average`` and ``use_lowest`` to the former two. Until one of them is called
+    ``latest`` stands in for it, because the running average lags far behind a short training. An SAE without training
+    or threshold keeps the ``k * N`` largest of the batch it is given, and warns.
 
     Raises ValueError unless 0 < k <= d_sae (k may be a fraction).
     """
@@ -30,7 +36,10 @@ class BatchTopK(SAE):
     variant = "batchtopk"
     k: float
     threshold: Tensor
+    average: Tensor
     lowest: Tensor
+    latest: Tensor
+    later_buffers: ClassVar[dict[str, float]] = {"lowest": INFINITE, "average": NOT_OURS, "latest": INFINITE}
 
     def __init__(self, d_in: int, d_sae: int, k: float, k_per: str = "sample", **options: Any) -> None:
         super().__init__(d_in, d_sae, **options)
@@ -42,32 +51,53 @@ class BatchTopK(SAE):
             raise ValueError(f"k must be positive; got k={k}.")
         self.k, self.k_now, self.k_per = k, float(k), k_per
         self.register_buffer("threshold", torch.tensor(0.0))
-        self.register_buffer("lowest", torch.tensor(float("inf")))
+        self.register_buffer("average", torch.tensor(0.0))  # the threshold as training left it, NOT_OURS once it is set
+        self.register_buffer("lowest", torch.tensor(INFINITE))
+        self.register_buffer("latest", torch.tensor(INFINITE))
 
     def settings(self) -> dict[str, object]:
         chosen: dict[str, object] = {"k": self.k}
         return chosen | ({"k_per": "batch"} if self.k_per == "batch" else {}) | super().settings()
 
     def code(self, x: Tensor) -> SparseCodes:
-        if not self.training:
-            cut = self.threshold.clamp_min(0)
-            return self.with_gradient(x, selection.above(x - self.b_pre, self.W_enc, self.b_enc, cut))
-        entries, cut = self._batch_entries(x)
+        if self.training:
+            entries, cut = self._batch_entries(x, self.budget(len(x) * world_size()), kth_largest_over_ranks)
+            self._follow(cut)
+            return self.with_gradient(x, entries)
+        cut = self.inference_threshold()
         if bool(cut.isfinite()):
-            self.threshold.copy_(torch.where(self.threshold > 0, self.threshold.lerp(cut, 0.01), cut))
-            self.lowest.copy_(torch.minimum(self.lowest, cut))
-        return self.with_gradient(x, entries)
+            return self.with_gradient(x, selection.above(x - self.b_pre, self.W_enc, self.b_enc, cut))
+        warnings.warn(
+            "This BatchTopK has neither been trained nor given a threshold: it keeps the largest activations of each "
+            "batch, so that codes depend on their batch. Call calibrate with held-out features.",
+            stacklevel=2,
+        )
+        return self.with_gradient(x, self._batch_entries(x, self.budget(len(x), self.k), kth_largest)[0])
 
-    def budget(self, n_samples: int) -> int:
-        """Active latents in a global batch of ``n_samples``."""
-        return max(1, round(self.k_now * (n_samples if self.k_per == "sample" else 1)))
+    def inference_threshold(self) -> Tensor:
+        """What a pre-activation must exceed in evaluation, a scalar of at least 0; infinity where nothing is known."""
+        return torch.where(self.threshold == self.average, self.latest, self.threshold).clamp_min(0)
 
     @torch.no_grad()
-    def _batch_entries(self, x: Tensor) -> tuple[selection.Entries, Tensor]:
-        """The entries among the largest of the global batch, and the smallest of them (a scalar)."""
-        budget = self.budget(len(x) * world_size())
+    def _follow(self, cut: Tensor) -> None:
+        """Take the smallest kept activation of a training step into account, if there is one."""
+        if bool(cut.isfinite()):
+            self.threshold.copy_(torch.where(self.threshold > 0, self.threshold.lerp(cut, 0.01), cut))
+            self.average.copy_(self.threshold)
+            self.lowest.copy_(torch.minimum(self.lowest, cut))
+            self.latest.copy_(cut)
+
+    def budget(self, n_samples: int, k: float | None = None) -> int:
+        """Active latents in a global batch of ``n_samples``, by default with training's present k."""
+        return max(1, round((self.k_now if k is None else k) * (n_samples if self.k_per == "sample" else 1)))
+
+    @torch.no_grad()
+    def _batch_entries(
+        self, x: Tensor, budget: int, cut_of: Callable[[Tensor, int], Tensor]
+    ) -> tuple[selection.Entries, Tensor]:
+        """The entries among the ``budget`` largest by ``cut_of``, and the smallest of these (a scalar)."""
         found = selection.largest(x - self.b_pre, self.W_enc, self.b_enc, budget)
-        cut = kth_largest_over_ranks(found[1], budget)  # with fewer positive entries all of them stay
+        cut = cut_of(found[1], budget)  # with fewer positive entries all of them stay
         return selection.keep(found, found[1] >= cut), cut
 
     @torch.no_grad()
@@ -85,8 +115,7 @@ class BatchTopK(SAE):
             kept = self._values_above(batches, n_samples, share * self.threshold.clamp_min(0), budget)
             if len(kept) == budget or float(self.threshold) <= 0:
                 break
-        self.threshold.copy_(kept.min() if len(kept) == budget else kept.new_zeros(()))
-        return float(self.threshold)
+        return self._set(kept.min() if len(kept) == budget else kept.new_zeros(()))
 
     def _values_above(self, batches: Iterable[Tensor], n_samples: int, floor: Tensor, budget: int) -> Tensor:
         """The largest pre-activations above ``floor`` over all batches, at most ``budget`` of them."""
@@ -105,5 +134,13 @@ class BatchTopK(SAE):
 
     def use_lowest(self) -> float:
         """Set ``threshold`` to the running minimum of training's cuts; returns it."""
-        self.threshold.copy_(torch.where(self.lowest.isfinite(), self.lowest, self.threshold))
+        return self._set(torch.where(self.lowest.isfinite(), self.lowest, self.threshold))
+
+    def use_average(self) -> float:
+        """Keep the running average of training's cuts as the threshold; returns it."""
+        return self._set(self.threshold)
+
+    def _set(self, threshold: Tensor) -> float:
+        self.threshold.copy_(threshold)
+        self.average.fill_(NOT_OURS)
         return float(self.threshold)

@@ -88,6 +88,11 @@ def kth_largest_over_ranks(values: Tensor, k: int) -> Tensor:
         gathered = values.new_empty(world_size() * k)
         dist.all_gather_into_tensor(gathered, padded)
         values = gathered[gathered.isfinite()]
+    return kth_largest(values, k)
+
+
+def kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of ``values`` [n], a scalar; the least of all if there are fewer, infinity if there is none."""
     if len(values) < k:
         return values.min() if len(values) else values.new_tensor(float("inf"))
     return selection.kth_largest(values, k)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sae_lightning.training.identity import callbacks_on, monoloss_of
+
 LEFT_OUT = ("logger", "paths", "name", "pack", "checkpoint")  # do not change the result
 FIRST = ("data", "features", "layer", "variant", "expansion", "k", "seed", "d_in", "d_sae", "hash")
 
@@ -14,12 +16,13 @@ def columns(made: Mapping[str, Any]) -> dict[str, Any]:
     """``cfg.json`` of a run, ``made``, as scalars: run, backbone, layer, variant, expansion, k, … then the config.
 
     ``backbone`` is its short name and ``title`` says its size; ``monoloss`` is the weight, 0 without. Settings below a
-    section are joined by slashes, lists are JSON, and what is not set is left out.
+    section are joined by slashes, lists are JSON, and what is not set, or of a callback that is not on, is left out.
     """
-    config = made["config"]
+    entries = made["config"].get("callbacks") or {}
+    config = {**made["config"], "callbacks": {name: entries[name] for name in callbacks_on(made["config"])}}
     found = {
         "run": made["name"], "backbone": config["backbone"]["name"], "title": made["backbone"],
-        "monoloss": float(((config.get("callbacks") or {}).get("monoloss") or {}).get("weight") or 0.0),
+        "monoloss": monoloss_of(config)[0],
         **{name: made.get(name) for name in FIRST},
     }  # fmt: skip
     found |= {name: value for name, value in flat(config) if name not in found}

@@ -42,7 +42,7 @@ def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
     return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in entry.items()}
 
 
-def callbacks_on(cfg: DictConfig) -> list[str]:
+def callbacks_on(cfg: Mapping[str, Any] | DictConfig) -> list[str]:
     """The callbacks that are switched on, sorted: entries with a ``_target_`` whose weight, if any, is not 0."""
     entries = (cfg.get("callbacks") or {}).items()
     return sorted(str(name) for name, e in entries if e is not None and "_target_" in e and e.get("weight") != 0)

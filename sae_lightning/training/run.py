@@ -213,11 +213,13 @@ def build_callbacks(cfg: DictConfig) -> list[L.Callback]:
 
 
 def calibrate(cfg: DictConfig, module: SAEModule, store: FeatureStore) -> None:
-    """Set BatchTopK's inference threshold: on the val split (ViSAEBench Table 1), or as training's running minimum."""
+    """Set BatchTopK's inference threshold: on the val split (ViSAEBench Table 1), or as training's cuts leave it."""
     sae, choice = module.sae, cfg.sae.get("threshold")
-    if not isinstance(sae, BatchTopK) or choice == "running_average":
+    if not isinstance(sae, BatchTopK):
         return
-    if choice == "running_minimum":
+    if choice == "running_average":
+        sae.use_average()
+    elif choice == "running_minimum":
         sae.use_lowest()
     else:
         sae.calibrate(InOrder(store, 8192), store.n_tokens)

@@ -134,3 +134,72 @@ def test_calibration_refuses_a_wrong_number_of_samples_and_k_a_batch():
         build().calibrate([], 0)
     with pytest.raises(ValueError, match="k a sample"):
         build(k_per="batch").calibrate([features(9)], 9)
+
+
+# --- without a threshold ----------------------------------------------------------------------------
+def trained_by_hand(steps: int, k: float = 8, n: int = 128, k_per: str = "sample") -> tuple[BatchTopK, torch.Tensor]:
+    """A BatchTopK after ``steps`` of Adam, and held-out features."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(128, D_IN, generator=generator), dim=1)
+
+    def batch(n: int) -> torch.Tensor:
+        latents = torch.randint(0, 128, (n, 4), generator=generator)
+        return torch.zeros(n, 128).scatter_(1, latents, 0.5 + torch.rand(n, 4, generator=generator)) @ directions
+
+    sae = BatchTopK(D_IN, 96, k, seed=0, k_per=k_per).train()
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    for _ in range(steps):
+        x = batch(n)
+        optimizer.zero_grad()
+        (sae.run(x).reconstruction - x).square().mean().backward()
+        optimizer.step()
+        sae.normalize_decoder()
+    return sae, batch(2000)
+
+
+@pytest.mark.parametrize("steps", [1, 8, 40])
+def test_an_sae_saved_by_hand_has_about_k_active_latents(steps, tmp_path, recwarn):
+    sae, x = trained_by_hand(steps)
+    sae.save(tmp_path)
+    loaded = BatchTopK.load(tmp_path)
+    assert loaded.encode(x).nnz / len(x) == pytest.approx(8, rel=0.25)
+    assert torch.equal(loaded.encode(x[:7]).to_dense(), loaded.encode(x).to_dense()[:7])  # whatever the batch
+    assert not recwarn.list
+
+
+def test_with_k_a_batch_the_latest_cut_stands_in_too():
+    sae, x = trained_by_hand(20, k=512, k_per="batch")
+    assert sae.eval().encode(x).nnz / len(x) == pytest.approx(4, rel=0.2)
+
+
+def test_an_sae_that_was_never_trained_uses_the_training_rule_and_warns():
+    sae = build().eval()
+    with pytest.warns(UserWarning, match="neither been trained nor given a threshold"):
+        codes = sae.encode(features(40))
+    assert codes.nnz == 40 * K
+    assert torch.equal(codes.to_dense(), build().train().run(features(40)).codes.to_dense())
+
+
+@pytest.mark.parametrize("how", ["calibrate", "use_lowest", "use_average", "by hand"])
+def test_a_threshold_that_was_set_is_used_as_it_is_until_training_goes_on(how, tmp_path):
+    sae, x = trained_by_hand(10)
+    if how == "calibrate":
+        sae.calibrate([x], len(x))
+    elif how == "by hand":
+        sae.threshold.fill_(0.9)
+    else:
+        getattr(sae, how)()
+    sae.save(tmp_path)
+    for each in (sae.eval(), BatchTopK.load(tmp_path)):
+        assert float(each.inference_threshold()) == float(sae.threshold)
+        assert each.encode(x).nnz == pytest.approx(int((dense.pre_acts(sae, x) > sae.threshold).sum()), abs=1)
+    sae.train().run(x)
+    assert float(sae.inference_threshold()) == float(sae.latest)
+
+
+def test_a_threshold_of_zero_that_was_calibrated_keeps_all_positive_entries(recwarn):
+    sae = build()
+    sae.b_enc.data -= 2.0
+    assert sae.calibrate([features()], 64) == 0
+    assert sae.eval().encode(features()).nnz == int((dense.pre_acts(sae, features()) > 0).sum())
+    assert not recwarn.list

@@ -135,12 +135,28 @@ def test_flat_names_lead_to_the_leaves(tree):
     assert list(flat(tree)) == [("/".join(path), value) for path, value in leaves(tree, ())]
 
 
+def test_monoloss_is_a_column_of_runs_that_train_with_it():
+    about = {"name": "run-1", "backbone": "clip (tiny)"}
+    settings = {"weight": 0.3, "memory": 0.9}
+
+    def of(callbacks) -> dict:
+        config = {"backbone": {"name": "clip"}, "callbacks": callbacks}
+        return {name: v for name, v in columns(about | {"config": config}).items() if "mono" in name}
+
+    switched = {"_target_": "sae_lightning.training.monoloss.MonoLoss"}
+    assert of({"monoloss": switched | settings})["monoloss"] == 0.3
+    assert of({"monoloss": switched | settings})["callbacks/monoloss/memory"] == 0.9
+    for off in ({"monoloss": settings}, {"monoloss": switched | settings | {"weight": 0}}, {"monoloss": None}, {}, None):
+        assert of(off) == {"monoloss": 0.0}
+
+
 def test_columns_are_short_names_first_and_scalars():
     made = {
         "name": "run-1", "backbone": "clip (tiny)", "features": "patch", "layer": 4, "k": 16, "data": "demo",
         "variant": "batchtopk", "expansion": 8, "seed": 42, "d_in": 128, "d_sae": 1024,
         "config": {
-            "backbone": {"name": "clip", "size": "tiny"}, "callbacks": {"monoloss": {"weight": 0.3}}, "d_sae": None,
+            "backbone": {"name": "clip", "size": "tiny"}, "callbacks": {"monoloss": {"_target_": "…", "weight": 0.3}},
+            "d_sae": None,
             "optimizer": {"lr": 0.001}, "classes": [1, 2], "k": 16,
             "paths": {"runs": "elsewhere"}, "logger": {"csv": {}},
         },
