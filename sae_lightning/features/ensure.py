@@ -26,6 +26,7 @@ from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.features.stream_extract import extract_stream
 from sae_lightning.features.upkeep import mend, merge_stores
 from sae_lightning.features.writer import StoreWriter, cannot_write
+from sae_lightning.limits import cores
 
 FORMAT = "2"  # of what a store holds, for the fingerprint
 SHARD_BYTES = 256 << 20  # of patch tokens
@@ -196,7 +197,7 @@ def _spawn(cfg: DictConfig, images: Images, taps: Sequence[Tap], devices: int) -
         environment = dict(os.environ)
         root = str(Path(__file__).resolve().parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH")) if p)
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // devices)))
         processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "sae_lightning.features.ensure", str(path), images.split,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from sae_lightning.features.claims import Claims
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.sink import Encoded, Sink
 from sae_lightning.features.writer import StoreWriter
+from sae_lightning.limits import cores
 
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 UNREADABLE = ("refuse", "skip")
@@ -69,7 +69,7 @@ class Settings:
         """Processes that decode; none for small pictures, whose decoding costs less than starting one."""
         if self.num_workers is not None:
             return self.num_workers
-        return 0 if image_size <= 64 else max(1, (os.cpu_count() or 2) - 1)
+        return 0 if image_size <= 64 else max(1, cores() - 1)
 
 
 @dataclass

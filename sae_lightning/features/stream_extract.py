@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
@@ -29,6 +28,7 @@ from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.record import RECORDS, read_record
 from sae_lightning.features.sink import Encoded, Sink
 from sae_lightning.features.writer import StoreWriter
+from sae_lightning.limits import cores
 
 AHEAD = 4  # batches that are being decoded while one is encoded
 
@@ -180,7 +180,7 @@ def decoded(
         except DataError as error:
             return error
 
-    with ThreadPoolExecutor(max(1, settings.num_workers or os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max(1, settings.num_workers or cores())) as pool:
         waiting: deque = deque()
         for part in parts:
             waiting.append((part, [pool.submit(prepare, item) for item in part.items] if pictures else []))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import lightning as L
@@ -14,6 +13,7 @@ from sae_lightning.data import ImageData
 from sae_lightning.features.datamodule import next_batch
 from sae_lightning.finetuning.pictures import AugmentedPictures, EpochBatches, Pictures
 from sae_lightning.finetuning.preprocess import Preprocess
+from sae_lightning.limits import cores
 from sae_lightning.saes.ranks import rank, world_size
 
 SMALL = 64  # pixels an edge up to which decoding costs less than starting a process
@@ -86,4 +86,4 @@ def workers(image_size: int, asked: int | None, ranks: int = 1) -> int:
     """Processes that decode for each rank: as asked, else none for tiny pictures, else the cores less one a rank."""
     if asked is not None:
         return asked
-    return 0 if image_size <= SMALL else max(1, (os.cpu_count() or 2) // ranks - 1)
+    return 0 if image_size <= SMALL else max(1, cores() // ranks - 1)

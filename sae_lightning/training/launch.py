@@ -19,6 +19,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from omegaconf import DictConfig, OmegaConf
 
+from sae_lightning.limits import cores
 from sae_lightning.training import agent
 from sae_lightning.training.agent import FAILURES
 from sae_lightning.training.nodes import call_meeting, find_meeting, node
@@ -83,9 +84,8 @@ def launch_ranks(
         variables = dict(os.environ) | {FLAG: str(stop), FAILURES: str(failures)}
         root = str(Path(__file__).resolve().parents[2])
         variables["PYTHONPATH"] = os.pathsep.join(p for p in (root, variables.get("PYTHONPATH")) if p)
-        cores = int(variables.get("SLURM_CPUS_PER_TASK") or os.cpu_count() or 1)
         if "SLURM_CPUS_PER_TASK" in variables or "OMP_NUM_THREADS" not in variables:
-            variables["OMP_NUM_THREADS"] = str(max(1, cores // count))
+            variables["OMP_NUM_THREADS"] = str(max(1, cores() // count))
         command = [
             sys.executable, "-P", agent.__file__, *where, f"--nproc-per-node={count}",
             "-m", "sae_lightning.training.rank", module, str(config), str(folder),

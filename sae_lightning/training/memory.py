@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
 from omegaconf import DictConfig
+
+from sae_lightning.limits import cores, free_memory
 
 SHARE = 0.7  # of the free memory that a pack may take
 COPIES = 4  # of the weights: themselves, their gradient, and Adam's two moments
@@ -32,7 +33,7 @@ def free_bytes(cfg: DictConfig) -> int:
     """What a pack may take: ``pack.memory_gb``, by default a share of what is free on the device it trains on."""
     if cfg.pack.memory_gb is not None:
         return int(cfg.pack.memory_gb * 2**30)
-    free = torch.cuda.mem_get_info()[0] if on_gpu(cfg) else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if on_gpu(cfg) else free_memory()
     return int(SHARE * free)
 
 
@@ -61,4 +62,4 @@ def pack_bytes(cfgs: list[DictConfig], d_in: int) -> int:
 
 def workers_of(cfg: DictConfig, members: int) -> int:
     """How many of ``members`` work at a time: ``pack.workers``, by default one a core, or two that share a GPU."""
-    return max(1, min(members, cfg.pack.workers or (2 if on_gpu(cfg) else torch.get_num_threads())))
+    return max(1, min(members, cfg.pack.workers or (2 if on_gpu(cfg) else min(torch.get_num_threads(), cores()))))
