@@ -14,6 +14,9 @@ from sae_lightning.backbones.errors import BackboneError, reason
 from sae_lightning.backbones.settings import Published
 from sae_lightning.backbones.weights import fixed_seed
 
+# for key_mapping: takes off what torch.compile and data parallelism put before the names of weights
+UNWRAPPED = {r"^(?:(?:module|_orig_mod)\.)+": "", r"\._orig_mod\.": "."}
+
 
 def architecture(wanted: Published) -> Any:
     """transformers' config of the whole model: spelled out, or as it lies beside the weights."""
@@ -26,7 +29,7 @@ def _architecture(source: str, spelled_out: str | None) -> Any:
     import transformers
 
     try:
-        with _silent():
+        with silent():
             if spelled_out is not None:
                 return transformers.AutoConfig.for_model(**json.loads(spelled_out))
             return transformers.AutoConfig.from_pretrained(source)
@@ -48,7 +51,7 @@ def build(wanted: Published, kind: str, config: Any) -> Any:
     cls = getattr(transformers, kind)
     source = wanted.weights or wanted.model
     try:
-        with fixed_seed(), _silent():
+        with fixed_seed(), silent():
             if not wanted.pretrained:
                 return (cls.from_config(config) if kind == "AutoModel" else cls(config)).float()
             model, report = cls.from_pretrained(
@@ -57,6 +60,7 @@ def build(wanted: Published, kind: str, config: Any) -> Any:
                 dtype=torch.float32,
                 output_loading_info=True,
                 use_safetensors=True if wanted.weights else None,
+                key_mapping=UNWRAPPED,
             )
     except Exception as error:
         raise BackboneError(
@@ -75,13 +79,20 @@ def build(wanted: Published, kind: str, config: Any) -> Any:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Without transformers' warnings, such as its table of tensors that belong to other parts of a checkpoint."""
+def silent() -> Iterator[None]:
+    """Without transformers' warnings, such as its table of tensors that belong to other parts of a checkpoint, and
+    without its bars; those of downloads stay."""
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
+        enable_progress_bars()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

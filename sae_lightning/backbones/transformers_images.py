@@ -12,6 +12,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from sae_lightning.backbones.errors import BackboneError, reason
 from sae_lightning.backbones.settings import Published
+from sae_lightning.backbones.transformers_build import silent
 
 # PIL's codes of resampling filters, as image processors give them
 FILTERS = {
@@ -37,7 +38,8 @@ def image_size_and_transform(wanted: Published, config: Any) -> tuple[int, Calla
         return size, _pipeline((size, size), size, InterpolationMode.BICUBIC, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     source = wanted.weights or wanted.model
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(source)
+        with silent():
+            processor = transformers.AutoImageProcessor.from_pretrained(source)
     except Exception as error:
         raise BackboneError(
             f"The image processor of '{source}' cannot be loaded: {reason(error)}. It says how images are scaled and "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sae_lightning.backbones.errors import BackboneError, reason
 from sae_lightning.backbones.settings import Published
-from sae_lightning.backbones.transformers_build import build
+from sae_lightning.backbones.transformers_build import build, silent
 
 # by the whole model's type
 TEXT_HALVES = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel", "siglip2": "Siglip2TextModel"}
@@ -44,7 +44,8 @@ def load_text(wanted: Published, whole: Any) -> TextTower:
     if hasattr(whole, "projection_dim"):
         config.projection_dim = whole.projection_dim
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        with silent():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         files = tokenizer.vocab_files_names.values()
         if wanted.weights and not any((wanted.weights / file).is_file() for file in files):
             raise FileNotFoundError(f"none of {', '.join(files)} is there")  # transformers makes one without words

@@ -14,7 +14,7 @@ from sae_lightning.finetuning.build import build
 from sae_lightning.finetuning.classifier import Classifier
 from sae_lightning.finetuning.errors import FinetuneError
 from sae_lightning.finetuning.preprocess import Preprocess
-from sae_lightning.saes.artefact import write_json
+from sae_lightning.saes.artefact import unwrapped, write_json
 
 SCHEMA = 1
 WEIGHTS = "model.safetensors"
@@ -48,7 +48,7 @@ def load(folder: Path) -> Loaded:
     """What ``save`` wrote in ``folder``; FinetuneError when it is not there, is broken or does not fit."""
     try:
         cfg = json.loads((folder / "cfg.json").read_text())
-        tensors = load_file(folder / WEIGHTS)
+        tensors = unwrapped(load_file(folder / WEIGHTS))
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise FinetuneError(f"{folder} holds no whole fine-tuned model ({error}); run finetune.py again.") from error
     if cfg.get("schema") != SCHEMA:

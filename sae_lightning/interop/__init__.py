@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lightning.saes import SAE, VARIANTS, BatchTopK, Normalizer
+from sae_lightning.saes.artefact import unwrapped
 from sae_lightning.saes.batchtopk import NOT_OURS
 from sae_lightning.saes.matryoshka import prefix_ends
 
@@ -169,12 +170,12 @@ def entry(content: dict[str, Any], key: str, path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a saved state dict; nothing pickled is run."""
+    """The tensors of a safetensors file or of a saved state dict, prefixes of wrappers off; nothing pickled is run."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path.name} in {path.parent}; expected the weights of a saved SAE.")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return unwrapped(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -184,4 +185,4 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path} does not hold a state dict; save sae.state_dict() there.")
-    return content
+    return unwrapped(content)

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sae_lightning.saes.base import SAE
 
 SCHEMA = 2  # 1 had W_enc as [d_in, d_sae]
+WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class ArtefactError(ValueError):
     """A folder that does not hold a complete SAE artefact."""
+
+
+def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` without what torch.compile, FSDP and data parallelism put before the names of a module's weights."""
+    named = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    while named and all(name.startswith("module.") for name in named):
+        named = {name.removeprefix("module."): tensor for name, tensor in named.items()}
+    return named
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,7 +85,7 @@ def load(folder: Path) -> SAE:
     if not weights.is_file():
         raise ArtefactError(f"There is no sae.safetensors in {folder}; the run did not finish.")
     try:
-        tensors = load_file(weights)
+        tensors = unwrapped(load_file(weights))
     except SafetensorError as error:
         raise ArtefactError(f"{weights} cannot be read ({error}); it is truncated or not safetensors.") from error
     sae = VARIANTS[cfg["variant"]](cfg["d_in"], cfg["d_sae"], **cfg["sae"])

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from sae_lightning.backbones.errors import reason
+from sae_lightning.backbones.transformers_build import UNWRAPPED, silent
 from sae_lightning.backbones.weights import fixed_seed
 from sae_lightning.vlms.base import VLM
 from sae_lightning.vlms.errors import VLMError
@@ -50,15 +51,17 @@ def _pretrained(node: Mapping[str, Any], device: torch.device) -> tuple[Any, Any
         raise VLMError(f"Unknown vlm.dtype={dtype}; choose one of {', '.join(DTYPES)}.")
     spread = node.get("device_map")
     try:
-        processor = transformers.AutoProcessor.from_pretrained(source, backend="pil")
-        auto: Any = transformers.AutoModelForImageTextToText
-        model, report = auto.from_pretrained(
-            source,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            device_map=spread,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with silent():
+            processor = transformers.AutoProcessor.from_pretrained(source, backend="pil")
+            auto: Any = transformers.AutoModelForImageTextToText
+            model, report = auto.from_pretrained(
+                source,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                device_map=spread,
+                use_safetensors=True,
+                output_loading_info=True,
+                key_mapping=UNWRAPPED,
+            )
     except Exception as error:
         raise VLMError(
             f"The vision-language model '{source}' cannot be loaded: {reason(error)}. Check vlm.model and the "

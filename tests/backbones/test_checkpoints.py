@@ -125,3 +125,18 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     write_processor(tmp_path, "siglip")
     with pytest.raises(BackboneError, match=r"lack 4 tensors of ViTModel, 'layers\.1\.mlp"):
         load_backbone(folder_config(tmp_path))
+
+
+def test_a_prefix_before_every_name_is_taken_off_in_silence(checkpoint, tmp_path, capfd):
+    """As torch.compile and data parallelism leave it; here in a checkpoint of several files."""
+    name, folder, reference = checkpoint
+    state = {f"module._orig_mod.{key}": tensor for key, tensor in reference.state_dict().items()}
+    reference.save_pretrained(tmp_path, state_dict=state, max_shard_size="150KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    write_processor(tmp_path, name)
+    write_tokenizer(tmp_path)
+    capfd.readouterr()
+    ours, whole = load_backbone(folder_config(tmp_path)), load_backbone(folder_config(folder))
+    assert ours.fingerprint() == whole.fingerprint()
+    assert torch.equal(ours.encode_text(CAPTIONS), whole.encode_text(CAPTIONS))
+    assert capfd.readouterr() == ("", "")
