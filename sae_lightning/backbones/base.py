@@ -109,7 +109,7 @@ class Backbone(nn.Module):
         ``images`` [B, 3, H, W] as ``transform`` makes them. Class and register tokens are no patches. The
         pass ends after the last wanted block unless the pooled output or the embedding is wanted too.
         BackboneError for a tap that this backbone does not have or that needs captions, for no taps at
-        all, and for images of another size.
+        all, for images of another size, and where the features are not one row an image.
         """
         found = {tap: self.check(tap) for tap in taps}
         if not found:
@@ -123,7 +123,7 @@ class Backbone(nn.Module):
             )
         layers = {tap.layer for tap in found.values() if tap.layer is not None}
         reading = self._read(images, layers, any(tap.kind not in LAYER_KINDS for tap in found))
-        return {tap: self._pick(reading, tap_from_0) for tap, tap_from_0 in found.items()}
+        return {tap: self._pick(reading, tap_from_0, len(images)) for tap, tap_from_0 in found.items()}
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
@@ -139,7 +139,7 @@ class Backbone(nn.Module):
             assert self._load_text is not None  # or check would have raised
             tower = self._load_text().eval().requires_grad_(False)
             self.text_tower = tower.to(next(self.model.parameters()).device)
-        return self.text_tower(list(captions))
+        return self._one_each(self.text_tower(list(captions)), Tap("text"), len(captions))
 
     def describe(self) -> str:
         """What, beside the weights, changes the features: for the fingerprint."""
@@ -154,7 +154,7 @@ class Backbone(nn.Module):
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def _pick(self, reading: Reading, tap: Tap) -> Tensor:
+    def _pick(self, reading: Reading, tap: Tap, count: int) -> Tensor:
         if tap.layer is not None:
             tokens = reading.layers[tap.layer]
             features = tokens.patch if tap.kind == "patch" else tokens.cls
@@ -163,6 +163,15 @@ class Backbone(nn.Module):
         else:
             features = reading.pooled
         assert features is not None  # or check would have raised
+        return self._one_each(features, tap, count)
+
+    def _one_each(self, features: Tensor, tap: Tap, count: int) -> Tensor:
+        """``features`` themselves; BackboneError unless they are one row for each of ``count`` inputs."""
+        if len(features) != count:
+            raise BackboneError(
+                f"{self.title} gives {tuple(features.shape)} for {count} {'captions' if tap.kind == 'text' else 'images'} "
+                f"at {tap}, not one row for each; such an encoder is not supported. Choose another model."
+            )
         return features
 
     @torch.no_grad()
@@ -176,7 +185,7 @@ class Backbone(nn.Module):
         except Exception as error:
             raise BackboneError(
                 f"{self.title} cannot encode images of {self.image_size} x {self.image_size} pixels: {reason(error)}. "
-                "Set backbone.published.image_size, or choose another model."
+                "Set backbone.published.image_size, or choose another model: not every one is supported."
             ) from error
         has_pooled = reading.pooled is not None and reading.pooled.ndim == 2
         has = {

@@ -8,6 +8,7 @@ class BackboneError(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's message without its full stop, or the error's name when it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+    """The first line of an error's message without its full stop (the second, too, where that ends in a colon), or the
+    error's name when it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")

@@ -23,6 +23,8 @@ def architecture(wanted: Published) -> Any:
     spelled_out = None if wanted.architecture is None or wanted.pretrained else json.dumps(dict(wanted.architecture))
     return _architecture(str(wanted.weights or wanted.model), spelled_out)
 
+NOT_SUPPORTED = "Such a model is not supported; choose another, or try backbone=timm."
+
 
 @lru_cache(maxsize=64)
 def _architecture(source: str, spelled_out: str | None) -> Any:
@@ -34,11 +36,15 @@ def _architecture(source: str, spelled_out: str | None) -> Any:
                 return transformers.AutoConfig.for_model(**json.loads(spelled_out))
             return transformers.AutoConfig.from_pretrained(source)
     except Exception as error:
-        raise BackboneError(
-            f"The config of '{source}' cannot be loaded: {reason(error)}. Check backbone.published.model and the "
-            "connection to the model hub; without one, give a model folder as backbone.published.weights, or for "
-            "pretrained=false a backbone.published.architecture."
-        ) from error
+        advice = "Check backbone.published.architecture."
+        if spelled_out is None:
+            advice = NOT_SUPPORTED
+        if _of_the_hub(error):
+            advice = (
+                "Check backbone.published.model and the connection to the model hub; without one, give a model folder "
+                "as backbone.published.weights, or for pretrained=false a backbone.published.architecture."
+            )
+        raise BackboneError(f"The config of '{source}' cannot be loaded: {reason(error)}. {advice}") from error
 
 
 def build(wanted: Published, kind: str, config: Any) -> Any:
@@ -63,10 +69,14 @@ def build(wanted: Published, kind: str, config: Any) -> Any:
                 key_mapping=UNWRAPPED,
             )
     except Exception as error:
-        raise BackboneError(
-            f"The weights of '{source}' cannot be loaded: {reason(error)}. Check the model's id and the connection to "
-            "the model hub, or give a model folder as backbone.published.weights; data=demo works offline."
-        ) from error
+        advice = NOT_SUPPORTED
+        if _of_the_hub(error):
+            advice = (
+                "Check the model's id and the connection to the model hub, or give a model folder as "
+                "backbone.published.weights; data=demo works offline."
+            )
+        what = "weights" if wanted.pretrained else "architecture"
+        raise BackboneError(f"The {what} of '{source}' cannot be loaded: {reason(error)}. {advice}") from error
     missing = sorted(name for name in report["missing_keys"] if not name.endswith("mask_token"))
     if missing and all(name.startswith("pooler.") for name in missing):
         model.pooler = None
@@ -76,6 +86,11 @@ def build(wanted: Published, kind: str, config: Any) -> Any:
             "them; choose a checkpoint of the whole model."
         )
     return model
+
+
+def _of_the_hub(error: Exception) -> bool:
+    """Whether it is about files that are not there or cannot be fetched, rather than about the model in them."""
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("huggingface_hub", "httpx", "requests")
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from sae_lightning.backbones.base import Backbone
@@ -14,7 +16,7 @@ from sae_lightning.backbones.errors import BackboneError
 from sae_lightning.backbones.settings import Published, asked_layer, published
 from sae_lightning.backbones.transformers_build import architecture, build
 from sae_lightning.backbones.transformers_images import image_size_and_transform
-from sae_lightning.backbones.transformers_read import read_transformers
+from sae_lightning.backbones.transformers_read import model_inputs, read_transformers
 from sae_lightning.backbones.transformers_text import TEXT_HALVES, load_text
 
 # the image halves of image–text models, by the whole model's type
@@ -30,8 +32,8 @@ def load_transformers(cfg: Mapping[str, Any]) -> Backbone:
     """
     wanted = published(cfg)
     whole = deepcopy(architecture(wanted))
-    config = _image_half(whole)
-    depth = transformers_depth(wanted)
+    config = _image_half(wanted, whole)
+    depth = config.num_hidden_layers
     if hasattr(config, "mask_ratio"):
         config.mask_ratio = 0.0
     if whole is not config and hasattr(whole, "projection_dim"):
@@ -44,6 +46,10 @@ def load_transformers(cfg: Mapping[str, Any]) -> Backbone:
         project = nn.Identity()  # SigLIP's pooled output is its embedding
     size, transform = image_size_and_transform(wanted, config)
     grid = (size // config.patch_size, size // config.patch_size)
+    try:
+        inspect.signature(tower.forward).bind(**model_inputs(tower, torch.zeros(1, 3, size, size)))
+    except TypeError as error:
+        raise _unsupported(wanted, config, f"it does not take pictures alone, {error}") from error
     return Backbone(
         tower,
         partial(read_transformers, tower, _blocks(tower, depth), grid),
@@ -60,17 +66,31 @@ def load_transformers(cfg: Mapping[str, Any]) -> Backbone:
 
 def transformers_depth(wanted: Published) -> int:
     """Number of blocks, from the model's config alone; BackboneError if it is no vision transformer."""
-    config = _image_half(architecture(wanted))
-    if getattr(config, "num_hidden_layers", None) is None or not isinstance(getattr(config, "patch_size", None), int):
-        raise BackboneError(
-            f"'{wanted.model}' ({config.model_type}) is no plain vision transformer. timm may have it: try "
-            "backbone=timm."
-        )
-    return config.num_hidden_layers
+    return _image_half(wanted, architecture(wanted)).num_hidden_layers
 
 
-def _image_half(whole: Any) -> Any:
-    return getattr(whole, "vision_config", None) or whole
+def _image_half(wanted: Published, whole: Any) -> Any:
+    """The config of the model's image half, or of all of it; BackboneError if it is no plain vision transformer."""
+    from transformers import MODEL_MAPPING, PreTrainedConfig
+
+    config = getattr(whole, "vision_config", None)
+    config = config if isinstance(config, PreTrainedConfig) else whole
+    if not all(isinstance(getattr(config, name, None), int) for name in ("num_hidden_layers", "patch_size")):
+        raise _unsupported(wanted, config, "it has no blocks over square patches")
+    if any(hasattr(config, name) for name in ("tubelet_size", "num_frames")):
+        raise _unsupported(wanted, config, "it takes videos")
+    if not (isinstance(getattr(config, "image_size", None), int) or hasattr(config, "num_patches")):
+        raise _unsupported(wanted, config, f"its image_size is {getattr(config, 'image_size', None)}")
+    if whole.model_type not in IMAGE_HALVES and type(config) not in MODEL_MAPPING:
+        raise _unsupported(wanted, config, "transformers' AutoModel cannot load its image half alone")
+    return config
+
+
+def _unsupported(wanted: Published, config: Any, why: str) -> BackboneError:
+    return BackboneError(
+        f"'{wanted.model}' ({config.model_type}) is no plain vision transformer and not supported: {why}. timm may have "
+        "it: try backbone=timm."
+    )
 
 
 def _blocks(model: nn.Module, depth: int) -> list[nn.Module]:
@@ -78,4 +98,6 @@ def _blocks(model: nn.Module, depth: int) -> list[nn.Module]:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return list(module)
-    raise BackboneError(f"{type(model).__name__} has no list of {depth} blocks; timm may have it: try backbone=timm.")
+    raise BackboneError(
+        f"{type(model).__name__} has no list of {depth} blocks and is not supported; timm may have it: try backbone=timm."
+    )

@@ -26,16 +26,18 @@ def read_transformers(
 
     Tokens are as the blocks give them, [B, n + rows · columns, d]; the first of n > 0 in front of the patches
     is the class token. It also stands in, after the final norm, for the pooled output of models without a
-    pooler. BackboneError if the blocks do not give one token a patch.
+    pooler. BackboneError if the blocks do not give one token a patch of every image.
     """
     outputs, result = block_outputs(lambda: model(**model_inputs(model, images)), blocks, layers, finish=pooled)
     patches = grid[0] * grid[1]
     for layer in layers:
         shape = tuple(outputs[layer].shape) if layer in outputs else ()
-        if len(shape) != 3 or shape[1] < patches:
+        if len(shape) != 3 or shape[0] != len(images) or shape[1] < patches:
+            count = f"{len(images)} images" if len(images) > 1 else "an image"
             raise BackboneError(
-                f"{type(model).__name__} gives {shape or 'nothing'} after layer {layer}, not one token for each of "
-                f"{patches} patches; it is no plain vision transformer. timm may have it: try backbone=timm."
+                f"{type(model).__name__} gives {shape or 'nothing'} for {count} after layer {layer}, not one token for "
+                f"each of {patches} patches; it is no plain vision transformer and not supported. timm may have it: try "
+                "backbone=timm."
             )
     tokens_of = {
         layer: LayerTokens(out[:, -patches:], out[:, 0] if out.shape[1] > patches else None, grid)
@@ -43,7 +45,12 @@ def read_transformers(
     }
     if result is None:
         return Reading(tokens_of, None)
-    last = result.last_hidden_state
+    last = getattr(result, "last_hidden_state", None)
+    if last is None:
+        raise BackboneError(
+            f"{type(model).__name__} gives no last_hidden_state; it is no plain vision transformer and not supported. "
+            "timm may have it: try backbone=timm."
+        )
     class_token = last[:, 0] if last.shape[1] > patches else None
     own = getattr(result, "pooler_output", None)
     return Reading(tokens_of, class_token if own is None else own)

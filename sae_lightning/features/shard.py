@@ -41,7 +41,13 @@ class ShardFile:
             raise self._failed(error) from error
 
     def append(self, x: Tensor, image_ids: list[str]) -> None:
-        """Add the features ``x`` [n, P, d] of the images ``image_ids`` (which errors name)."""
+        """Add the features ``x`` [n, P, d] of the n images ``image_ids`` (which errors name)."""
+        if len(x) != len(image_ids):
+            self.abort()
+            raise StoreError(
+                f"Features of shape {tuple(x.shape)} for {len(image_ids)} images; the backbone must give one row for "
+                "each. Nothing of this shard was kept."
+            )
         if not self.images:
             self.shape = (x.shape[1], x.shape[2])
         if x.shape[1:] != self.shape:

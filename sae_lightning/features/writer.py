@@ -104,6 +104,12 @@ class StoreWriter:
         if shard is None:
             about, moments, shape = Shard(shard_name(index), 0, 0, "", 0), Moments.none(), (0, 0)
         else:
+            if shard.images != len(image_ids):
+                shard.abort()
+                raise StoreError(
+                    f"{shard.path} would hold {shard.images} images for {len(image_ids)} ids; the backbone must give "
+                    "one row for each image. Nothing of this shard was kept."
+                )
             (about, moments), shape = shard.finish(), shard.shape
         record = Record(about, shape, moments, image_ids, labels, captions, skipped or [], state)
         try:
@@ -139,6 +145,12 @@ class StoreWriter:
         held = [r for r in records if r.shard.images]
         if not held:
             raise StoreError(f"No image of {self.folder} could be read; check the images.")
+        wrong = [r.shard for r in records if not r.shard.images == len(r.image_ids) == len(r.labels)]
+        if wrong:
+            raise StoreError(
+                f"{self.folder / wrong[0].file} holds {wrong[0].images} images, its record names others; delete "
+                f"{self.folder} and extract again."
+            )
         shapes = sorted({r.shape for r in held})
         if len(shapes) > 1:
             raise StoreError(f"{self.folder}: shards of different shapes {shapes}; delete it and extract again.")

@@ -183,3 +183,49 @@ def test_the_small_models_are_what_their_names_say():
     expected = {"clip": library.CLIPVisionModel, "siglip": library.SiglipVisionModel, "beit": library.BeitModel}
     for name, kind in expected.items():
         assert type(load_backbone(transformers(SMALL[name][0])).model) is kind
+
+
+PACKED = VISION | {"model_type": "pixtral", "num_channels": 3}
+
+
+def test_an_encoder_that_packs_a_batch_into_one_sequence_is_refused():
+    ours = load_backbone(transformers(PACKED))
+    for taps in ([Tap("patch", 1)], [Tap("patch", 2), Tap("patch", 0)]):
+        with pytest.raises(BackboneError, match=r"gives \(1, 64, 32\) for 4 images after layer .* not supported"):
+            ours.forward_features(torch.randn(4, 3, 32, 32), taps)
+
+
+def test_every_kind_of_features_must_be_one_row_an_image(monkeypatch):
+    ours, few = load_backbone(backbone("clip")), slice(0, 1)
+    whole = ours._read
+
+    def read(images, layers, pooled):
+        reading = whole(images, layers, pooled)
+        tokens = {n: t._replace(patch=t.patch[few], cls=t.cls[few]) for n, t in reading.layers.items()}
+        return reading._replace(layers=tokens, pooled=reading.pooled if reading.pooled is None else reading.pooled[few])
+
+    monkeypatch.setattr(ours, "_read", read)
+    for tap in (Tap("patch", 1), Tap("cls", 1), Tap("pooled"), Tap("embedding")):
+        with pytest.raises(BackboneError, match=rf"gives \(1, .*\) for 3 images at {tap}, not one row for each"):
+            ours.forward_features(torch.randn(3, 3, 32, 32), [tap])
+    ours.text_tower = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(ours.text_tower, "forward", lambda captions: torch.zeros(1, 8))
+    with pytest.raises(BackboneError, match=r"gives \(1, 8\) for 3 captions at text, not one row for each"):
+        ours.encode_text(["a", "b", "c"])
+
+
+BOTH = {"vision_config": VISION, "text_config": CLIP["text_config"]}
+UNSUPPORTED = {
+    "metaclip_2": BOTH, "blip": BOTH, "blip-2": {"vision_config": VISION}, "altclip": BOTH, "owlvit": BOTH, "git": {},
+    "yolos": COMMON | {"patch_size": 8, "image_size": [32, 48]}, "vjepa2": COMMON | {"patch_size": 8, "crop_size": 32},
+    "videomae": VISION, "vivit": VISION, "qwen2_5_vl_vision": VISION, "qwen3_vl_vision": VISION,
+    "gemma4_vision": VISION,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_a_model_that_is_not_supported_says_so(kind):
+    with pytest.raises(BackboneError, match=r"(?s)not supported.*try backbone=timm") as refusal:
+        load_backbone(transformers(UNSUPPORTED[kind] | {"model_type": kind}))
+    assert "connection" not in str(refusal.value)
+    assert "image_size=" not in str(refusal.value)

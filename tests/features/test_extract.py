@@ -18,6 +18,7 @@ from sae_lightning.features.ensure import ensure_store, main, plain
 from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.report.page import latent_groups
 from sae_lightning.saes import Normalizer, TopK
+from tests.features import jobs
 from tests.features.jobs import (
     PATCH,
     content,
@@ -241,6 +242,36 @@ def test_top_images_are_the_right_pictures_where_some_were_left_out(tmp_path):
     for row, card in zip(shown[(shown >= 0).any(1)].tolist(), cards, strict=True):
         labels = [store.class_names[store.labels[i]] for i in row if i >= 0]
         assert card["alt"] == ", ".join(labels)
+
+
+# --- an encoder that does not give one row an image ---------------------------------------------------------
+class Packing(jobs.PixelEncoder):
+    """Puts a whole batch into one sequence."""
+
+    def forward_features(self, images, taps):
+        return {tap: x.flatten(0, 1)[None] for tap, x in super().forward_features(images, taps).items()}
+
+
+def test_a_shard_whose_images_are_not_its_ids_is_never_sealed(tmp_path):
+    with pytest.raises(StoreError, match=r"shape \(1, 48, 3\) for 3 images; the backbone must give one row for each"):
+        extract_pixels(tmp_path / "s", encoder=Packing())
+    assert not list(tmp_path.rglob("*shard-*.safetensors*"))
+    writer = jobs.pixel_writer(tmp_path / "t")
+    shard = writer.begin(0)
+    shard.append(torch.ones(3, 16, 3), ["a", "b", "c"])
+    with pytest.raises(StoreError, match=r"would hold 3 images for 4 ids"):
+        writer.finish(0, shard, ["a", "b", "c", "d"], [0, 0, 0, 0])
+    assert not list(tmp_path.rglob("*shard-*.safetensors*"))
+
+
+def test_a_store_begun_with_other_images_in_a_record_is_not_sealed(tmp_path):
+    extract_pixels(tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").unlink()
+    path = tmp_path / "s" / "records" / "00001.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"image_ids": [*record["image_ids"], "one more"]}))
+    with pytest.raises(StoreError, match=r"shard-00001\.safetensors holds 4 images, its record names others; delete"):
+        extract_pixels(tmp_path / "s")
 
 
 # --- how it is begun and shared out -----------------------------------------------------------------------
