@@ -23,6 +23,7 @@ def architecture(wanted: Published) -> Any:
     spelled_out = None if wanted.architecture is None or wanted.pretrained else json.dumps(dict(wanted.architecture))
     return _architecture(str(wanted.weights or wanted.model), spelled_out)
 
+
 NOT_SUPPORTED = "Such a model is not supported; choose another, or try backbone=timm."
 
 
@@ -90,7 +91,11 @@ def build(wanted: Published, kind: str, config: Any) -> Any:
 
 def _of_the_hub(error: Exception) -> bool:
     """Whether it is about files that are not there or cannot be fetched, rather than about the model in them."""
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("huggingface_hub", "httpx", "requests")
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in (
+        "huggingface_hub",
+        "httpx",
+        "requests",
+    )
 
 
 @contextmanager

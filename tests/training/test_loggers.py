@@ -146,7 +146,13 @@ def test_monoloss_is_a_column_of_runs_that_train_with_it():
     switched = {"_target_": "sae_lightning.training.monoloss.MonoLoss"}
     assert of({"monoloss": switched | settings})["monoloss"] == 0.3
     assert of({"monoloss": switched | settings})["callbacks/monoloss/memory"] == 0.9
-    for off in ({"monoloss": settings}, {"monoloss": switched | settings | {"weight": 0}}, {"monoloss": None}, {}, None):
+    for off in (
+        {"monoloss": settings},
+        {"monoloss": switched | settings | {"weight": 0}},
+        {"monoloss": None},
+        {},
+        None,
+    ):
         assert of(off) == {"monoloss": 0.0}
 
 
