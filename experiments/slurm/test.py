@@ -156,7 +156,7 @@ class Tests:
             time.sleep(1)
             restarted(sweep, pid, "scancel", "--signal=USR2")
         logs = sweep.wait()
-        assert "stopped by SIGUSR2" in logs
+        assert "by SIGUSR2; the same line goes on" in logs
         assert "resuming from its last checkpoint" in logs
         equal(self.alone, sweep)
         return "SIGUSR2: checkpoint within the epoch, requeued, resumed, the same weights"

@@ -29,8 +29,9 @@ from sae_lightning.finetuning.similarity import align, similarity_store
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.training.checkpoints import CheckpointFiles, last_checkpoint, mend_checkpoint, remove_checkpoints
 from sae_lightning.training.history import History
-from sae_lightning.training.launch import job, launch_ranks, n_ranks, wants_ranks
+from sae_lightning.training.launch import environment, job, launch_ranks, n_ranks, wants_ranks
 from sae_lightning.training.loggers import check_loggers, checkpoint_step, close_loggers, open_loggers, settle
+from sae_lightning.training.preempt import StopWhenAsked, heeding
 from sae_lightning.training.run import build_callbacks, checkpoints, quiet
 
 MODULE = "sae_lightning.finetuning.run"  # what ranks run
@@ -42,12 +43,13 @@ def finetune(cfg: DictConfig) -> Path:
     """Fine-tune and score one classifier unless its run is finished; returns the run folder.
 
     Extracts missing similarity stores first, resumes from the run's checkpoint, and spreads over processes when
-    ``trainer.devices`` asks for it. Raises ValueError for impossible settings, before any work.
+    ``trainer.devices`` asks for it. Stops at a checkpoint when a signal asks for it (``preempt.py``). Raises ValueError
+    for impossible settings, before any work.
     """
     check(cfg)
     folder = Path(cfg.paths.runs) / run_name(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    with heeding(folder.name), FileLock(folder / ".lock"):
         if is_finished(folder):
             print(f"{folder.name}: finished before, skipped.", flush=True)
             return folder
@@ -124,13 +126,14 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     clock = EpochClock()
     callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), clock, *build_callbacks(cfg)]
     last = last_checkpoint(folder)
+    callbacks.append(StopWhenAsked(last))
     loggers = open_loggers(cfg, folder, start=checkpoint_step(last))
     trainer = L.Trainer(
         **trainer_settings(cfg),
         logger=loggers or False,
         callbacks=callbacks,
         default_root_dir=folder,
-        plugins=[CheckpointFiles(last)],
+        plugins=[*environment(), CheckpointFiles(last)],
         use_distributed_sampler=False,
     )
     if last.is_file():

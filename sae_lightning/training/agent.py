@@ -1,7 +1,8 @@
 """torchrun's agent between a job and its ranks, which ends with the job and says which rank failed and why.
 
 Run as a file, which spares it the package's imports; takes torchrun's arguments. It leaves SIGUSR1 and SIGUSR2, which
-SLURM sends to every process of a job, to the job and its ranks.
+SLURM sends to every process of a job, to the job and its ranks, and SIGHUP and SIGINT, which a terminal sends to every
+process in it, to the job.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ def die_with_parent(signum: int) -> None:
 
 def main() -> None:
     """Run torchrun; exits with 1 when a rank fails, and with 128 + n when stopped by signal n."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # and so in the ranks, until they take them
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # and so in the ranks, until they take the first two
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGTERM"  # torchrun's default: also those of the terminal
     die_with_parent(signal.SIGTERM)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException

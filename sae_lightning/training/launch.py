@@ -23,7 +23,7 @@ from sae_lightning.limits import cores
 from sae_lightning.training import agent
 from sae_lightning.training.agent import FAILURES
 from sae_lightning.training.nodes import call_meeting, find_meeting, node
-from sae_lightning.training.preempt import FLAG, Preempted, asked, working
+from sae_lightning.training.preempt import FLAG, STEPS, Preempted, asked, working
 
 GRACE = 90.0  # seconds that ranks have to stop by themselves when a signal asks for it
 SHUTDOWN = 40.0  # seconds that torchrun has to end its ranks, of which it gives them 30
@@ -72,7 +72,7 @@ def launch_ranks(
     count = n_ranks(cfg) if count is None else count
     if index == 0:
         OmegaConf.save(cfg, config, resolve=resolve)
-    where = ["--standalone"]
+    where = ["--standalone", "--local-addr=127.0.0.1"]  # this host's own name may not resolve
     if nodes > 1:
         meeting = call_meeting(folder) if index == 0 else find_meeting(folder)
         if meeting is None:
@@ -92,13 +92,14 @@ def launch_ranks(
         ]  # fmt: skip
         code = _watch(subprocess.Popen(command, env=variables), stop)
         said = failures.read_text() if failures.is_file() else ""
+        steps = Path(f"{stop}{STEPS}").read_text().split() if Path(f"{stop}{STEPS}").is_file() else []
     signum = asked()
     if signum and not said:
-        raise Preempted(signum)
+        raise Preempted(signum, *map(int, steps))
     if code != 0:
         raise RuntimeError(
             f"{folder.name}: one of its {count * nodes} ranks failed ({said or f'exit {code}'}); its traceback is "
-            "above, or in this job's log. The same command resumes from the last checkpoint."
+            "above, or in this job's log. The same line goes on from the last checkpoint."
         )
 
 

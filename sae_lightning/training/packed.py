@@ -131,7 +131,7 @@ def fit_together(members: dict[Path, DictConfig], world: int = 1) -> list[Path]:
     if failures and world > 1:
         raise next(iter(failures.values()))
     if preempted:
-        raise preempted[0]
+        raise Preempted(preempted[0].signum, *(step for error in preempted for step in error.steps))
     return list(failures)
 
 

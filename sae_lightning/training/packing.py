@@ -24,13 +24,14 @@ def stream_key(cfg: DictConfig) -> str:
 def grouped(cfgs: Sequence[DictConfig], in_turn: bool) -> list[list[int]]:
     """Indices of ``cfgs``, those of a group being one job; ``in_turn`` says that jobs run one after another here.
 
-    Groups and their members come in the order of ``cfgs``. ValueError for an unknown ``pack.when``.
+    Groups and their members come in the order of ``cfgs``. A run with a profiler, which watches its whole process, is
+    alone. ValueError for an unknown ``pack.when``.
     """
     groups: dict[str, list[int]] = {}
     for i, cfg in enumerate(cfgs):
         if cfg.pack.when not in WHEN:
             raise ValueError(f"Unknown pack.when={cfg.pack.when}; choose one of {', '.join(WHEN)}.")
-        alone = cfg.pack.when == "never" or cfg.trainer.num_nodes > 1
+        alone = cfg.pack.when == "never" or cfg.trainer.num_nodes > 1 or cfg.trainer.get("profiler") is not None
         packed = not alone and (cfg.pack.when == "always" or in_turn)
         groups.setdefault(stream_key(cfg) if packed else str(i), []).append(i)
     return [part for group in groups.values() for part in _parts(group, cfgs[group[0]].pack.members)]

@@ -95,8 +95,11 @@ def test_runs_that_read_otherwise_are_apart(config):
     assert groups == [[0, 1, 2, 3, 4], *([i] for i in range(5, 13))]
 
 
-def test_several_nodes_are_not_packed(config):
-    assert grouped([config("trainer.num_nodes=2", f"k={k}") for k in (2, 4)], in_turn=True) == [[0], [1]]
+@pytest.mark.parametrize("setting", ["trainer.num_nodes=2", "++trainer.profiler=pytorch"])
+def test_several_nodes_and_profiled_runs_are_not_packed(setting, config):
+    """PyTorch's profiler watches a process: in threads that run side by side it ends in a segmentation fault."""
+    cfgs = [config(setting, f"k={k}", "pack.when=always") for k in (2, 4)]
+    assert grouped(cfgs, in_turn=True) == [[0], [1]]
 
 
 def test_at_most_so_many_members_in_parts_of_equal_size(config):

@@ -49,7 +49,7 @@ def test_a_run_stopped_in_any_step_goes_on_to_the_same_weights(name, at, config,
     with pytest.raises(SystemExit) as stopped:
         train(config(f"+callbacks.signal={{_target_: tests.training.crash.Signal, at: {at}, name: {name}}}"))
     assert stopped.value.code == 128 + getattr(signal, name)
-    assert f"stopped by {name}" in capsys.readouterr().out
+    assert f"stopped at step {at + 1} by {name}; the same line goes on" in capsys.readouterr().out
     assert [signal.getsignal(number) for number in preempt.SIGNALS] == before
     (run,) = (tmp_path / "runs").iterdir()
     assert not (run / "result.json").exists()

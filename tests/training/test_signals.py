@@ -1,0 +1,166 @@
+"""A closed terminal and Ctrl-C end a training as SLURM's signals do: at a checkpoint, with a sentence."""
+
+import os
+import pty
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.run
+
+from sae_lightning.finetuning.run import finetune
+from sae_lightning.training import agent, launch, preempt
+from sae_lightning.training.checkpoints import last_checkpoint
+from sae_lightning.training.packed import train_packed
+from sae_lightning.training.preempt import STEPS, Preempted, heeding, working
+from sae_lightning.training.run import train
+from tests.finetuning.conftest import settings  # noqa: F401
+
+
+def sent(name: str, at: int) -> str:
+    return f"+callbacks.signal={{_target_: tests.training.crash.Signal, at: {at}, name: {name}}}"
+
+
+def checkpoint_step(run: Path) -> int:
+    return torch.load(last_checkpoint(run), weights_only=True)["global_step"]
+
+
+def status_of(work) -> int:
+    """The exit status of a process forked off this one that does ``work``, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize(("name", "said"), [("SIGHUP", "SIGHUP"), ("SIGINT", "Ctrl-C")])
+def test_a_run_stops_at_a_checkpoint_and_says_where(name, said, config, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(config(sent(name, 2)))
+    assert stopped.value.code == 128 + getattr(signal, name)
+    assert f"stopped at step 3 by {said}; the same line goes on from there" in capsys.readouterr().out
+    (run,) = (tmp_path / "runs").iterdir()
+    assert checkpoint_step(run) == 3
+
+
+def test_a_pack_stops_at_checkpoints_and_says_where(config, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_packed([config("k=4", "pack.workers=1"), config("k=8", "pack.workers=1", sent("SIGHUP", 2))])
+    assert stopped.value.code == 128 + signal.SIGHUP
+    steps = sorted({checkpoint_step(run) for run in (tmp_path / "runs").iterdir()})
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    at = " and ".join(map(str, steps))
+    assert f"2 runs side by side: stopped at step {at} by SIGHUP; the same line" in capsys.readouterr().out
+
+
+def test_a_fine_tuning_stops_at_a_checkpoint_and_goes_on(settings, tmp_path, capsys):  # noqa: F811
+    with pytest.raises(SystemExit) as stopped:
+        finetune(settings("epochs=2", sent("SIGINT", 1)))
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert "stopped at step 2 by Ctrl-C" in capsys.readouterr().out
+    (run,) = (tmp_path / "runs").iterdir()
+    assert checkpoint_step(run) == 2
+    finetune(settings("epochs=2"))
+    assert "resuming from its last checkpoint" in capsys.readouterr().out
+
+
+def test_what_is_ignored_stays_ignored():
+    """nohup, and a shell's background jobs."""
+    before = [signal.signal(number, signal.SIG_IGN) for number in preempt.TERMINAL]
+    try:
+        with heeding("a run"), working():
+            for number in preempt.TERMINAL:
+                signal.raise_signal(number)
+            assert preempt.asked() is None
+        assert [signal.getsignal(number) for number in preempt.TERMINAL] == [signal.SIG_IGN] * 2
+    finally:
+        for number, handler in zip(preempt.TERMINAL, before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_second_ctrl_c_stops_at_once(capfd):
+    with heeding("a run"), working():
+        signal.raise_signal(signal.SIGINT)
+        assert preempt.asked() == signal.SIGINT
+        assert "Once more stops at once" in capfd.readouterr().err
+        with pytest.raises(SystemExit) as stopped:
+            signal.raise_signal(signal.SIGINT)
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert "the same line goes on from the last checkpoint" in capfd.readouterr().out
+
+
+def test_workers_leave_the_terminal_s_signals_to_their_parent():
+    with heeding("a run"):
+        assert status_of(lambda: [signal.raise_signal(number) for number in preempt.TERMINAL]) == 0
+        assert status_of(lambda: signal.raise_signal(signal.SIGTERM)) == -signal.SIGTERM
+
+
+def test_progress_goes_nowhere_where_the_terminal_is_gone():
+    """The next line of a bar would be an error before the checkpoint is written."""
+    terminal, slave = pty.openpty()
+    os.close(terminal)
+
+    def work() -> None:
+        os.dup2(slave, 1)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.write(1, b"progress")
+        with heeding("a run"), working():
+            signal.raise_signal(signal.SIGHUP)
+            os.write(1, b"progress")
+            assert preempt.asked() == signal.SIGHUP
+
+    assert status_of(work) == 0
+    os.close(slave)
+
+
+class Torchrun:
+    """Instead of torchrun: shows its command, and ends once its ranks are asked to stop, which say where they are."""
+
+    returncode = 0
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        self.stop = Path(env[preempt.FLAG])
+        seen.append(command)
+
+    def poll(self) -> int | None:
+        if self.stop.exists():
+            Path(f"{self.stop}{STEPS}").write_text("7\n7\n")
+        return 0 if self.stop.exists() else None
+
+    def wait(self, timeout: float) -> None:
+        signal.raise_signal(signal.SIGHUP)
+        time.sleep(0.01)
+        raise subprocess.TimeoutExpired("torchrun", timeout)
+
+
+seen: list[list[str]] = []
+
+
+def test_ranks_are_asked_to_stop_and_meet_on_the_loopback_address(config, tmp_path, monkeypatch):
+    """This host's own name need not resolve."""
+    monkeypatch.setattr(launch.subprocess, "Popen", Torchrun)
+    with heeding("a run"), pytest.raises(Preempted) as stopped:
+        launch.launch_ranks(config("trainer.devices=2"), tmp_path)
+    assert (stopped.value.signum, stopped.value.steps) == (signal.SIGHUP, (7, 7))
+    assert {"--standalone", "--local-addr=127.0.0.1"} <= set(seen.pop())
+
+
+def test_torchrun_and_its_ranks_leave_the_terminal_s_signals_to_the_job(monkeypatch):
+    def run(arguments) -> None:
+        for number in (*preempt.TERMINAL, signal.SIGUSR1, signal.SIGUSR2):
+            assert signal.getsignal(number) == signal.SIG_IGN
+        assert arguments.signals_to_handle == "SIGTERM"
+
+    def work() -> None:
+        monkeypatch.setattr(torch.distributed.run, "run", run)
+        monkeypatch.setattr(agent.sys, "argv", ["agent.py", "-m", "module"])
+        agent.main()
+
+    assert status_of(work) == 0
