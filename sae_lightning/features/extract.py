@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from sae_lightning.backbones import Backbone, Tap
 from sae_lightning.data import DataError, ImageData
+from sae_lightning.data.loader import PictureLoader, pixel_bytes
 from sae_lightning.features.claims import Claims
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.sink import Encoded, Sink
@@ -133,9 +134,9 @@ def _pass(
         while True:
             bar.update(claims.finished_images() - bar.n)
             if claims.ready():
-                loader = DataLoader(
-                    samples, batch_sampler=claims, num_workers=workers, collate_fn=collate,
-                    pin_memory=settings.target().type == "cuda",
+                loader = PictureLoader(
+                    samples, pixel_bytes(backbone.image_size, settings.batch_size), workers, "extract.num_workers",
+                    collate, batch_sampler=claims, pin_memory=settings.target().type == "cuda",
                 )  # fmt: skip
                 _encode(images, loader, encode, writers, claims, settings, bar, summary)
             if settings.part is not None or claims.all_finished():

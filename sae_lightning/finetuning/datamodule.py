@@ -7,9 +7,10 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from sae_lightning.data import ImageData
+from sae_lightning.data.loader import PictureLoader, pixel_bytes
 from sae_lightning.features.datamodule import next_batch
 from sae_lightning.finetuning.pictures import AugmentedPictures, EpochBatches, Pictures
 from sae_lightning.finetuning.preprocess import Preprocess
@@ -48,7 +49,7 @@ class PictureDataModule(L.LightningDataModule):
         if self._start is not None:
             batches.seek(*self._start)
         pictures = AugmentedPictures(self.train, self.preprocess.training(self.augment), self.seed)
-        return DataLoader(pictures, batch_sampler=batches, **self._loading())
+        return self._loader(pictures, batch_sampler=batches)
 
     def val_dataloader(self) -> Any:
         """Every image once, dealt to the ranks; nothing without a validation split."""
@@ -56,11 +57,15 @@ class PictureDataModule(L.LightningDataModule):
             return []
         pictures = Pictures(self.val, self.preprocess.evaluation(self.augment))
         mine = Subset(pictures, range(rank(), len(pictures), world_size()))
-        return DataLoader(mine, batch_size=max(1, self.batch_size // world_size()), **self._loading())
+        return self._loader(mine, batch_size=max(1, self.batch_size // world_size()))
 
-    def _loading(self) -> dict[str, Any]:
-        count = workers(self.preprocess.image_size, self.num_workers, world_size())
-        return {"num_workers": count, "persistent_workers": count > 0, "pin_memory": torch.cuda.is_available()}
+    def _loader(self, pictures: Dataset, **batches: Any) -> DataLoader:
+        size, ranks = self.preprocess.image_size, world_size()
+        count = workers(size, self.num_workers, ranks)
+        return PictureLoader(
+            pictures, pixel_bytes(size, max(1, self.batch_size // ranks)), count, persistent_workers=count > 0,
+            pin_memory=torch.cuda.is_available(), **batches,
+        )  # fmt: skip
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         pixels, labels, index = batch

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from sae_lightning.data import ImageData
+from sae_lightning.data.loader import PictureLoader
 from sae_lightning.finetuning.classifier import Classifier
 from sae_lightning.finetuning.module import correct
 from sae_lightning.finetuning.pictures import Pictures, Transform
@@ -35,7 +35,8 @@ def predict(
 ) -> Predictions:  # fmt: skip
     """Run ``classifier`` in float32 and evaluation mode over all ``images``; the results are on the CPU."""
     classifier = classifier.to(device).eval()
-    loader = DataLoader(Pictures(images, transform), batch_size=batch_size, num_workers=num_workers)
+    batch_bytes = batch_size * transform(images[0]).nbytes if num_workers else 0
+    loader = PictureLoader(Pictures(images, transform), batch_bytes, num_workers, batch_size=batch_size)
     parts = []
     for pixels, labels, _ in loader:
         logits, activations = classifier(pixels.to(device, non_blocking=True))

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from sae_lightning.apps.bias.classifier import Interval, mean_of
@@ -17,6 +16,7 @@ from sae_lightning.apps.bias.study import Study, study
 from sae_lightning.apps.bias.task import Members, batches
 from sae_lightning.apps.opened import Opened
 from sae_lightning.data import DataError, ImageData
+from sae_lightning.data.loader import PictureLoader, pixel_bytes
 from sae_lightning.data.planted import assign, planted
 from sae_lightning.features.ensure import tap_of
 from sae_lightning.features.extract import Pictures, Settings, collate, encoder
@@ -166,9 +166,10 @@ def encoded(opened: Opened, images: ImageData, device: str) -> Iterator[Tensor]:
     """Raw features [b, P, d_in] of pictures, of the kind that the SAE was trained on; DataError for a broken one."""
     tap, settings = tap_of(opened.config), Settings(device=device)
     encode = encoder(opened.backbone, [tap], settings)
-    loader = DataLoader(
-        Pictures(images, opened.backbone.transform), BATCH, collate_fn=collate,
-        num_workers=settings.workers(opened.backbone.image_size),
+    size = opened.backbone.image_size
+    loader = PictureLoader(
+        Pictures(images, opened.backbone.transform), pixel_bytes(size, BATCH), settings.workers(size),
+        "extract.num_workers", collate, batch_size=BATCH,
     )  # fmt: skip
     for pixels, errors in tqdm(loader, f"Encoding {images.name} {images.split}", unit="batch", leave=False):
         if errors:
