@@ -77,7 +77,7 @@ class Handover:
 
     def __call__(self, samples: list) -> Any:
         if get_worker_info() is not None:
-            Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[method-assign,assignment]
+            Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
         batch = self.collate(samples)
         return as_arrays(batch) if self.by_pipe else batch
 
