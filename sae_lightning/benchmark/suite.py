@@ -17,7 +17,6 @@ from operator import or_
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from sae_lightning.benchmark.across_seeds import score_stability
@@ -28,6 +27,7 @@ from sae_lightning.benchmark.ranks import Ranks
 from sae_lightning.benchmark.scoring_pass import Gather, ScoringPass
 from sae_lightning.benchmark.streaming import stream
 from sae_lightning.benchmark.table import put_scores
+from sae_lightning.locks import held
 
 ALONE = Ranks()
 
@@ -180,16 +180,8 @@ def _score_parts(work: _Work, shared: dict[str, Any], ranks: Ranks, bar: tqdm) -
 @contextmanager
 def scoring_lock(run: Path) -> Iterator[None]:
     """Keep other processes from scoring ``run``; says once that it waits for one that does."""
-    lock = FileLock(run / "evaluation.lock")
-    try:
-        lock.acquire(timeout=0.1)
-    except Timeout:
-        print(f"Another job is scoring {run.name}; waiting for it.", flush=True)
-        lock.acquire()
-    try:
+    with held(run / "evaluation.lock", f"scoring {run.name}"):
         yield
-    finally:
-        lock.release()
 
 
 def _rank_name(rank: int, world: int) -> str:

@@ -6,10 +6,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from filelock import FileLock
-
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.writer import StoreWriter
+from sae_lightning.locks import Lock
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Claims:
         self.n_shards = -(-n_images // self.per_shard)
         self.issued: deque[Batch] = deque()
         self._range = range(self.n_shards * part // parts, self.n_shards * (part + 1) // parts)
-        self._held: dict[int, list[FileLock]] = {}
+        self._held: dict[int, list[Lock]] = {}
         self._next: int | None = None
 
     def images_of(self, shard: int) -> range:
@@ -82,7 +81,7 @@ class Claims:
         for shard in self._range:
             if shard in self._held or self.finished(shard):
                 continue
-            locks: list[FileLock] = []
+            locks: list[Lock] = []
             for writer in self.writers:
                 lock = writer.claim(shard)
                 if lock is None:

@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.backbones import Backbone, BackboneError, Tap, default_layer, identity, load_backbone
@@ -27,6 +26,7 @@ from sae_lightning.features.stream_extract import extract_stream
 from sae_lightning.features.upkeep import mend, merge_stores
 from sae_lightning.features.writer import StoreWriter, cannot_write
 from sae_lightning.limits import cores
+from sae_lightning.locks import LockError, held
 
 FORMAT = "2"  # of what a store holds, for the fingerprint
 SHARD_BYTES = 256 << 20  # of patch tokens
@@ -214,19 +214,16 @@ def _spawn(cfg: DictConfig, images: Images, taps: Sequence[Tap], devices: int) -
 @contextmanager
 def waiting_lock(folder: Path) -> Iterator[None]:
     """A lock file beside ``folder``; says once that it waits for another job."""
-    lock = FileLock(folder.with_name(folder.name + ".lock"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0.1)
-    except Timeout:
-        print(f"Another job is extracting {folder}; waiting for it.", flush=True)
-        lock.acquire()
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-    try:
+    with ExitStack() as locks:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(held(folder.with_name(folder.name + ".lock"), f"extracting {folder}"))
+        except (OSError, LockError) as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            if not isinstance(cause, OSError):
+                raise
+            raise cannot_write(folder, cause) from error
         yield
-    finally:
-        lock.release()
 
 
 def plain(node: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
-from filelock import FileLock
 from torch import Tensor
 
 from sae_lightning.backbones import Backbone, Tap
@@ -29,6 +28,7 @@ from sae_lightning.features.record import RECORDS, read_record
 from sae_lightning.features.sink import Encoded, Sink
 from sae_lightning.features.writer import StoreWriter
 from sae_lightning.limits import cores
+from sae_lightning.locks import Lock
 
 AHEAD = 4  # batches that are being decoded while one is encoded
 
@@ -60,7 +60,7 @@ def extract_stream(
     for tap in wanted:
         backbone.check(tap)
     summary = Summary()
-    locks: list[FileLock] = []
+    locks: list[Lock] = []
     try:
         for writer in sorted(wanted.values(), key=lambda writer: writer.folder):  # so that no two wait for each other
             while (lock := writer.claim("stream")) is None:

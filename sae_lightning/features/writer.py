@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors.torch import save
 
 from sae_lightning.features.codec import check_dtype
@@ -25,6 +25,7 @@ from sae_lightning.features.manifest import MANIFEST, SCHEMA, Manifest, Shard, S
 from sae_lightning.features.moments import Moments, merge
 from sae_lightning.features.record import RECORDS, Record, read_record, record_path, shard_name, write_record
 from sae_lightning.features.shard import ShardFile, data_sha256, sync_folder
+from sae_lightning.locks import Lock
 
 VERSIONS = ("torch", "timm", "transformers", "safetensors")
 PLAN, CLAIMS = "plan.json", "claims"
@@ -80,9 +81,9 @@ class StoreWriter:
         """Whether shard ``index`` is finished."""
         return record_path(self.folder, index).is_file() or self.sealed
 
-    def claim(self, index: int | str) -> FileLock | None:
+    def claim(self, index: int | str) -> Lock | None:
         """A held lock on shard ``index``, or None while another process holds it. Release it when done."""
-        lock = FileLock(self.folder / CLAIMS / f"{index}.lock", thread_local=False)
+        lock = Lock(self.folder / CLAIMS / f"{index}.lock", thread_local=False)
         try:
             (self.folder / CLAIMS).mkdir(exist_ok=True)
             lock.acquire(timeout=0)
@@ -194,9 +195,9 @@ def whole_labels(class_names: list[str] | None, labels: list[Any]) -> tuple[list
 
 
 # --- the folder's state ---------------------------------------------------------------------------------
-def state_lock(folder: Path) -> FileLock:
+def state_lock(folder: Path) -> Lock:
     """To be held while a store is begun, sealed, tidied or mended; it lies beside the folder, hidden."""
-    return FileLock(folder.with_name(f".{folder.name}.lock"))
+    return Lock(folder.with_name(f".{folder.name}.lock"))
 
 
 def write_plan(folder: Path, fingerprint: str, dtype: str, images_per_shard: int) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.data import ImageData, load_images
@@ -26,6 +25,7 @@ from sae_lightning.finetuning.pictures import EpochBatches
 from sae_lightning.finetuning.preprocess import check_augment
 from sae_lightning.finetuning.scores import predict, scores
 from sae_lightning.finetuning.similarity import align, similarity_store
+from sae_lightning.locks import held
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.training.checkpoints import CheckpointFiles, last_checkpoint, mend_checkpoint, remove_checkpoints
 from sae_lightning.training.history import History
@@ -49,7 +49,7 @@ def finetune(cfg: DictConfig) -> Path:
     check(cfg)
     folder = Path(cfg.paths.runs) / run_name(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    with heeding(folder.name), FileLock(folder / ".lock"):
+    with heeding(folder.name), held(folder / ".lock", f"fine-tuning {folder.name}"):
         if is_finished(folder):
             print(f"{folder.name}: finished before, skipped.", flush=True)
             return folder

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
+
+from sae_lightning.locks import Lock
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -43,7 +45,7 @@ class OneGPU(Callback):
             os.environ[VISIBLE] = take(self.gpus, Path(config.hydra.sweep.dir) / ".gpus")
 
 
-_taken: list[tuple[str, FileLock]] = []  # by this process
+_taken: list[tuple[str, Lock]] = []  # by this process
 
 
 def take(gpus: list[str], folder: Path) -> str:
@@ -52,7 +54,7 @@ def take(gpus: list[str], folder: Path) -> str:
         return _taken[0][0]
     folder.mkdir(parents=True, exist_ok=True)
     for gpu in gpus:
-        lock = FileLock(folder / f"{gpu.replace('/', '-')}.lock")
+        lock = Lock(folder / f"{gpu.replace('/', '-')}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -17,12 +17,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
 from sae_lightning.features.ensure import ensure_store
 from sae_lightning.features.shared import Seat, SharedStream, StreamStoppedError
+from sae_lightning.locks import held
 from sae_lightning.training.checkpoints import mend_checkpoint
 from sae_lightning.training.identity import run_name
 from sae_lightning.training.launch import job, launch_ranks, n_ranks, wants_ranks
@@ -48,7 +48,7 @@ def train_packed(cfgs: Sequence[DictConfig]) -> list[Path]:
     with heeding(f"{len(folders)} runs side by side"), ExitStack() as locks:
         for folder in sorted(folders):
             folder.mkdir(parents=True, exist_ok=True)
-            locks.enter_context(FileLock(folder / ".lock"))
+            locks.enter_context(held(folder / ".lock", f"training {folder.name}"))
         todo = {}
         for folder, cfg in folders.items():
             if is_finished(folder):

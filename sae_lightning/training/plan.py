@@ -8,9 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
+from sae_lightning.locks import Lock, held
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.training.checkpoints import last_checkpoint
 from sae_lightning.training.damage import set_aside
@@ -30,7 +30,7 @@ def note_plan(cfgs: Sequence[DictConfig], overrides: Sequence[Sequence[str]], sw
         }  # fmt: skip
     for folder, runs in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{PLAN}.lock"):
+        with held(folder / f".{PLAN}.lock", f"planning a sweep in {folder}"):
             write_json(folder / PLAN, planned(folder) | runs)
 
 
@@ -82,13 +82,7 @@ def state_of(run: Path) -> State:
 
 
 def _held(run: Path) -> bool:
-    if not (run / ".lock").exists():
-        return False
-    try:
-        with FileLock(run / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
+    return (run / ".lock").exists() and Lock(run / ".lock").taken()
 
 
 def _last_step(run: Path) -> int | None:

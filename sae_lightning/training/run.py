@@ -12,13 +12,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.features.datamodule import FeatureDataModule, InOrder
 from sae_lightning.features.ensure import ensure_store, plain
 from sae_lightning.features.shared import Seat
 from sae_lightning.features.store import FeatureStore
+from sae_lightning.locks import held
 from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
 from sae_lightning.saes.artefact import read_cfg, write_json
 from sae_lightning.training.checkpoints import CheckpointFiles, last_checkpoint, mend_checkpoint, remove_checkpoints
@@ -55,7 +55,7 @@ def train(cfg: DictConfig) -> Path:
 
 def _lead(cfg: DictConfig, folder: Path) -> None:
     """What the first or only node of a job does for one run."""
-    with FileLock(folder / ".lock"), leading(folder):
+    with held(folder / ".lock", f"training {folder.name}"), leading(folder):
         if is_finished(folder):
             print(f"{folder.name}: finished before, skipped.", flush=True)
             return
