@@ -13,6 +13,7 @@ from sae_lightning.benchmark.job import Settings
 from sae_lightning.benchmark.ranks import Ranks, ranks
 from sae_lightning.benchmark.similarity import similarity_of
 from sae_lightning.benchmark.suite import evaluate_runs
+from sae_lightning.kernels.build import lend_cache
 from sae_lightning.training.launch import job, launch_ranks
 
 
@@ -30,6 +31,7 @@ def evaluate(cfg: DictConfig) -> list[Path]:
     With ``cfg.devices`` above 1 further processes do the work. FileNotFoundError when no run matches; StoreError,
     DataError, BackboneError or ValueError with a sentence for what cannot be done.
     """
+    lend_cache(Path(cfg.paths.runs))
     runs = finished_runs(cfg.runs, Path(cfg.paths.runs))
     if cfg.devices > 1:
         with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from sae_lightning.data.scan import size_and_time
 from sae_lightning.data.tar_samples import Keys, samples
-from sae_lightning.kernels.build import cache_folder
+from sae_lightning.kernels.build import CacheError, cache_folder
 
 FORMAT = 1
 SCHEMA = pa.schema(
@@ -46,7 +46,10 @@ def index_tars(tars: Sequence[Path], keys: Keys) -> TarIndex:
     marks = np.array([size_and_time(tar) for tar in tars], dtype=np.int64)
     places = [str(tar.resolve()) for tar in tars]
     made_from = json.dumps([FORMAT, keys.label, keys.caption, places, marks.tolist()])
-    file = cache_folder() / "tar-index" / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.parquet"
+    try:
+        file = cache_folder() / "tar-index" / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.parquet"
+    except CacheError:
+        return TarIndex(list(tars), marks, _build(tars, keys))
     try:
         table = pq.read_table(file, schema=SCHEMA)
     except (OSError, pa.ArrowInvalid):

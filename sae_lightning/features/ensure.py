@@ -25,6 +25,7 @@ from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.features.stream_extract import extract_stream
 from sae_lightning.features.upkeep import mend, merge_stores
 from sae_lightning.features.writer import StoreWriter, cannot_write
+from sae_lightning.kernels.build import lend_cache
 from sae_lightning.limits import cores
 from sae_lightning.locks import LockError, held
 
@@ -95,6 +96,7 @@ def extract_stores(cfg: DictConfig, images: Images, taps: Sequence[Tap]) -> dict
 
     A sealed store with damaged shards gets these anew. Raises DataError, BackboneError or StoreError.
     """
+    lend_cache(Path(cfg.paths.stores))
     folders = {tap: store_folder(cfg, images, tap, fingerprint(cfg, images, tap)) for tap in taps}
     if isinstance(images, ImageStream) and cfg.extract.get("part") is not None:
         return _part_of_stream(cfg, images, folders)

@@ -25,6 +25,7 @@ from sae_lightning.finetuning.pictures import EpochBatches
 from sae_lightning.finetuning.preprocess import check_augment
 from sae_lightning.finetuning.scores import predict, scores
 from sae_lightning.finetuning.similarity import align, similarity_store
+from sae_lightning.kernels.build import lend_cache
 from sae_lightning.locks import held
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.training.checkpoints import CheckpointFiles, last_checkpoint, mend_checkpoint, remove_checkpoints
@@ -47,6 +48,7 @@ def finetune(cfg: DictConfig) -> Path:
     for impossible settings, before any work.
     """
     check(cfg)
+    lend_cache(Path(cfg.paths.runs))
     folder = Path(cfg.paths.runs) / run_name(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     with heeding(folder.name), held(folder / ".lock", f"fine-tuning {folder.name}"):

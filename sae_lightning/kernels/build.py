@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -18,12 +20,42 @@ SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-std=gnu11"]
 
 
+class CacheError(OSError):
+    """The folder for compiled kernels cannot be used."""
+
+
 def cache_folder() -> Path:
-    """Where compiled kernels lie: ``$SAE_LIGHTNING_CACHE`` or the user's cache folder."""
-    chosen = os.environ.get("SAE_LIGHTNING_CACHE")
+    """Where compiled kernels lie: ``$SAE_LIGHTNING_CACHE`` or in the user's cache folder; CacheError without either."""
+    chosen, caches = os.environ.get("SAE_LIGHTNING_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sae_lightning"
+    try:
+        return (Path(caches) if caches else Path.home() / ".cache") / "sae_lightning"
+    except RuntimeError as error:
+        raise CacheError("this user has no home folder") from error
+
+
+def lend_cache(folder: Path) -> None:
+    """Where this user has no home folder to write to, as in many containers, let caches be in ``folder``.
+
+    That is, of all libraries which heed XDG_CACHE_HOME, in this process and those that it starts.
+    """
+    if os.environ.get("SAE_LIGHTNING_CACHE") or os.environ.get("XDG_CACHE_HOME"):
+        return
+    try:
+        _make_writable(cache_folder())
+    except CacheError:
+        os.environ["XDG_CACHE_HOME"] = str(folder.absolute() / ".cache")
+
+
+def _make_writable(folder: Path) -> None:
+    """Make ``folder``; CacheError where this user may not write there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise CacheError(f"cannot write {folder}: {error.strerror}") from error
 
 
 def _processor() -> str:
@@ -37,7 +69,7 @@ def _processor() -> str:
 
 def _compile(compiler: str, library: Path) -> None:
     """Build ``library``, with threads if the compiler has OpenMP; OSError says what it complained of."""
-    library.parent.mkdir(parents=True, exist_ok=True)
+    _make_writable(library.parent)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         files = [str(path) for path in SOURCES if path.suffix == ".c"]
@@ -69,18 +101,29 @@ def load_native() -> ctypes.CDLL | None:
         return None
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     made_from = "\n".join([*(path.read_text() for path in SOURCES), *FLAGS, _processor(), compiler or ""])
-    library = cache_folder() / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
-        if not library.is_file():
-            if compiler is None:
-                raise OSError("there is no C compiler (cc) on the path")
-            _compile(compiler, library)
+        library = cache_folder() / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
         _share_threads()
-        return ctypes.CDLL(str(library))
+        with suppress(OSError):  # missing, or cut by a crash
+            return ctypes.CDLL(str(library))
+        if compiler is None:
+            raise OSError("there is no C compiler (cc) on the path")
+        _compile(compiler, library)
+        return _loaded(library)
     except OSError as error:
+        place = isinstance(error, CacheError)
+        change = "Set SAE_LIGHTNING_CACHE to a folder that can be written" if place else "Install a C compiler"
         warnings.warn(
             f"The CPU kernels cannot be built ({error}); training on the CPU falls back to PyTorch's operators, "
-            "which are slower. Install a C compiler, or set SAE_LIGHTNING_NATIVE=0 to silence this.",
+            f"which are slower. {change}, or set SAE_LIGHTNING_NATIVE=0 to silence this.",
             stacklevel=2,
         )
         return None
+
+
+def _loaded(library: Path) -> ctypes.CDLL:
+    """A library that was just built; CacheError where its folder's file system lets nothing be executed."""
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise CacheError(f"cannot execute what lies in {library.parent}: {error}") from error

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from sae_lightning.features.ensure import ensure_store
 from sae_lightning.features.shared import Seat, SharedStream, StreamStoppedError
+from sae_lightning.kernels.build import lend_cache
 from sae_lightning.locks import held
 from sae_lightning.training.checkpoints import mend_checkpoint
 from sae_lightning.training.identity import run_name
@@ -45,6 +46,7 @@ def train_packed(cfgs: Sequence[DictConfig]) -> list[Path]:
     """
     folders = {Path(cfg.paths.runs) / run_name(cfg): cfg for cfg in cfgs}
     failed: list[Path] = []
+    lend_cache(Path(cfgs[0].paths.runs))
     with heeding(f"{len(folders)} runs side by side"), ExitStack() as locks:
         for folder in sorted(folders):
             folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from sae_lightning.features.datamodule import FeatureDataModule, InOrder
 from sae_lightning.features.ensure import ensure_store, plain
 from sae_lightning.features.shared import Seat
 from sae_lightning.features.store import FeatureStore
+from sae_lightning.kernels.build import lend_cache
 from sae_lightning.locks import held
 from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
 from sae_lightning.saes.artefact import read_cfg, write_json
@@ -46,6 +47,7 @@ def train(cfg: DictConfig) -> Path:
     """
     check(cfg)
     check_tasks(cfg)
+    lend_cache(Path(cfg.paths.runs))
     folder = Path(cfg.paths.runs) / run_name(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     with heeding(folder.name):
