@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sae_lightning.data.errors import DataError
+from sae_lightning.data.errors import DataError, tell
 from sae_lightning.data.images import ImageData
-from sae_lightning.data.labels import UNLABELLED
-from sae_lightning.data.scan import SUFFIXES, Scan, existing_folder, scan
-from sae_lightning.data.splits import SPLITS, USUAL, choose_splits, cut, missing_splits
+from sae_lightning.data.labels import UNLABELLED, class_name, tell_unseen
+from sae_lightning.data.scan import Scan, by_suffix, existing_folder, has_picture, level, scan
+from sae_lightning.data.splits import SPLITS, by_split, choose_splits, cut, missing_splits, split_of_name
 from sae_lightning.data.texts import TextFiles, Texts
 
 
@@ -32,12 +33,15 @@ def load_folder(cfg: dict[str, Any], split: str) -> ImageData:
     named = named_folders(root, cfg.get("folders"))
     present = [*named.values()] if named else split_folders(root)
     if not present:
-        found = scan(root)
-        names, split_of = class_names(root), dict.fromkeys(SPLITS, "")
+        names, split_of = sorted(set(class_names(root))), dict.fromkeys(SPLITS, "")
     else:
-        split_of = choose_splits(named, present, str(root))
-        found = scan(root, split_of[split])
-        names = sorted(set().union(*(class_names(root / folder) for folder in split_of.values())))
+        split_of = choose_splits(named, present, str(root), "data.folders")
+        of_folder = {folder: class_names(root / folder) for folder in split_of.values()}
+        names = sorted(set().union(*of_folder.values()))
+        own, of_train = of_folder[split_of[split]], of_folder[split_of["train"]]
+        if own != [UNLABELLED] and of_train != [UNLABELLED]:
+            tell_unseen(str(root), split, own, of_train)
+    found = scan(root, split_of[split])
     labels = labels_of(found, names, split_of[split])
     images = from_scan(cfg["name"], split, found, labels, names)
     missing = missing_splits(split_of)
@@ -68,10 +72,13 @@ def split_folders(root: Path) -> list[str]:
     """The sub-folders of ``root`` that are splits: there are some if one is train and val or test lies beside it,
     or nothing else. A train among other folders is a class, as in CIFAR-100."""
     folders, _ = level(root)
-    usual = [name for names in USUAL.values() for name in names]
-    present = [name for name in folders if name in usual]
-    if "train" in present and (len(present) > 1 or len(folders) == 1):
-        return present
+    present = [name for name in folders if split_of_name(name)]
+    splits = by_split(present)
+    if "train" in splits and (len(splits) > 1 or len(folders) == 1):
+        others = [name for name in folders if name not in splits.values() and has_picture(root / name)]
+        if others:
+            tell(f"{root} has folders of splits, so its pictures in {', '.join(others[:10])} are passed over.")
+        return [*splits.values()]
     if folders and len(present) == len(folders):
         raise DataError(
             f"{root} has {' and '.join(present)} but no train; add it, or point data.path into one of them."
@@ -79,27 +86,10 @@ def split_folders(root: Path) -> list[str]:
     return []
 
 
-def level(folder: Path) -> tuple[list[str], bool]:
-    """Names of the sub-folders that are not hidden, sorted, and whether pictures lie in ``folder`` itself.
-
-    Stops at the first picture, so that a flat folder of a million costs nothing.
-    """
-    names = []
-    with os.scandir(folder) as found:
-        for entry in found:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                names.append(entry.name)
-            elif entry.name.rpartition(".")[2].lower() in SUFFIXES:
-                return [], True
-    return sorted(names), False
-
-
 def class_names(folder: Path) -> list[str]:
-    """The sub-folders of ``folder``, or "unlabelled" when the pictures lie in it without any."""
+    """The sub-folders of ``folder`` that hold pictures, or "unlabelled" when these lie in it without any."""
     names, flat = level(folder)
-    return [UNLABELLED] if flat else names
+    return [UNLABELLED] if flat else [class_name(name) for name in names if has_picture(folder / name)]
 
 
 def labels_of(found: Scan, names: Sequence[str], below: str) -> np.ndarray:
@@ -109,8 +99,9 @@ def labels_of(found: Scan, names: Sequence[str], below: str) -> np.ndarray:
     """
     where = os.path.join(found.root, below)
     if not found.paths:
+        others = f" (there are {by_suffix(found.left_out)})" if found.left_out else ""
         raise DataError(
-            f"No images lie in {where}; expected <class>/<picture>.jpg (or png, webp …), or pictures alone."
+            f"No images lie in {where}{others}; expected <class>/<picture>.jpg (or png, webp …), or pictures alone."
         )
     start = len(below) + 1 if below else 0
     folders = [path[start:].partition("/")[::2] for path in found.paths]
@@ -121,7 +112,8 @@ def labels_of(found: Scan, names: Sequence[str], below: str) -> np.ndarray:
             f"({found.paths[deep.index(True)]}); put all of them into class folders, or all side by side."
         )
     position = {name: i for i, name in enumerate(names)}
-    return np.array([position[folder if rest else UNLABELLED] for folder, rest in folders], dtype=np.int64)
+    place = {folder: position[class_name(folder)] for folder in dict(folders)} if deep[0] else {}
+    return np.array([place[folder] if rest else position[UNLABELLED] for folder, rest in folders], dtype=np.int64)
 
 
 def from_scan(name: str, split: str, found: Scan, labels: np.ndarray, names: Sequence[str]) -> ImageData:
@@ -132,6 +124,12 @@ def from_scan(name: str, split: str, found: Scan, labels: np.ndarray, names: Seq
     captions = None
     if found.texts and found.texts.issuperset(path.rpartition(".")[0] for path in found.paths):
         captions = Texts(TextFiles(found.root, found.paths), np.arange(len(found.paths)))
+    left_out = found.left_out + Counter({".txt": 0 if captions else len(found.texts)})
+    if left_out:
+        tell(
+            f"Of the files in {found.root}, {sum(left_out.values())} are left out, as no pictures by their suffix: "
+            f"{by_suffix(left_out)}."
+        )
     return ImageData(
         name, split, names, labels, found.paths, Files(found.root, found.paths), Marks(found.marks), captions
     )

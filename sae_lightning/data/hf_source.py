@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_lightning.data.errors import DataError, brief
-from sae_lightning.data.scan import files_mark
+from sae_lightning.data.errors import DataError, brief, tell
+from sae_lightning.data.scan import files_mark, level
+from sae_lightning.data.splits import by_split, split_of_name
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,39 @@ def _load_built(path: Path | None, cfg: Mapping[str, Any], streaming: bool) -> t
         builder = datasets.load_dataset_builder("parquet", data_files={"train": str(path)})
     elif path is not None:
         builder = datasets.load_dataset_builder(str(path), cfg.get("config"))
+        builder = _with_split_folders(builder, path)
     else:
         builder = datasets.load_dataset_builder(cfg["id"], cfg.get("config"), revision=cfg.get("revision"))
-    if streaming:
-        return dict(builder.as_streaming_dataset()), builder.hash
-    builder.download_and_prepare()
-    return dict(builder.as_dataset()), builder.hash
+    if not streaming:
+        builder.download_and_prepare()
+    splits = dict(builder.as_streaming_dataset() if streaming else builder.as_dataset())
+    return (_without_split_labels(splits) if _of_pictures(builder) else splits), builder.hash
+
+
+def _of_pictures(builder: Any) -> bool:
+    """Whether the library makes the data set of a folder of pictures, with their folders' names for labels."""
+    return builder.name == "imagefolder"
+
+
+def _with_split_folders(builder: Any, path: Path) -> Any:
+    """The builder, told which folders of pictures are splits where it does not know their names (Train, Val)."""
+    import datasets
+
+    found = by_split(level(path)[0]) if _of_pictures(builder) else {}
+    if "train" not in found or len(found) < 2 or len(builder.config.data_files) >= len(found):
+        return builder
+    for split, folder in found.items():
+        tell(
+            f"The folder '{folder}' of {path} is taken for its {split} split; read it as data=folder to choose others."
+        )
+    known = {"train": "train", "val": "validation", "test": "test"}
+    files = {known[split]: f"{glob.escape(folder)}/**" for split, folder in found.items()}
+    return datasets.load_dataset_builder(str(path), data_files=files)
+
+
+def _without_split_labels(splits: dict[str, Any]) -> dict[str, Any]:
+    """Without a column of labels whose classes are the names of splits: the pictures lie in train/ and test/ alone."""
+    names = {name for data in splits.values() for name in getattr((data.features or {}).get("label"), "names", ())}
+    if not names or not all(map(split_of_name, names)):
+        return splits
+    return {s: data.remove_columns("label") for s, data in splits.items()}

@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 from sae_lightning.data.errors import DataError
-from sae_lightning.data.folder import from_scan, labels_of, level
+from sae_lightning.data.folder import from_scan, labels_of
 from sae_lightning.data.images import ImageData
-from sae_lightning.data.scan import existing_folder, scan
+from sae_lightning.data.scan import existing_folder, level, scan
 from sae_lightning.data.splits import cut
 
 WNID = re.compile(r"n\d{8}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +15,24 @@ import numpy as np
 from sae_lightning.data.errors import DataError
 
 SUFFIXES = frozenset(("jpg", "jpeg", "jfif", "png", "bmp", "webp", "avif", "gif", "tif", "tiff", "ppm", "pgm"))
+LITTER = frozenset(  # what systems and archivers leave in folders, as are hidden files
+    ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db",
+     "ehthumbs.db", "desktop.ini", "Desktop.ini", "Icon\r")
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Scan:
     """Pictures below ``root``: ``paths`` relative to it with /, sorted; ``marks`` [n, 2] int64: size, mtime in ns.
 
-    ``texts`` are the relative paths of .txt files, without their suffix.
+    ``texts`` are the relative paths of .txt files, without their suffix; ``left_out`` counts the other files by suffix.
     """
 
     root: str
     paths: list[str]
     marks: np.ndarray
     texts: frozenset[str]
+    left_out: Counter[str]
 
 
 def existing_folder(path: str | Path) -> Path:
@@ -38,7 +44,7 @@ def existing_folder(path: str | Path) -> Path:
 
 
 def scan(root: Path, below: str = "") -> Scan:
-    """The pictures in ``root/below`` at any depth; hidden files are left out, links followed.
+    """The pictures in ``root/below`` at any depth; hidden files and litter are left out, links followed.
 
     About 300,000 pictures a second on a local disk. DataError when a picture is a link to nothing or a
     folder cannot be read.
@@ -46,14 +52,49 @@ def scan(root: Path, below: str = "") -> Scan:
     paths: list[str] = []
     marks = array("q")
     texts = set()
+    left_out: Counter[str] = Counter()
     for path, entry in walk(root, below):
-        stem, _, suffix = path.rpartition(".")
+        _, dot, suffix = entry.name.rpartition(".")
         if suffix.lower() in SUFFIXES:
             paths.append(path)
             marks.extend(size_and_time(entry))
         elif suffix == "txt":
-            texts.add(stem)
-    return Scan(str(root), paths, np.array(marks, dtype=np.int64).reshape(-1, 2), frozenset(texts))
+            texts.add(path.removesuffix(".txt"))
+        else:
+            left_out[f".{suffix.lower()}" if dot else "without a suffix"] += 1
+    return Scan(str(root), paths, np.array(marks, dtype=np.int64).reshape(-1, 2), frozenset(texts), left_out)
+
+
+def by_suffix(counts: Mapping[str, int]) -> str:
+    """Counts of files in words: ``12 .heic, 2 without a suffix``, the ten most frequent."""
+    most = sorted(counts.items(), key=lambda found: (-found[1], found[0]))
+    return ", ".join(f"{count} {suffix}" for suffix, count in most[:10]) + (" …" if len(most) > 10 else "")
+
+
+def level(folder: Path) -> tuple[list[str], bool]:
+    """Names of the sub-folders, sorted, without hidden ones and litter, and whether pictures lie in ``folder`` itself.
+
+    Stops at the first picture, so that a flat folder of a million costs nothing.
+    """
+    names = []
+    with os.scandir(folder) as found:
+        for entry in found:
+            if _passed(entry.name):
+                continue
+            if entry.is_dir():
+                names.append(entry.name)
+            elif entry.name.rpartition(".")[2].lower() in SUFFIXES:
+                return [], True
+    return sorted(names), False
+
+
+def has_picture(folder: Path) -> bool:
+    """Whether a picture lies in ``folder``, at any depth."""
+    return any(path.rpartition(".")[2].lower() in SUFFIXES for path, _ in walk(folder))
+
+
+def _passed(name: str) -> bool:
+    return name.startswith(".") or name in LITTER
 
 
 def files_mark(path: Path) -> str:
@@ -75,7 +116,7 @@ def size_and_time(file: os.DirEntry | Path) -> tuple[int, int]:
 
 
 def walk(root: Path, below: str = "") -> Iterator[tuple[str, os.DirEntry]]:
-    """(path relative to ``root``, entry) of every file in ``root/below`` that is not hidden, in sorted order.
+    """(path relative to ``root``, entry) of every file in ``root/below`` in sorted order, but hidden ones and litter.
 
     DataError when a folder cannot be read or a name is not UTF-8.
     """
@@ -94,7 +135,7 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
     with os.scandir(folder) as found:
         entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:
-        if entry.name.startswith("."):
+        if _passed(entry.name):
             continue
         if not entry.name.isascii() and any("\ud800" <= c <= "\udfff" for c in entry.name):
             raise DataError(f"The name of {entry.path!r} is not UTF-8; rename it.")

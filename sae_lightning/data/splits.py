@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from sae_lightning.data.errors import DataError
+from sae_lightning.data.errors import DataError, tell
 
 SPLITS = ("train", "val", "test")
 USUAL = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+OTHER = {"train": ("training",), "val": ("dev",), "test": ("testing", "eval", "evaluation")}  # taken, and said
+BESIDE = ("set", "data", "images", "imgs", "split")  # words that a split's name may have beside it
+
+
+def split_of_name(name: str) -> str | None:
+    """The split that a folder or a data set's split is called by: Train, training, val_images …; None for others."""
+    words = [word for word in re.split(r"[\s_.-]+", name.casefold()) if word and word not in BESIDE]
+    word = words[0].removesuffix("set") if len(words) == 1 else ""
+    return next((split for split in SPLITS if word in USUAL[split] + OTHER[split]), None)
+
+
+def by_split(names: Iterable[str]) -> dict[str, str]:
+    """The splits that ``names`` call, each with its name: the usual one, or else the only other one."""
+    names = list(names)
+    found = {}
+    for split in SPLITS:
+        usual = [name for name in USUAL[split] if name in names]
+        others = [name for name in names if split_of_name(name) == split]
+        if usual or len(others) == 1:
+            found[split] = (usual or others)[0]
+    return found
 
 
 def check_split(split: str) -> None:
@@ -18,24 +40,33 @@ def check_split(split: str) -> None:
         raise DataError(f"Unknown split '{split}'; choose one of {', '.join(SPLITS)}.")
 
 
-def choose_splits(wanted: Mapping[str, str | None], present: Iterable[str], where: str) -> dict[str, str]:
+def choose_splits(
+    wanted: Mapping[str, str | None], present: Iterable[str], where: str, setting: str = "data.splits"
+) -> dict[str, str]:
     """The data set's own name for each of our splits; a split that is to be cut from train has the name of train.
 
     ``wanted`` maps our splits to names, or to null: then the usual names are looked for among ``present``, less
-    those that another split has taken. DataError when a wanted name or train is not among ``present``.
+    those that another split has taken; a name that is less usual (Train, training) is said. DataError, which names
+    ``setting``, when a wanted name or train is not among ``present``.
     """
     present = list(present)
-    missing = [name for name in wanted.values() if name is not None and name not in present]
-    if missing:
-        raise DataError(f"{where} has no split '{missing[0]}'; it has {present}. Change data.splits.")
-    train = wanted.get("train") or next((name for name in USUAL["train"] if name in present), None)
+    given = {split: name for split, name in wanted.items() if name is not None}
+    taken = {name for name in given.values() if name in present}
+    called = by_split(present) | by_split(name for name in present if name not in taken)
+    called = {split: name for split, name in called.items() if split == "train" or name not in taken}
+    for split, name in given.items():
+        if name not in present and not (split in called and name in USUAL[split]):
+            raise DataError(f"{where} has no split '{name}'; it has {present}. Change {setting}.")
+    train = given.get("train") if given.get("train") in present else called.get("train")
     if train is None:
-        raise DataError(f"{where} has no split 'train'; it has {present}. Name one with data.splits.train.")
+        raise DataError(f"{where} has no split 'train'; it has {present}. Name one with {setting}.train.")
     names = {"train": train}
-    taken = {train, *wanted.values()}
     for split in SPLITS[1:]:
-        free = [name for name in USUAL[split] if name in present and name not in taken]
-        names[split] = wanted.get(split) or (free[0] if free else train)
+        own = given.get(split) if given.get(split) in present else called.get(split)
+        names[split] = own if own is not None else train
+    for split, name in names.items():
+        if name == called.get(split) and name not in USUAL[split]:
+            tell(f"'{name}' of {where} is taken for its {split} split; name another with {setting}.{split}.")
     return names
 
 

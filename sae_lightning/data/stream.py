@@ -10,16 +10,20 @@ from sae_lightning.data.columns import Columns
 from sae_lightning.data.decode import Item
 from sae_lightning.data.errors import DataError, brief
 from sae_lightning.data.hf_rows import encoded, first_caption
+from sae_lightning.data.labels import WITHHELD, class_name
 from sae_lightning.data.stream_cut import StreamCut
 
 AT_ONCE = 32  # rows that are taken from the library at a time
+LOOK = 10_000  # rows of train in which a class called -1 is looked for
 
 
 class ImageStream:
     """One split of a streamed data set: ``items()`` yields its images in order, undecoded.
 
-    ``class_names`` is None when only the end of the stream tells them: then labels are texts. ``length`` is the
-    number of images, or None where it is not known beforehand. ``fingerprint`` is of what chooses the images
+    ``class_names`` is None when only the end of the stream tells them: then labels are texts. ``places`` are the places
+    of the data set's own class numbers among ``class_names``. ``train`` is the label column of train where this is
+    another split: a label that is withheld is told by it. ``length`` is the number of images, or None where it is not
+    known beforehand. ``fingerprint`` is of what chooses the images
     (data set, revision, columns, split, limit); it is the same for all parts of a stream. An image's id names
     its shard and row in the data set, so it depends neither on splits nor on parts.
     """
@@ -36,7 +40,11 @@ class ImageStream:
         fingerprint: str,
         cut: StreamCut | None = None,
         limit: int | None = None,
+        places: Sequence[int] | None = None,
+        train: Any = None,
     ) -> None:
+        self._places, self._train = places, train
+        self._of_train: set[str] | None = None
         self.name, self.split, self.fingerprint = name, split, fingerprint
         self.class_names = None if class_names is None else list(class_names)
         self._data, self._columns, self._source, self._cut, self._limit = data, columns, source, cut, limit
@@ -136,9 +144,10 @@ class ImageStream:
         label = self._label(row, image_id)
         kept = True
         if self._cut is not None:
-            count = at["seen"].get(str(label), 0)
-            at["seen"][str(label)] = count + 1
-            kept = self._cut.keeps(str(label), at["shard"], count)
+            own = "0" if self._columns.label is None else str(row[self._columns.label])
+            count = at["seen"].get(own, 0)
+            at["seen"][own] = count + 1
+            kept = self._cut.keeps(own, at["shard"], count)
         caption = first_caption(row[self._columns.caption]) if self._columns.caption else None
         return Item(encoded(row[self._columns.image]), image_id, label, caption), kept
 
@@ -146,6 +155,29 @@ class ImageStream:
         if self._columns.label is None:
             return 0
         label = row[self._columns.label]
-        if label is None or (self.class_names is not None and label < 0):
-            raise DataError(f"Image '{image_id}' of '{self.name}' has no label; name another split or label_column.")
-        return str(label) if self.class_names is None else int(label)
+        if self.class_names is not None:
+            known = label is not None and label >= 0
+            if known and (self._places is None or label < len(self._places)):
+                return int(label) if self._places is None else self._places[label]
+        else:
+            known = label is not None and label == label  # NaN is no label
+            if isinstance(label, float) and known and not label.is_integer():
+                raise DataError(
+                    f"Image '{image_id}' of '{self.name}' has label {label:g}; numbers that are labels must be whole. "
+                    "Name another data.label_column, or say data.label_column=none."
+                )
+            if known and not self._withheld(class_name(label)):
+                return class_name(label)
+        raise DataError(
+            f"Image '{image_id}' of '{self.name}' has no label; name another split or data.label_column, or say "
+            "data.label_column=none."
+        )
+
+    def _withheld(self, label: str) -> bool:
+        """Whether ``label`` stands for none: -1 or an empty text, unless the beginning of train has such a class."""
+        if self._train is None or label.strip() not in WITHHELD:
+            return False
+        if self._of_train is None:
+            rows = (next(iter(row.values())) for row in self._train.take(LOOK))
+            self._of_train = {class_name(held) for held in rows if held is not None}
+        return label not in self._of_train

@@ -198,7 +198,7 @@ def test_columns_are_found_by_type_and_name(features, given, expected):
         ({"image": IMAGE, "text": TEXT, "caption": TEXT}, {}, r"\['text', 'caption'\].*data\.caption_column"),
         ({"label": LABEL}, {}, r"no column of pictures; it has \['label'\]"),
         ({"image": IMAGE}, {"label_column": "kind"}, r"no column 'kind'; it has \['image'\]"),
-        ({"image": IMAGE, "score": datasets.Value("float32")}, {"label_column": "score"}, "whole numbers or texts"),
+        ({"image": IMAGE, "tags": datasets.List(TEXT)}, {"label_column": "tags"}, "whole numbers or texts"),
     ],
 )
 def test_columns_that_are_missing_or_ambiguous_are_listed(features, given, sentence):

@@ -1,0 +1,203 @@
+"""Labels of Hugging Face data sets: their types, one number for a class in all splits, and what is no label."""
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sae_lightning.data import DataError, load_images
+from sae_lightning.data.columns import find_columns
+from sae_lightning.data.errors import DataWarning
+from tests.data.making import hf_cfg, png, write_pictures
+from tests.data.test_hf import IMAGE, LABEL, NUMBER, TEXT, made
+
+FLOAT, ONE_HOT = datasets.Value("float64"), datasets.List(NUMBER)
+ANIMALS = ["cat", "dog", "fox"] * 2
+
+
+def classes(*names):
+    return datasets.ClassLabel(names=list(names))
+
+
+def parquet(root, split="train", **columns):
+    """``root/<split>.parquet`` with pictures and the columns as Arrow arrays."""
+    root.mkdir(exist_ok=True)
+    rows = len(next(iter(columns.values())))
+    pictures = [{"bytes": png(i), "path": None} for i in range(rows)]
+    pq.write_table(pa.table({"image": pictures, **columns}), root / f"{split}.parquet")
+    return root
+
+
+def saved(root, **splits):
+    """A saved DatasetDict: of each split the feature of its label and the labels."""
+    datasets.DatasetDict(
+        {split: made(len(labels), label=(kind, labels)) for split, (kind, labels) in splits.items()}
+    ).save_to_disk(root)
+    return root
+
+
+def named(path, split, **changes):
+    """The name of each image's class."""
+    images = load_images(hf_cfg(path, **{"held_out": 0.0, "seed": 0} | changes), split)
+    if changes.get("streaming"):
+        items = list(images.items())
+        return [i.label if images.class_names is None else images.class_names[i.label] for i in items]
+    return [images.class_names[label] for label in images.labels]
+
+
+ALONE = {"splits": {"train": "train", "val": "train", "test": "train"}}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (pa.array([0.0, 1.0, 2.0]), ["0", "1", "2"]),
+        (pa.array([0, 1, 2], pa.float16()), ["0", "1", "2"]),
+        (pa.array(["cat", "dog", "x"]).cast(pa.string_view()), ["cat", "dog", "x"]),
+        (pa.array(["cat", "dog", "cat"]).dictionary_encode(), ["cat", "dog", "cat"]),
+        (pa.array([7, 3, 7]).dictionary_encode(), ["7", "3", "7"]),
+        (pa.array([True, False, True]), ["true", "false", "true"]),
+        (pa.array(["cafe\u0301", "caf\u00e9", "tea"]), ["caf\u00e9", "caf\u00e9", "tea"]),
+    ],
+    ids=["floats", "half floats", "string views", "dictionary", "dictionary of numbers", "booleans", "composed"],
+)
+def test_columns_that_are_labels(tmp_path, values, expected, streaming):
+    assert named(parquet(tmp_path, label=values), "train", streaming=streaming, **ALONE) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ([0.0, None, 2.0], "have no label|has no label"),
+        ([0.0, float("nan"), 2.0], "have no label|has no label"),
+        ([0.0, 1.5, 2.0], r"1\.5; numbers that are labels must be whole.*data\.label_column=none"),
+        ([[0, 1], [1, 0], [0, 1]], r"'label' of .* holds List\(Value\('int64'\)\); labels must be"),
+        ([["cat"], ["cat", "dog"], []], r"'label' of .* holds List\(Value\('string'\)\); labels must be"),
+        ([{"id": 1}] * 3, r"'label' of .* holds \{'id': Value\('int64'\)\}; labels must be"),
+        ([b"cat", b"dog", b"cat"], "'label' of .* holds binary; labels must be"),
+    ],
+)
+def test_columns_called_label_that_are_none_are_refused_with_their_type(tmp_path, values, sentence, streaming):
+    root = parquet(tmp_path, label=pa.array(values))
+    with pytest.raises(DataError, match=sentence):
+        named(root, "train", streaming=streaming, **ALONE)
+    assert set(named(root, "train", streaming=streaming, label_column="none", **ALONE)) == {"unlabelled"}
+
+
+def test_the_gap_is_counted_and_its_row_named(tmp_path):
+    with pytest.raises(DataError, match=r"1 of 3 images .*\(first: row 1\); take another data\.label_column"):
+        named(parquet(tmp_path, label=pa.array([0.0, None, 2.0])), "train", **ALONE)
+
+
+def test_unlabelled_says_what_was_passed_over_unless_none_is_wanted(tmp_path, recwarn):
+    root = parquet(tmp_path, score=pa.array([0.1] * 3), url=pa.array(["a"] * 3))
+    with pytest.warns(DataWarning, match=r"passed over: score \(float64\), url \(string\)\. Name .*data\.label_column"):
+        assert set(named(root, "train", **ALONE)) == {"unlabelled"}
+    recwarn.clear()
+    assert set(named(root, "train", label_column="none", **ALONE)) == {"unlabelled"}
+    assert not [w for w in recwarn if w.category is DataWarning]
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({"split": LABEL, "label": NUMBER}, "label"),  # a usual name comes before a type
+        ({"split": LABEL, "Label": TEXT}, "Label"),
+        ({"label": NUMBER, "Label": TEXT}, "label"),
+        ({"meta.label": NUMBER}, "meta.label"),
+        ({"none": NUMBER}, "none"),
+    ],
+)
+def test_a_usual_name_comes_before_a_type(features, expected):
+    given = {"label_column": "none"} if "none" in features else {}
+    assert find_columns(datasets.Features({"image": IMAGE, **features}), given, "x").label == expected
+
+
+def test_a_label_of_another_type_beside_the_one_that_is_taken_is_said():
+    features = datasets.Features({"image": IMAGE, "label": ONE_HOT, "kind": LABEL})
+    with pytest.warns(DataWarning, match=r"its column 'kind'\. Column 'label' of 'x' holds List"):
+        assert find_columns(features, {}, "x").label == "kind"
+
+
+def test_two_usual_names_are_both_named():
+    with pytest.raises(DataError, match=r"\['label', 'category'\]\. Choose one with data\.label_column"):
+        find_columns(datasets.Features({"image": IMAGE, "label": NUMBER, "category": LABEL}), {}, "x")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("names", "test", "expected"),
+    [
+        (["fox", "cat", "dog"], ANIMALS, ["cat", "dog", "fox"]),
+        (["cat", "fox"], ["cat", "fox"], ["cat", "dog", "fox"]),
+        (["ant", "cat", "dog", "fox"], ["ant", *ANIMALS], ["cat", "dog", "fox", "ant"]),
+    ],
+    ids=["another order", "one fewer", "one more"],
+)
+def test_a_class_has_one_number_in_all_splits(tmp_path, names, test, expected, streaming):
+    root = saved(
+        tmp_path / "x",
+        train=(classes("cat", "dog", "fox"), [0, 1, 2] * 2),
+        test=(classes(*names), [names.index(a) for a in test]),
+    )
+    cfg = hf_cfg(root, streaming=streaming)
+    assert load_images(cfg, "train").class_names == load_images(cfg, "test").class_names == expected
+    assert named(root, "test", streaming=streaming) == test
+
+
+def test_declared_classes_in_train_and_texts_elsewhere_are_told_by_name(tmp_path):
+    root = saved(tmp_path / "x", train=(classes("fox", "cat"), [0, 1]), test=(TEXT, ["cat", "ant"]))
+    with pytest.warns(DataWarning, match=r"test split of 'x', train lacks 1: ant"):
+        assert named(root, "test") == ["cat", "ant"]
+    assert load_images(hf_cfg(root), "train").class_names == ["fox", "cat", "ant"]
+    numbers = saved(tmp_path / "y", train=(classes("fox", "cat"), [0, 1]), test=(NUMBER, [0, 1]))
+    with pytest.raises(DataError, match="bare numbers in split 'test'"):
+        named(numbers, "test")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "train", "test", "expected"),
+    [
+        (NUMBER, [0, 1, 2], [-1, -1], None),
+        (FLOAT, [0.0, 1.0], [1.0, -1.0], None),
+        (TEXT, ["cat", "dog"], ["", ""], None),
+        (LABEL, [0, 1], [0, -1], None),
+        (NUMBER, [-1, 1], [1, -1], ["1", "-1"]),  # as CelebA's attributes
+        (TEXT, ["", "x"], ["x", ""], ["x", ""]),
+    ],
+)
+def test_a_withheld_label_is_none_where_train_has_no_such_class(tmp_path, kind, train, test, expected, streaming):
+    root = saved(tmp_path / "x", train=(kind, train), test=(kind, test))
+    if expected is None:
+        with pytest.raises(DataError, match=r"no label.*data\.label_column"):
+            named(root, "test", streaming=streaming)
+        assert len(set(named(root, "train", streaming=streaming))) == len(train)
+    else:
+        assert named(root, "test", streaming=streaming) == expected
+
+
+def test_a_split_without_the_column_of_train_is_refused(tmp_path):
+    datasets.DatasetDict(train=made(2, label=(LABEL, [0, 1])), test=made(2)).save_to_disk(tmp_path / "x")
+    with pytest.raises(DataError, match=r"'test' of 'x' has no column 'label'.*data\.splits\.test=train"):
+        named(tmp_path / "x", "test")
+
+
+def pictures_in(root, *folders, each=5):
+    return write_pictures(root, *(f"{folder}/{i}.png" for folder in folders for i in range(each)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("folders", [("train", "test"), ("train", "validation", "test"), ("Train", "Test")])
+def test_folders_of_splits_with_bare_pictures_are_unlabelled(tmp_path, folders, streaming):
+    root = pictures_in(tmp_path, *folders)
+    assert named(root, "train", streaming=streaming) == named(root, "test", streaming=streaming) == ["unlabelled"] * 5
+
+
+def test_folders_of_splits_in_capitals_are_said_and_kept_apart(tmp_path):
+    root = pictures_in(tmp_path, "Train/cat", "Train/dog", "Val/cat", "Val/dog", each=2)
+    with pytest.warns(DataWarning, match="folder 'Val' of .* is taken for its val split"):
+        assert sorted(named(root, "val")) == ["cat", "cat", "dog", "dog"]
+    assert sorted(named(root, "train")) == ["cat", "cat", "dog", "dog"]
