@@ -109,7 +109,8 @@ def _stream(
     """The split as a stream; its fingerprint is of what chooses the images, not of the images."""
     source, label = names[split], columns.label
     data = opened.splits[source].decode(False)
-    classes, places, train = [UNLABELLED], None, None
+    classes: list[str] | None = [UNLABELLED]
+    places, train = None, None
     if label is not None:
         own = declared_names(data.features[label])
         declared = [declared_names((opened.splits[s].features or {}).get(label)) for s in names.values()]
