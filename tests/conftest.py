@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -13,14 +12,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
+from sae_lightning.distributed.processes import preload
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # one server for all tests, which imports once what the processes forked off it need
-multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["tests.data.test_images", "tests.features.jobs", "sae_lightning.training.run", "datasets", "pandas"]
-)
+preload("tests.data.test_images", "tests.features.jobs", "sae_lightning.training.packed", "datasets", "pandas")
 
 N_PATCHES, D_IN, CLASSES = 16, 12, 3
 

@@ -14,7 +14,7 @@ from sae_lightning.benchmark.ranks import Ranks, ranks
 from sae_lightning.benchmark.similarity import similarity_of
 from sae_lightning.benchmark.suite import evaluate_runs
 from sae_lightning.kernels.build import lend_cache
-from sae_lightning.training.launch import job, launch_ranks
+from sae_lightning.training.launch import launch_ranks
 
 
 def settings_of(cfg: DictConfig, alone: Ranks) -> Settings:
@@ -36,22 +36,17 @@ def evaluate(cfg: DictConfig) -> list[Path]:
     if cfg.devices > 1:
         with tempfile.TemporaryDirectory() as folder:
             # interpolations of judges and data sets are those of each run's config
-            launch_ranks(cfg, Path(folder), "sae_lightning.benchmark.run", cfg.devices, resolve=False)
+            launch_ranks(cfg, Path(folder), _evaluate_rank, cfg.devices, resolve=False)
         return runs
     with ranks() as here:
         evaluate_runs(runs, settings_of(cfg, here), here)
     return runs
 
 
-def main() -> None:
-    """One of several processes: ``python -m sae_lightning.benchmark.run CONFIG FOLDER``, as torchrun starts it."""
-    cfg, _ = job()
+def _evaluate_rank(cfg: DictConfig, _: Path) -> None:
+    """One of several processes."""
     cfg.devices = 1
     try:
         evaluate(cfg)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

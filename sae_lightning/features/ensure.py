@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lightning.backbones import Backbone, BackboneError, Tap, default_layer, identity, load_backbone
 from sae_lightning.backbones.taps import LAYER_KINDS
 from sae_lightning.data import DataError, ImageData, ImageStream, load_images
+from sae_lightning.distributed.processes import run_together
 from sae_lightning.features.codec import check_dtype
 from sae_lightning.features.extract import Settings, extract
 from sae_lightning.features.given import given_store
@@ -187,30 +187,27 @@ def _checked(store: FeatureStore, digest: str) -> FeatureStore:
 
 def _spawn(cfg: DictConfig, images: Images, taps: Sequence[Tap], devices: int) -> None:
     """Extract in ``devices`` processes, one a GPU (or all on the CPU); StoreError when one of them fails."""
-    from tempfile import TemporaryDirectory
-
     gpus = torch.cuda.device_count()
     if gpus and devices > gpus:
         raise StoreError(f"extract.devices={devices} but {gpus} GPUs are visible; lower it.")
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        OmegaConf.save(cfg, path, resolve=True)
-        wanted = [f"{tap.kind}@{'' if tap.layer is None else tap.layer}" for tap in taps]
-        environment = dict(os.environ)
-        root = str(Path(__file__).resolve().parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH")) if p)
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // devices)))
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "sae_lightning.features.ensure", str(path), images.split,
-                 f"cuda:{i}" if gpus else "cpu", *wanted],
-                env=environment,
-            )
-            for i in range(devices)
-        ]  # fmt: skip
-        codes = [process.wait() for process in processes]
-    if any(codes):
-        raise StoreError("A process of this extraction failed; its error is above. The same command goes on.")
+    variables = dict(os.environ)
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, cores() // devices)))
+    given = OmegaConf.create(plain(cfg))
+    arguments = [(given, images.split, f"cuda:{i}" if gpus else "cpu", tuple(taps)) for i in range(devices)]
+    with run_together(_extract_share, arguments, [variables] * devices) as processes:
+        while not processes.ended(1):
+            pass
+        if processes.failures():
+            raise StoreError("A process of this extraction failed; its error is above. The same command goes on.")
+
+
+def _extract_share(cfg: DictConfig, split: str, device: str, taps: Sequence[Tap]) -> None:
+    """What one of several processes does."""
+    cfg.extract.device, cfg.extract.devices = device, 1
+    try:
+        extract_stores(cfg, load_images(plain(cfg.data), split), taps)
+    except (BackboneError, DataError, StoreError) as error:
+        sys.exit(str(error))
 
 
 @contextmanager
@@ -231,21 +228,3 @@ def waiting_lock(folder: Path) -> Iterator[None]:
 def plain(node: Any) -> dict[str, Any]:
     """A config node as a plain dict."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)  # type: ignore[return-value]
-
-
-def main() -> None:
-    """One process of several: ``python -m sae_lightning.features.ensure CONFIG SPLIT DEVICE KIND@LAYER …``."""
-    path, split, device, *wanted = sys.argv[1:]
-    cfg = OmegaConf.load(path)
-    assert isinstance(cfg, DictConfig)
-    cfg.extract.device, cfg.extract.devices = device, 1
-    pairs = [name.split("@") for name in wanted]
-    taps = [Tap(kind, int(layer) if layer else None) for kind, layer in pairs]
-    try:
-        extract_stores(cfg, load_images(plain(cfg.data), split), taps)
-    except (BackboneError, DataError, StoreError) as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -30,12 +30,11 @@ from sae_lightning.locks import held
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.training.checkpoints import CheckpointFiles, last_checkpoint, mend_checkpoint, remove_checkpoints
 from sae_lightning.training.history import History
-from sae_lightning.training.launch import environment, job, launch_ranks, n_ranks, wants_ranks
+from sae_lightning.training.launch import environment, launch_ranks, n_ranks, wants_ranks
 from sae_lightning.training.loggers import check_loggers, checkpoint_step, close_loggers, open_loggers, settle
 from sae_lightning.training.preempt import StopWhenAsked, heeding
 from sae_lightning.training.run import build_callbacks, checkpoints, quiet
 
-MODULE = "sae_lightning.finetuning.run"  # what ranks run
 TRAINED = "trained.json"
 VERSIONS = ("torch", "torchvision", "lightning", "timm", "transformers", "peft", "numpy")
 
@@ -62,7 +61,7 @@ def finetune(cfg: DictConfig) -> Path:
         if not (folder / TRAINED).is_file():
             mend_checkpoint(folder)
             settle(cfg)
-            launch_ranks(cfg, folder, MODULE) if wants_ranks(cfg) else fit(cfg, folder)
+            launch_ranks(cfg, folder, fit) if wants_ranks(cfg) else fit(cfg, folder)
         finish(cfg, folder, held_out)
     return folder
 
@@ -191,12 +190,3 @@ def record(cfg: DictConfig, encoder: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
         "config": OmegaConf.to_container(cfg, resolve=True),
     }  # fmt: skip
-
-
-def main() -> None:
-    """Entry of one DDP rank: ``python -m sae_lightning.finetuning.run CONFIG FOLDER``."""
-    fit(*job())
-
-
-if __name__ == "__main__":
-    main()

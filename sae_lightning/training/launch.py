@@ -1,17 +1,19 @@
 """Starting the ranks of one job from its own resolved config.
 
-Lightning starts further ranks by running ``sys.argv`` again, which under Hydra's ``-m`` would start the
-whole sweep in every rank. Here torchrun starts a module, by default ``sae_lightning.training.run``, on the config
-that the job has already resolved; Lightning finds its environment and starts nothing itself.
+Lightning starts further ranks by running ``sys.argv`` again, which under Hydra's ``-m`` would start the whole sweep in
+every rank. Here ranks are processes that call a function with the config that the job has already resolved
+(``distributed/processes.py``). They have torchrun's environment, so that Lightning starts nothing itself.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,13 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from omegaconf import DictConfig, OmegaConf
 
+from sae_lightning.distributed.processes import Processes, run_together
 from sae_lightning.limits import cores
-from sae_lightning.training import agent
-from sae_lightning.training.agent import FAILURES
 from sae_lightning.training.nodes import call_meeting, find_meeting, node
-from sae_lightning.training.preempt import FLAG, STEPS, Preempted, asked, working
+from sae_lightning.training.preempt import FLAG, STEPS, Preempted, asked, heeding, working
 
 GRACE = 90.0  # seconds that ranks have to stop by themselves when a signal asks for it
-SHUTDOWN = 40.0  # seconds that torchrun has to end its ranks, of which it gives them 30
+GOODBYE = 60.0  # seconds that the first node waits for the others, whose ranks may still speak with its store
 
 
 def wants_ranks(cfg: DictConfig) -> bool:
@@ -46,87 +47,109 @@ def n_ranks(cfg: DictConfig) -> int:
 
 
 def environment() -> list[Any]:
-    """Lightning's plugins that keep it from taking a SLURM job for its own: torchrun's ranks, or this process alone."""
+    """Lightning's plugins that keep it from taking a SLURM job for its own: our ranks, or this process alone."""
     return [] if torch.distributed.is_torchelastic_launched() else [LightningEnvironment()]
 
 
-def job() -> tuple[DictConfig, Path]:
-    """The config and folder that ``launch_ranks`` gave this rank on its command line."""
-    config, folder = sys.argv[1:3]
-    cfg = OmegaConf.load(config)
-    assert isinstance(cfg, DictConfig)
-    return cfg, Path(folder)
-
-
 def launch_ranks(
-    cfg: DictConfig, folder: Path, module: str = "sae_lightning.training.run", count: int | None = None,
+    cfg: DictConfig, folder: Path, work: Callable[[DictConfig, Path], object], count: int | None = None,
     resolve: bool = True,
 ) -> None:  # fmt: skip
-    """Run ``module`` on config and folder in ``count`` processes on each node, by default ``n_ranks(cfg)``.
+    """Call ``work(cfg, folder)`` in ``count`` processes on each node, by default ``n_ranks(cfg)``.
 
-    Without ``resolve`` the config's interpolations stay as they are. Within ``heeding``, raises Preempted when a
-    signal has stopped the ranks. RuntimeError with the ranks' errors when a process fails, all others then stopped;
-    whatever ends this process ends them too.
+    ``work`` is a function of a module. Without ``resolve`` the config's interpolations stay as they are. Within
+    ``heeding``, raises Preempted when a signal has stopped the ranks. RuntimeError with the ranks' errors when a
+    process fails, all others then stopped; whatever ends this process ends them too.
     """
-    config, (index, nodes) = folder / "resolved.yaml", node()
+    index, nodes = node()
     count = n_ranks(cfg) if count is None else count
-    if index == 0:
-        OmegaConf.save(cfg, config, resolve=resolve)
-    where = ["--standalone", "--local-addr=127.0.0.1"]  # this host's own name may not resolve
-    if nodes > 1:
-        meeting = call_meeting(folder) if index == 0 else find_meeting(folder)
-        if meeting is None:
+    given = OmegaConf.create(OmegaConf.to_container(cfg, resolve=resolve))
+    with tempfile.TemporaryDirectory(prefix="sae-lightning-") as own, _meeting(folder) as where:
+        if where is None:
             return
-        address, port = meeting
-        where = [f"--nnodes={nodes}", f"--node-rank={index}", f"--master-addr={address}", f"--master-port={port}"]
-    with tempfile.TemporaryDirectory() as own:
-        stop, failures = Path(own) / "stop", Path(own) / "failures"
-        variables = dict(os.environ) | {FLAG: str(stop), FAILURES: str(failures)}
-        root = str(Path(__file__).resolve().parents[2])
-        variables["PYTHONPATH"] = os.pathsep.join(p for p in (root, variables.get("PYTHONPATH")) if p)
-        if "SLURM_CPUS_PER_TASK" in variables or "OMP_NUM_THREADS" not in variables:
-            variables["OMP_NUM_THREADS"] = str(max(1, cores() // count))
-        command = [
-            sys.executable, "-P", agent.__file__, *where, f"--nproc-per-node={count}",
-            "-m", "sae_lightning.training.rank", module, str(config), str(folder),
-        ]  # fmt: skip
-        code = _watch(subprocess.Popen(command, env=variables), stop)
-        said = failures.read_text() if failures.is_file() else ""
+        stop = Path(own) / "stop"
+        common = dict(os.environ) | where | {FLAG: str(stop)}
+        if "SLURM_CPUS_PER_TASK" in common or "OMP_NUM_THREADS" not in common:
+            common["OMP_NUM_THREADS"] = str(max(1, cores() // count))
+        variables = [common | _place(local, count, index, nodes) for local in range(count)]
+        with run_together(_rank, [(work, given, folder)] * count, variables) as ranks:
+            _watch(ranks, stop)
+            failures = ranks.failures()
         steps = Path(f"{stop}{STEPS}").read_text().split() if Path(f"{stop}{STEPS}").is_file() else []
     signum = asked()
-    if signum and not said:
+    if signum and all(said == f"ended by {signal.Signals(signum).name}" for said in failures.values()):
         raise Preempted(signum, *map(int, steps))
-    if code != 0:
+    if failures:
+        said = "; ".join(f"rank {index * count + local}: {reason}" for local, reason in failures.items())
         raise RuntimeError(
-            f"{folder.name}: one of its {count * nodes} ranks failed ({said or f'exit {code}'}); its traceback is "
+            f"{folder.name}: one of its {count * nodes} ranks failed ({said}); its traceback is "
             "above, or in this job's log. The same line goes on from the last checkpoint."
         )
 
 
-def _watch(torchrun: subprocess.Popen[bytes], stop: Path) -> int:
-    """Wait for torchrun, asking its ranks to stop with the file ``stop`` where this process is asked; its status."""
-    deadline = float("inf")
+def _rank(work: Callable[[DictConfig, Path], object], cfg: DictConfig, folder: Path) -> None:
+    with heeding(folder.name, in_rank=True):
+        work(cfg, folder)
+
+
+def _place(local: int, count: int, index: int, nodes: int) -> dict[str, str]:
+    """What torchrun's environment says to rank ``local`` of ``count`` on node ``index`` of ``nodes``."""
+    numbers = {
+        "RANK": index * count + local, "LOCAL_RANK": local, "GROUP_RANK": index, "WORLD_SIZE": nodes * count,
+        "LOCAL_WORLD_SIZE": count, "GROUP_WORLD_SIZE": nodes, "TORCHELASTIC_RESTART_COUNT": 0,
+        "TORCHELASTIC_MAX_RESTARTS": 0,
+    }  # fmt: skip
+    return {name: str(number) for name, number in numbers.items()}
+
+
+@contextmanager
+def _meeting(folder: Path) -> Iterator[dict[str, str] | None]:
+    """Where all ranks meet, for their environment: a store that the first node serves while inside.
+
+    None on a further node where there is nothing to do.
+    """
+    index, nodes = node()
+    server = None
+    if nodes == 1:
+        address = "127.0.0.1"
+        server = torch.distributed.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    elif index == 0:
+        server, address = call_meeting(folder)
+    else:
+        met = find_meeting(folder)
+        if met is None:
+            yield None
+            return
+        address, port = met
+        server = torch.distributed.TCPStore(address, port, is_master=False, timeout=timedelta(minutes=5))
     try:
-        with working():
-            while torchrun.poll() is None and time.monotonic() < deadline:
-                if asked() and not stop.exists():
-                    stop.touch()
-                    deadline = time.monotonic() + GRACE
-                try:
-                    torchrun.wait(0.2)
-                except subprocess.TimeoutExpired:
-                    continue
+        yield {
+            "MASTER_ADDR": address, "MASTER_PORT": str(server.port), "TORCHELASTIC_RUN_ID": folder.name,
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }  # fmt: skip
     finally:
-        _end(torchrun)
-    return torchrun.returncode
+        _part(server, index, nodes)
 
 
-def _end(torchrun: subprocess.Popen[bytes]) -> None:
-    """Let torchrun end its ranks; they go with it if it does not."""
-    if torchrun.poll() is None:
-        torchrun.terminate()
-        try:
-            torchrun.wait(SHUTDOWN)
-        except subprocess.TimeoutExpired:
-            torchrun.kill()
-            torchrun.wait()
+def _part(store: torch.distributed.TCPStore, index: int, nodes: int) -> None:
+    """Let the first node serve its store until the others have ended, as long as ``GOODBYE`` at most."""
+    if nodes == 1:
+        return
+    try:
+        gone = store.add("nodes gone", 1)
+        deadline = time.monotonic() + GOODBYE
+        while index == 0 and gone < nodes and time.monotonic() < deadline:
+            time.sleep(0.2)
+            gone = store.add("nodes gone", 0)
+    except RuntimeError:  # the first node is gone
+        return
+
+
+def _watch(ranks: Processes, stop: Path) -> None:
+    """Wait for the ranks to end, and ask them to with the file ``stop`` where this process is asked."""
+    deadline = float("inf")
+    with working():
+        while not ranks.ended(0.2) and time.monotonic() < deadline:
+            if asked() and not stop.exists():
+                stop.touch()
+                deadline = time.monotonic() + GRACE

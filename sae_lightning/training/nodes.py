@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig
+from torch.distributed import TCPStore
 
 MEETING = "meeting.json"
 OVER = "over"
@@ -51,19 +52,17 @@ def leading(folder: Path) -> Iterator[None]:
             _post(folder, {"state": OVER})
 
 
-def call_meeting(folder: Path) -> tuple[str, int]:
-    """On the first node: let the others join; returns the address and port where all ranks meet."""
+def call_meeting(folder: Path) -> tuple[TCPStore, str]:
+    """On the first node: let the others join; returns the store that all ranks meet at, and its address."""
     address = os.environ.get("SLURMD_NODENAME", "")
     try:
         socket.getaddrinfo(address, None)
     except OSError:
         address = ""
     address = os.environ.get("MASTER_ADDR") or address or socket.gethostname()
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = int(os.environ.get("MASTER_PORT") or probe.getsockname()[1])
-    _post(folder, {"state": "meeting", "address": address, "port": port})
-    return address, port
+    store = TCPStore(address, int(os.environ.get("MASTER_PORT", 0)), is_master=True, wait_for_workers=False)
+    _post(folder, {"state": "meeting", "address": address, "port": store.port})
+    return store, address
 
 
 def find_meeting(folder: Path) -> tuple[str, int] | None:

@@ -26,7 +26,7 @@ from sae_lightning.kernels.build import lend_cache
 from sae_lightning.locks import held
 from sae_lightning.training.checkpoints import mend_checkpoint
 from sae_lightning.training.identity import run_name
-from sae_lightning.training.launch import job, launch_ranks, n_ranks, wants_ranks
+from sae_lightning.training.launch import launch_ranks, n_ranks, wants_ranks
 from sae_lightning.training.loggers import settle
 from sae_lightning.training.memory import free_bytes, rounds, workers_of
 from sae_lightning.training.preempt import Preempted, heeding
@@ -84,10 +84,15 @@ def _train(todo: dict[Path, DictConfig]) -> list[Path]:
     for members in rounds(todo, store.d_in, free_bytes(first)):
         if wants_ranks(first):
             pack = OmegaConf.create({str(f): OmegaConf.to_container(cfg, resolve=True) for f, cfg in members.items()})
-            launch_ranks(pack, next(iter(members)), "sae_lightning.training.packed", n_ranks(first))
+            launch_ranks(pack, next(iter(members)), _fit_rank, n_ranks(first))
         else:
             failed += fit_together(members)
     return failed
+
+
+def _fit_rank(pack: DictConfig, _: Path) -> None:
+    """One DDP rank of a pack, whose configs stand by their folders."""
+    fit_together({Path(str(folder)): cfg for folder, cfg in pack.items()}, int(os.environ["WORLD_SIZE"]))
 
 
 def fit_together(members: dict[Path, DictConfig], world: int = 1) -> list[Path]:
@@ -176,13 +181,3 @@ def members_of(cfg: DictConfig) -> list[DictConfig]:
     from hydra import compose
 
     return [compose("config", overrides) for overrides in json.loads(Path(cfg.pack.file).read_text())]
-
-
-def main() -> None:
-    """Entry of one DDP rank: ``python -m sae_lightning.training.packed CONFIG FOLDER``."""
-    pack, _ = job()
-    fit_together({Path(str(folder)): cfg for folder, cfg in pack.items()}, int(os.environ["WORLD_SIZE"]))
-
-
-if __name__ == "__main__":
-    main()

@@ -25,7 +25,7 @@ from sae_lightning.saes.artefact import read_cfg, write_json
 from sae_lightning.training.checkpoints import CheckpointFiles, last_checkpoint, mend_checkpoint, remove_checkpoints
 from sae_lightning.training.history import History
 from sae_lightning.training.identity import callbacks_on, run_hash, run_name, uses_k
-from sae_lightning.training.launch import environment, job, launch_ranks, wants_ranks
+from sae_lightning.training.launch import environment, launch_ranks, wants_ranks
 from sae_lightning.training.loggers import check_loggers, checkpoint_step, close_loggers, open_loggers, settle
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.nodes import check_tasks, leading, node
@@ -51,7 +51,7 @@ def train(cfg: DictConfig) -> Path:
     folder = Path(cfg.paths.runs) / run_name(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     with heeding(folder.name):
-        _lead(cfg, folder) if node()[0] == 0 else launch_ranks(cfg, folder)
+        _lead(cfg, folder) if node()[0] == 0 else launch_ranks(cfg, folder, fit)
     return folder
 
 
@@ -66,7 +66,7 @@ def _lead(cfg: DictConfig, folder: Path) -> None:
             settle(cfg)
             for split in ("train", "val"):  # once, before every rank opens them
                 ensure_store(cfg, split)
-            launch_ranks(cfg, folder)
+            launch_ranks(cfg, folder, fit)
         else:
             fit(cfg, folder)
 
@@ -246,12 +246,3 @@ def load_record(folder: Path) -> dict[str, Any]:
     import json
 
     return read_cfg(folder) | {"result": json.loads((folder / "result.json").read_text())}
-
-
-def main() -> None:
-    """Entry of one DDP rank: ``python -m sae_lightning.training.run CONFIG FOLDER``."""
-    fit(*job())
-
-
-if __name__ == "__main__":
-    main()

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 from sae_lightning.backbones import Tap, load_backbone
 from sae_lightning.benchmark.evaluate import TOP_IMAGES, score
 from sae_lightning.data import DataError, load_images
-from sae_lightning.features.ensure import ensure_store, main, plain
+from sae_lightning.features.ensure import ensure_store, plain
 from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.report.page import latent_groups
 from sae_lightning.saes import Normalizer, TopK
@@ -301,14 +300,15 @@ def test_ensuring_a_part_only_says_that_it_is_not_whole(ten, tmp_path):
         ensure_store(picture_config(ten, tmp_path, "extract.part=0/2"), "train")
 
 
-def test_a_process_of_several_ends_with_a_sentence(tmp_path, monkeypatch):
-    """Not with a traceback: its output is the user's."""
+def test_processes_of_an_extraction_end_with_a_sentence(tmp_path, capfd):
+    """Not with a traceback: their output is the user's."""
     pictures = make_pictures(tmp_path / "p", 10)
     bad = break_picture(pictures, 7)
-    OmegaConf.save(picture_config(pictures, tmp_path), tmp_path / "config.yaml", resolve=True)
-    monkeypatch.setattr("sys.argv", ["ensure", str(tmp_path / "config.yaml"), "train", "cpu", "patch@4"])
-    with pytest.raises(SystemExit, match=rf"^Image '{bad}' cannot be read"):
-        main()
+    with pytest.raises(StoreError, match="its error is above"):
+        extract_split(picture_config(pictures, tmp_path, "extract.devices=2", "extract.device=cpu"))
+    said = capfd.readouterr().err
+    assert f"Image '{bad}' cannot be read" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
