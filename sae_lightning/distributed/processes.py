@@ -144,9 +144,12 @@ def _run(
 
 
 def _end_with_parent() -> None:
+    """When the process that started this one is gone: ask this one to stop, which leaves a checkpoint, or kill it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(SHUTDOWN)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
