@@ -169,8 +169,9 @@ class Backbone(nn.Module):
         """``features`` themselves; BackboneError unless they are one row for each of ``count`` inputs."""
         if len(features) != count:
             raise BackboneError(
-                f"{self.title} gives {tuple(features.shape)} for {count} {'captions' if tap.kind == 'text' else 'images'} "
-                f"at {tap}, not one row for each; such an encoder is not supported. Choose another model."
+                f"{self.title} gives {tuple(features.shape)} for {count} "
+                f"{'captions' if tap.kind == 'text' else 'images'} at {tap}, not one row for each; such an encoder is "
+                "not supported. Choose another model."
             )
         return features
 

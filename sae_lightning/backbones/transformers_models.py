@@ -88,8 +88,8 @@ def _image_half(wanted: Published, whole: Any) -> Any:
 
 def _unsupported(wanted: Published, config: Any, why: str) -> BackboneError:
     return BackboneError(
-        f"'{wanted.model}' ({config.model_type}) is no plain vision transformer and not supported: {why}. timm may have "
-        "it: try backbone=timm."
+        f"'{wanted.model}' ({config.model_type}) is no plain vision transformer and not supported: {why}. timm may "
+        "have it: try backbone=timm."
     )
 
 
@@ -99,5 +99,6 @@ def _blocks(model: nn.Module, depth: int) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return list(module)
     raise BackboneError(
-        f"{type(model).__name__} has no list of {depth} blocks and is not supported; timm may have it: try backbone=timm."
+        f"{type(model).__name__} has no list of {depth} blocks and is not supported; timm may have it: "
+        "try backbone=timm."
     )

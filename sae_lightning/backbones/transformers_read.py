@@ -36,8 +36,8 @@ def read_transformers(
             count = f"{len(images)} images" if len(images) > 1 else "an image"
             raise BackboneError(
                 f"{type(model).__name__} gives {shape or 'nothing'} for {count} after layer {layer}, not one token for "
-                f"each of {patches} patches; it is no plain vision transformer and not supported. timm may have it: try "
-                "backbone=timm."
+                f"each of {patches} patches; it is no plain vision transformer and not supported. timm may have it: "
+                "try backbone=timm."
             )
     tokens_of = {
         layer: LayerTokens(out[:, -patches:], out[:, 0] if out.shape[1] > patches else None, grid)
