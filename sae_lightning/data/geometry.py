@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torchvision import transforms
 
 from sae_lightning.data.errors import DataError
@@ -17,6 +18,15 @@ Axes = tuple[np.ndarray, np.ndarray]
 Step = Callable[[Axes], Axes]
 
 
+class MiddleCrop(transforms.CenterCrop):
+    """Cuts the middle out of a picture as transformers does: of two middles the upper left one, black around it."""
+
+    def forward(self, img: Image.Image) -> Image.Image:
+        (height, width), (across, down) = self.size, img.size
+        left, top = (across - width) // 2, (down - height) // 2
+        return img.crop((left, top, left + width, top + height))
+
+
 def steps_of(transform: Any) -> list[Step]:
     """What ``transform`` (of torchvision or timm) does to the rows and columns of a picture; nothing for None.
 
@@ -24,12 +34,13 @@ def steps_of(transform: Any) -> list[Step]:
     """
     if transform is None:
         return []
-    if isinstance(transform, transforms.Compose):
+    if hasattr(transform, "transforms"):  # a Compose, or something that tells its steps as one
         return [step for part in transform.transforms for step in steps_of(part)]
     if isinstance(transform, transforms.Resize) and transform.max_size is None:
         return [_resizing(transform.size)]
     if isinstance(transform, transforms.CenterCrop):
-        return [_cropping(*transform.size)]
+        height, width = transform.size
+        return [_cropping(height, width, _middle if isinstance(transform, MiddleCrop) else _centre)]
     if isinstance(transform, PIXELWISE):
         return []
     raise DataError(
@@ -67,12 +78,19 @@ def _resizing(size: int | list[int] | tuple[int, ...]) -> Step:
     return resize
 
 
-def _cropping(height: int, width: int) -> Step:
+def _cropping(height: int, width: int, cut: Callable[[np.ndarray, int], np.ndarray]) -> Step:
     def crop(axes: Axes) -> Axes:
-        rows, columns = (_centre(axis, new) for axis, new in zip(axes, (height, width), strict=True))
+        rows, columns = (cut(axis, new) for axis, new in zip(axes, (height, width), strict=True))
         return rows, columns
 
     return crop
+
+
+def _middle(axis: np.ndarray, size: int) -> np.ndarray:
+    """The ``size`` positions that ``MiddleCrop`` takes."""
+    places = (len(axis) - size) // 2 + np.arange(size)
+    inside = (places >= 0) & (places < len(axis))
+    return np.where(inside, axis[places.clip(0, len(axis) - 1)], OUTSIDE)
 
 
 def _centre(axis: np.ndarray, size: int) -> np.ndarray:

@@ -33,7 +33,15 @@ class Preprocess:
 
     @classmethod
     def of(cls, transform: Any, image_size: int) -> Preprocess:
-        """Read off a backbone's ``transform``, a Compose of Resize, CenterCrop, ToTensor and Normalize."""
+        """Read off the steps of a backbone's ``transform``: Resize, CenterCrop, ToTensor and Normalize.
+
+        FinetuneError when it is an image processor whose steps are not known.
+        """
+        if not hasattr(transform, "transforms"):
+            raise FinetuneError(
+                f"Pictures are prepared by {type(transform.processor).__name__}, which augmentation cannot follow; "
+                "choose another backbone."
+            )
         resize: int | None = None
         interpolation = InterpolationMode.BICUBIC.value
         mean: tuple[float, ...] = (0.0, 0.0, 0.0)

@@ -1,7 +1,6 @@
 """Masks: where they come from, how they follow the encoder's view of a picture, and what they say of patches."""
 
 import io
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -16,6 +15,7 @@ from scipy.ndimage import maximum_filter, minimum_filter
 from timm.data import create_transform
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from sae_lightning.backbones import load_backbone
 from sae_lightning.backbones.transformers_images import processor_transform
@@ -60,15 +60,14 @@ def test_the_nearest_pixel_is_pillows(size, target):
     np.testing.assert_array_equal(nearest(size, target)[decided], expected[decided])
 
 
-ABOUT = {"resample": 3, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
-CUTTING = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
-SQUEEZING = {"size": {"height": 32, "width": 32}, "crop_size": None, "do_center_crop": False}
+CUTTING = CLIPImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
+SQUEEZING = SiglipImageProcessorPil(size={"height": 32, "width": 32})
 VIEWS = {
     "timm": create_transform((3, 32, 32), crop_pct=1.0, interpolation="bicubic", is_training=False),
     "timm, the middle": create_transform((3, 32, 32), crop_pct=0.875, is_training=False),
     "timm, squeezed": create_transform((3, 32, 32), crop_pct=0.9, crop_mode="squash", is_training=False),
-    "transformers, the middle": processor_transform(SimpleNamespace(**ABOUT, **CUTTING), 32),
-    "transformers, squeezed": processor_transform(SimpleNamespace(**ABOUT, **SQUEEZING), 32),
+    "transformers, the middle": processor_transform(CUTTING, 32),
+    "transformers, squeezed": processor_transform(SQUEEZING, 32),
 }
 
 
