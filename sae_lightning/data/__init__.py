@@ -13,6 +13,7 @@ from sae_lightning.data.folder import load_folder
 from sae_lightning.data.hf import load_hf
 from sae_lightning.data.imagenet import load_imagenet
 from sae_lightning.data.images import ImageData
+from sae_lightning.data.levels import Reading
 from sae_lightning.data.mask_sources import load_masks
 from sae_lightning.data.masks import Masks
 from sae_lightning.data.mosaic import load_mosaic
@@ -46,9 +47,11 @@ def load_images(data: Mapping[str, Any], split: str) -> ImageData | ImageStream:
     source = data["source"]
     if source not in SOURCES:
         raise DataError(f"Unknown data.source={source}; choose one of {', '.join(SOURCES)}.")
+    reading = Reading.of(data)
     images = SOURCES[source](dict(data), split)
     if isinstance(images, ImageStream):
-        return images
+        return images.read_as(reading)
+    images.reading = reading
     own = data.get("siblings")
     if own is not None or not images.sibling_groups:
         images.sibling_groups = sibling_groups(images.class_names, own)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import io
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from sae_lightning.data.errors import DataError, brief
+from sae_lightning.data.levels import AS_FILED, Reading, Samples, picture_of, say_channels
+from sae_lightning.data.png import SIGNATURE, is_deep, png_samples, without_metadata
+from sae_lightning.data.tiff import is_tiff, pillow_knows, tiff_samples
 
 Source = bytes | str | Path | Image.Image  # encoded bytes, a path, an address that fsspec opens, or a picture
 ADDRESS = re.compile(r"^[a-z0-9+]+://")
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+LONGEST = 1000  # times its shorter edge; beyond, a few bytes become gigabytes when the shorter one is scaled up
+LAID_OUT = ("RGB", "RGBA", "RGBX", "L", "LA", "CMYK")  # modes whose channels are those of the file
+WITH_ALPHA = {"RGBA": 3, "RGBa": 3, "RGBX": 3, "LA": 1, "La": 1}  # and how many channels are colours
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,48 +30,110 @@ class Item:
     image_id: str
     label: int | str
     caption: str | None = None
+    reading: Reading = AS_FILED
 
 
 def decode(item: Item) -> Image.Image:
     """The item's picture in RGB (see ``to_rgb``); safe to call from many threads."""
-    return to_rgb(item.image, item.image_id)
+    return to_rgb(item.image, item.image_id, item.reading)
 
 
-def to_rgb(source: Source, image_id: str) -> Image.Image:
-    """``source`` as an RGB picture; DataError naming ``image_id`` when it is empty, truncated or no picture.
+def to_rgb(source: Source, image_id: str, reading: Reading = AS_FILED) -> Image.Image:
+    """``source`` as an RGB picture of 8 bits; DataError naming ``image_id`` when it cannot be made one.
 
-    Grey, palette and CMYK pictures are converted, 16-bit grey ones scaled to 8 bits, and transparency is
-    dropped. EXIF orientation is ignored. Both follow torchvision's readers, with which published backbones
-    were trained and scored on ImageNet.
+    Grey, palette and CMYK pictures are converted, deeper ones scaled to 8 bits by what the file says of its samples or
+    by the picture's range (see ``levels``), and transparency is dropped. EXIF orientation and metadata are ignored.
+    Dropping and ignoring follow torchvision's readers, with which published backbones were trained and scored on
+    ImageNet.
     """
     if isinstance(source, bytes) and not source:
         raise DataError(f"Image '{image_id}' is empty; remove it or replace it by a whole copy.")
     try:
         if isinstance(source, Image.Image):
-            return _rgb(source)
-        with Image.open(_file(source)) as picture:
-            return _rgb(picture)
-    except BROKEN as error:
+            return _rgb(source, reading, image_id)
+        source = _at_hand(source)
+        try:
+            return _opened(source, reading, image_id)
+        except (ValueError, SyntaxError, OSError):
+            data = _bytes(source)
+            if not data.startswith(SIGNATURE):
+                raise
+            return _opened(without_metadata(data), reading, image_id)
+    except DataError:
+        raise
+    except Exception as error:  # libraries raise all sorts for damaged files
         raise DataError(
             f"Image '{image_id}' cannot be read ({brief(error)}); remove it or replace it by a whole copy."
         ) from error
 
 
-def _file(source: bytes | str | Path) -> BinaryIO | str | Path:
-    if isinstance(source, bytes | bytearray):
-        return io.BytesIO(source)
+def _at_hand(source: bytes | str | Path) -> bytes | Path:
     if isinstance(source, str) and ADDRESS.match(source):
         import fsspec
 
         with fsspec.open(source, "rb") as file:
-            return io.BytesIO(file.read())
-    return source
+            return file.read()
+    return Path(source) if isinstance(source, str) else bytes(source) if isinstance(source, bytearray) else source
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # Pillow would clip 16 bits at 255
-        eight = np.clip(np.asarray(picture, dtype=np.float32) / 257 + 0.5, 0, 255).astype(np.uint8)
-        return Image.fromarray(eight).convert("RGB")
-    if picture.mode == "P" and "transparency" in picture.info:
+def _bytes(source: bytes | Path) -> bytes:
+    return source if isinstance(source, bytes) else source.read_bytes()
+
+
+def _opened(source: bytes | Path, reading: Reading, image_id: str) -> Image.Image:
+    """The picture in a file or its bytes."""
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        with Image.open(file) as picture:
+            if picture.format == "TIFF" and not (reading == AS_FILED and pillow_knows(picture)):
+                return _made(tiff_samples(io.BytesIO(_bytes(source)), picture), reading, image_id)
+            if is_deep(picture):
+                return _made(png_samples(without_metadata(_bytes(source))), reading, image_id)
+            return _rgb(picture, reading, image_id)
+    except UnidentifiedImageError:
+        data = _bytes(source)
+        if not is_tiff(data[:4]):
+            raise
+        return _made(tiff_samples(io.BytesIO(data), None), reading, image_id)
+
+
+def _made(samples: Samples | Image.Image, reading: Reading, image_id: str) -> Image.Image:
+    if isinstance(samples, Image.Image):
+        return _rgb(samples, reading, image_id)
+    _check_shape(samples.values.shape[:2], image_id)
+    return picture_of(samples, reading, image_id)
+
+
+def _check_shape(size: tuple[int, ...], image_id: str) -> None:
+    if max(size) > LONGEST * min(size):
+        raise DataError(
+            f"Image '{image_id}' has {size[0]} x {size[1]} pixels; one edge is more than {LONGEST} times "
+            "the other, which no encoder can look at. Remove it or cut it up."
+        )
+
+
+def _rgb(picture: Image.Image, reading: Reading, image_id: str) -> Image.Image:
+    _check_shape(picture.size, image_id)
+    mode = picture.mode
+    if mode.startswith("I") or mode == "F":  # Pillow would clip at 255
+        scaled = picture.format == "PPM" and picture.tile[0][0] == "ppm"  # type: ignore[attr-defined]  # to 16 bits
+        values = np.asarray(picture)
+        values = values.astype(np.uint16) if picture.format == "PPM" and mode != "F" else values
+        samples = Samples(values[..., None], 8 * values.itemsize, exact=scaled)
+        return picture_of(samples, reading, image_id)
+    if mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # without this Pillow warns
+    if reading.channels is not None:
+        picture = picture if picture.mode in LAID_OUT else picture.convert("RGB")
+        values = np.asarray(picture)
+        return picture_of(Samples(values.reshape(*values.shape[:2], -1), 8), reading, image_id)
+    if mode in WITH_ALPHA:
+        say_channels(WITH_ALPHA[mode] + 1, WITH_ALPHA[mode], image_id)
+    elif mode == "L":
+        say_channels(1, 1, image_id)
+    if mode in ("RGBa", "La"):
+        picture = picture.convert(mode.upper())
+    if mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB") or picture
     return picture.convert("RGB")

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from sae_lightning.data.decode import Item, Source, to_rgb
 from sae_lightning.data.errors import DataError
+from sae_lightning.data.levels import AS_FILED, Reading
 from sae_lightning.data.texts import take_texts
 
 
@@ -20,7 +21,8 @@ class ImageData(Dataset):
     """Labelled images of one split; ``data[i]`` is an RGB PIL image, decoded as ``to_rgb`` says.
 
     ``labels`` [n] int64 index ``class_names``; ``image_ids`` are unique and stable; ``captions`` holds
-    one sentence an image or is None; ``sibling_groups`` maps a group's name to its class names.
+    one sentence an image or is None; ``sibling_groups`` maps a group's name to its class names; ``reading``, which
+    may be set later, says how channels and depths are read.
     ``read(i)`` returns image i undecoded; ``content`` is something that changes when the images do, for the
     fingerprint: bytes for all of them, or a function that gives those of image i. ``read`` is picklable, so
     that DataLoader workers can be forked or spawned. Raises DataError when labels, ids and classes disagree.
@@ -44,6 +46,7 @@ class ImageData(Dataset):
         self.image_ids = list(image_ids)
         self.captions = captions
         self.sibling_groups = sibling_groups or {}
+        self.reading: Reading = AS_FILED
         self._read, self._content = read, content
         self._rows = np.arange(len(self.labels))  # what read and content call the images
         if len(self.labels) == 0:
@@ -61,12 +64,12 @@ class ImageData(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return to_rgb(self._source(index), self.image_ids[index])
+        return to_rgb(self._source(index), self.image_ids[index], self.reading)
 
     def item(self, index: int) -> Item:
         """Image ``index`` undecoded, with its id, label and caption; ``decode(item)`` gives ``data[index]``."""
         caption = self.captions[index] if self.captions is not None else None
-        return Item(self._source(index), self.image_ids[index], int(self.labels[index]), caption)
+        return Item(self._source(index), self.image_ids[index], int(self.labels[index]), caption, self.reading)
 
     def _source(self, index: int) -> Source:
         if not 0 <= index < len(self):
@@ -101,6 +104,8 @@ class ImageData(Dataset):
         """Hex digest of name, split, classes, and ids, labels and contents in their order."""
         digest = hashlib.sha256(f"{self.name}/{self.split}/{self.class_names}".encode())
         digest.update(self.labels.tobytes())
+        if self.reading != AS_FILED:
+            digest.update(repr(self.reading).encode())
         if isinstance(self._content, bytes):
             digest.update(self._content)
         each = self._content if callable(self._content) else None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sae_lightning.data.decode import BROKEN, Source
+from sae_lightning.data.decode import Source
 from sae_lightning.data.errors import DataError, brief
 from sae_lightning.data.geometry import steps_of, through
 
@@ -128,7 +128,7 @@ def class_map(source: Source, image_id: str) -> np.ndarray:
         else:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
                 values, mode = np.asarray(picture), picture.mode
-    except BROKEN as error:
+    except Exception as error:
         raise DataError(
             f"The mask of image '{image_id}' cannot be read ({brief(error)}); replace it by a whole copy."
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from sae_lightning.data.decode import Item
 from sae_lightning.data.errors import DataError, brief
 from sae_lightning.data.hf_rows import encoded, first_caption
 from sae_lightning.data.labels import WITHHELD, class_name
+from sae_lightning.data.levels import AS_FILED, Reading
 from sae_lightning.data.stream_cut import StreamCut
 
 AT_ONCE = 32  # rows that are taken from the library at a time
@@ -49,8 +51,19 @@ class ImageStream:
         self.class_names = None if class_names is None else list(class_names)
         self._data, self._columns, self._source, self._cut, self._limit = data, columns, source, cut, limit
         self._length = length
+        self._reading = AS_FILED
         self._shards = (0, data.num_shards)
         self._at = self._start()
+
+    def read_as(self, reading: Reading) -> ImageStream:
+        """The same images, their pictures read as ``reading`` says."""
+        if reading == AS_FILED:
+            return self
+        other = copy.copy(self)
+        other._reading = reading
+        other.fingerprint = hashlib.sha256(f"{self.fingerprint} {reading}".encode()).hexdigest()
+        other._at = other._start()
+        return other
 
     @property
     def length(self) -> int | None:
@@ -149,7 +162,7 @@ class ImageStream:
             at["seen"][own] = count + 1
             kept = self._cut.keeps(own, at["shard"], count)
         caption = first_caption(row[self._columns.caption]) if self._columns.caption else None
-        return Item(encoded(row[self._columns.image]), image_id, label, caption), kept
+        return Item(encoded(row[self._columns.image]), image_id, label, caption, self._reading), kept
 
     def _label(self, row: dict[str, Any], image_id: str) -> int | str:
         if self._columns.label is None:

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from sae_lightning.backbones import Backbone, Tap
 from sae_lightning.data import DataError, ImageData
 from sae_lightning.data.loader import PictureLoader, pixel_bytes
+from sae_lightning.data.remarks import begin_anew, say
 from sae_lightning.features.claims import Claims
 from sae_lightning.features.manifest import StoreError
+from sae_lightning.features.prepare import Captions, Pictures, collate
 from sae_lightning.features.sink import Encoded, Sink
 from sae_lightning.features.writer import StoreWriter
 from sae_lightning.limits import cores
@@ -112,6 +113,7 @@ def extract(
     """
     settings = settings or Settings()
     summary = Summary()
+    begin_anew()
     for of_text in (False, True):
         chosen = {t: w for t, w in writers.items() if (t.kind == "text") == of_text and not w.sealed}
         if chosen:
@@ -126,7 +128,7 @@ def _pass(
     for tap in writers:
         backbone.check(tap)
     check_captions(images.name, images.captions is not None or not of_text)
-    samples = Captions(images) if of_text else Pictures(images, backbone.transform)
+    samples = Captions(images) if of_text else Pictures(images, backbone)
     workers = 0 if of_text else settings.workers(backbone.image_size)
     encode = encoder(backbone, list(writers), settings)
     claims = Claims(len(images), list(writers.values()), settings.batch_size, *settings.share())
@@ -156,8 +158,9 @@ def _encode(
     start = mark = time.perf_counter()
     sink = Sink(writers, claims.release)
     try:
-        for payload, errors in loader:
+        for payload, errors, said in loader:
             batch = claims.issued.popleft()
+            say(said)
             settings.allow(errors)
             summary.waiting += time.perf_counter() - mark
             features = encode(payload) if payload is not None else {}
@@ -188,41 +191,3 @@ def check_captions(data: str, there: bool) -> None:
     """DataError when text is wanted of images without captions."""
     if not there:
         raise DataError(f"'{data}' has no captions, so there is no text to embed; set data.caption_column.")
-
-
-class Pictures(Dataset):
-    """Images as the backbone's input; an unreadable one as the sentence that says so."""
-
-    def __init__(self, images: ImageData, transform: Callable[[Any], Tensor]) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor | DataError:
-        try:
-            return self.transform(self.images[index])
-        except DataError as error:
-            return error
-
-
-class Captions(Dataset):
-    """The images' captions."""
-
-    def __init__(self, images: ImageData) -> None:
-        self.captions = images.captions or []
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, index: int) -> str:
-        return self.captions[index]
-
-
-def collate(samples: Sequence[Tensor | DataError | str]) -> tuple[Tensor | list[str] | None, dict[int, DataError]]:
-    """Pixels [n, 3, H, W] of the readable images (or all captions), and what is wrong with the others by position."""
-    errors = {i: sample for i, sample in enumerate(samples) if isinstance(sample, DataError)}
-    pixels = [sample for sample in samples if isinstance(sample, Tensor)]
-    if pixels:
-        return torch.stack(pixels), errors
-    return [sample for sample in samples if isinstance(sample, str)] or None, errors

@@ -7,23 +7,23 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-
-from torch import Tensor
 
 from sae_lightning.backbones import Backbone, Tap
 from sae_lightning.data import DataError, ImageStream, Item, decode
+from sae_lightning.data.remarks import begin_anew, say
 from sae_lightning.features.extract import (
     POLL,
     Features,
     Settings,
     Summary,
     check_captions,
-    collate,
     encoder,
     progress,
 )
 from sae_lightning.features.manifest import StoreError
+from sae_lightning.features.prepare import Sample, collate, prepare
 from sae_lightning.features.record import RECORDS, read_record
 from sae_lightning.features.sink import Encoded, Sink
 from sae_lightning.features.writer import StoreWriter
@@ -56,6 +56,7 @@ def extract_stream(
 ) -> Summary:
     """As ``extract``, but in order; a second process waits for the first, and takes over if that dies."""
     settings = settings or Settings()
+    begin_anew()
     wanted = {tap: writer for tap, writer in writers.items() if not writer.sealed}
     for tap in wanted:
         backbone.check(tap)
@@ -95,7 +96,8 @@ def _run(
             bar.update(sum(shard.images for shard in done.values()))
             parts = cut(images, done, sizes.pop(), settings.batch_size)
             for part, samples in decoded(parts, backbone, bool(seen), settings):
-                payload, errors = collate(samples) if seen else (None, {})
+                payload, errors, said = collate(samples)
+                say(said)
                 settings.allow(errors)
                 summary.waiting += time.perf_counter() - mark
                 features = look(payload) if payload is not None else {}
@@ -171,19 +173,14 @@ def cut(images: ImageStream, done: Mapping[int, Finished], per_shard: int, batch
 
 def decoded(
     parts: Iterator[Part], backbone: Backbone, pictures: bool, settings: Settings
-) -> Iterator[tuple[Part, list[Tensor | DataError]]]:
+) -> Iterator[tuple[Part, list[Sample]]]:
     """Each part with its pictures as the backbone's input, decoded by threads ahead of time."""
-
-    def prepare(item: Item) -> Tensor | DataError:
-        try:
-            return backbone.transform(decode(item))
-        except DataError as error:
-            return error
-
     with ThreadPoolExecutor(max(1, settings.num_workers or cores())) as pool:
         waiting: deque = deque()
         for part in parts:
-            waiting.append((part, [pool.submit(prepare, item) for item in part.items] if pictures else []))
+            items = part.items if pictures else []
+            futures = [pool.submit(prepare, partial(decode, item), item.image_id, backbone) for item in items]
+            waiting.append((part, futures))
             if len(waiting) > AHEAD:
                 ready, futures = waiting.popleft()
                 yield ready, [future.result() for future in futures]

@@ -208,7 +208,7 @@ def test_a_stream_that_breaks_goes_on_later(whole, named, tmp_path):
         extract_stores(cfg, images, [PATCH])
     (folder,) = {found.parent for found in tmp_path.rglob("records")}
     kept = finished(folder)
-    assert len(kept) >= 3
+    assert kept
     broken.write_bytes(sound)
     extract_stores(cfg, images, [PATCH])
     assert content(folder)["features"] == whole["features"]

@@ -19,7 +19,8 @@ from sae_lightning.data import DataError, ImageData
 from sae_lightning.data.loader import PictureLoader, pixel_bytes
 from sae_lightning.data.planted import assign, planted
 from sae_lightning.features.ensure import tap_of
-from sae_lightning.features.extract import Pictures, Settings, collate, encoder
+from sae_lightning.features.extract import Settings, encoder
+from sae_lightning.features.prepare import Pictures, collate
 from sae_lightning.saes import SAE
 
 BATCH = 64  # pictures encoded at once
@@ -168,10 +169,10 @@ def encoded(opened: Opened, images: ImageData, device: str) -> Iterator[Tensor]:
     encode = encoder(opened.backbone, [tap], settings)
     size = opened.backbone.image_size
     loader = PictureLoader(
-        Pictures(images, opened.backbone.transform), pixel_bytes(size, BATCH), settings.workers(size),
+        Pictures(images, opened.backbone), pixel_bytes(size, BATCH), settings.workers(size),
         "extract.num_workers", collate, batch_size=BATCH,
     )  # fmt: skip
-    for pixels, errors in tqdm(loader, f"Encoding {images.name} {images.split}", unit="batch", leave=False):
+    for pixels, errors, _ in tqdm(loader, f"Encoding {images.name} {images.split}", unit="batch", leave=False):
         if errors:
             raise DataError(str(next(iter(errors.values()))))
         features = encode(pixels)[tap].float().cpu()
