@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -85,21 +85,95 @@ def train_share(held_out: Mapping[str, float]) -> float:
 
 
 def cut(labels: np.ndarray, held_out: Mapping[str, float], split: str, seed: int) -> np.ndarray:
-    """Indices [m] of ``split`` when the shares ``held_out`` of every class are cut from ``labels`` [n]."""
+    """Indices [m] of ``split`` when the shares ``held_out`` of every class are cut from ``labels`` [n].
+
+    Says how many images the splits have where classes are so small that shares are not kept. DataError when ``split``
+    has none.
+    """
     shares = {"train": train_share(held_out), **held_out}
-    return split_indices(labels, shares, seed)[split]
+    parts = split_indices(labels, shares, seed)
+    sizes = np.unique(labels, return_counts=True)[1]
+    found = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
+    wanted = ", ".join(f"{name} {share:.3g}" for name, share in shares.items())
+    of = f"{len(labels)} images of {len(sizes)} class{'es' if len(sizes) > 1 else ''}"
+    if not len(parts[split]):
+        raise DataError(
+            f"Cutting {of} into the shares {wanted} gives {found}, so {split} is empty; change data.shares or "
+            "data.held_out, or bring more images."
+        )
+    if held_out and not _rounding_serves(sizes, list(shares.values())):
+        tell(f"Of {of} (the smallest has {sizes.min()}), the shares {wanted} cut {found}.")
+    return parts[split]
 
 
 def split_indices(labels: np.ndarray, shares: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:
-    """Disjoint, stratified, seeded parts of ``range(len(labels))``: each class is divided by ``shares``."""
+    """Disjoint, stratified, seeded parts of ``range(len(labels))``: each class is divided by ``shares``.
+
+    Of a class of three or more every part has at least one, unless its share is 0.
+    """
     rng = np.random.default_rng(seed)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in shares}
-    edges = np.cumsum(list(shares.values()))[:-1]
     order = np.argsort(labels, kind="stable")  # members of a class side by side, each class in ascending order
-    _, starts = np.unique(labels[order], return_index=True)
-    for group in np.split(order, starts[1:]):
-        members = rng.permutation(group)
-        cuts = np.round(edges * len(members)).astype(int)
-        for name, piece in zip(shares, np.split(members, cuts), strict=True):
+    _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    counts = class_counts(sizes, list(shares.values()), seed)
+    for group, count in zip(np.split(order, starts[1:]), counts, strict=True):
+        pieces = np.split(rng.permutation(group), np.cumsum(count)[:-1])
+        for name, piece in zip(shares, pieces, strict=True):
             parts[name].append(piece)
     return {name: np.sort(np.concatenate(pieces)) for name, pieces in parts.items()}
+
+
+def class_counts(sizes: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
+    """How many of each class (of ``sizes`` [C]) go to each part, [C, n_parts].
+
+    Rounded class by class where that serves, else by largest remainders over the whole set.
+    """
+    return _rounded(sizes, shares) if _rounding_serves(sizes, shares) else _by_largest_remainders(sizes, shares, seed)
+
+
+def _rounded(sizes: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+    inner = np.round(np.cumsum(shares)[:-1] * sizes[:, None]).astype(np.int64)
+    return np.diff(inner, axis=1, prepend=0, append=sizes[:, None])
+
+
+def _rounding_serves(sizes: np.ndarray, shares: Sequence[float]) -> bool:
+    """Whether rounding in each class leaves every part one of each class of three, and within a tenth of its share."""
+    counts, wanted = _rounded(sizes, shares), np.array(shares) > 0
+    lacking = (counts[sizes >= 3][:, wanted] == 0).any()
+    exact = sizes.sum() * np.array(shares)
+    return not lacking and bool((np.abs(counts.sum(0) - exact) <= np.maximum(0.1 * exact, 1)).all())
+
+
+def _by_largest_remainders(sizes: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
+    """[C, n_parts]: the whole shares of each class, at least one of three; the rest goes to parts that the set owes.
+
+    Of it the largest fractions come first, and equal ones as ``seed`` draws them.
+    """
+    rng = np.random.default_rng(seed)
+    exact = sizes[:, None] * np.array(shares)
+    counts = np.floor(exact + 1e-9).astype(np.int64)
+    wanted = np.array(shares) > 0
+    counts[(sizes >= 3)[:, None] & wanted & (counts == 0)] = 1
+    while (excess := counts.sum(1) > sizes).any():  # where there are more parts to serve than images above the shares
+        counts[excess, counts[excess].argmax(1)] -= 1
+    left = sizes - counts.sum(1)
+    owed = np.maximum(_apportioned(int(sizes.sum()), shares) - counts.sum(0), 0)
+    open_to = wanted & (counts < exact - 1e-9)
+    rows, columns = np.nonzero(open_to)
+    order = np.lexsort((rng.random(len(rows)), -np.round((exact - counts)[rows, columns], 9)))
+    for within in (True, False):  # first as the set's totals have it, then what they leave
+        for c, part in zip(rows[order].tolist(), columns[order].tolist(), strict=True):
+            if left[c] and open_to[c, part] and (owed[part] or not within):
+                counts[c, part] += 1
+                left[c] -= 1
+                owed[part] -= within
+                open_to[c, part] = False
+    return counts
+
+
+def _apportioned(total: int, shares: Sequence[float]) -> np.ndarray:
+    """``total`` divided by ``shares`` into whole numbers, those with the largest fractions rounded up."""
+    exact = total * np.array(shares)
+    counts = np.floor(exact + 1e-9).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
+    return counts

@@ -19,16 +19,17 @@ from sae_lightning.data.scan import size_and_time
 from sae_lightning.data.tar_samples import Keys, samples
 from sae_lightning.kernels.build import CacheError, cache_folder
 
-FORMAT = 1
+FORMAT = 2
 SCHEMA = pa.schema(
     {"tar": pa.int32(), "offset": pa.int64(), "size": pa.int64(), "key": pa.string(), "label": pa.string(),
-     "caption": pa.string()}
+     "caption": pa.string(), "passed_over": pa.string()}
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TarIndex:
-    """``table`` has a row a sample: tar (place in ``tars``), offset and size of the picture, key, label, caption.
+    """``table`` has a row a sample: tar (place in ``tars``), offset and size of the picture, key, label, caption,
+    and what was passed over where there is no label.
 
     ``marks`` [n_tars, 2] int64 are the tars' sizes and times in ns.
     """
@@ -45,7 +46,7 @@ def index_tars(tars: Sequence[Path], keys: Keys) -> TarIndex:
     """
     marks = np.array([size_and_time(tar) for tar in tars], dtype=np.int64)
     places = [str(tar.resolve()) for tar in tars]
-    made_from = json.dumps([FORMAT, keys.label, keys.caption, places, marks.tolist()])
+    made_from = json.dumps([FORMAT, keys.label, keys.caption, keys.member, places, marks.tolist()])
     try:
         file = cache_folder() / "tar-index" / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.parquet"
     except CacheError:

@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sae_lightning.data.errors import DataError
-from sae_lightning.data.scan import SUFFIXES
+from sae_lightning.data.labels import class_name
+from sae_lightning.data.scan import LITTER, SUFFIXES
 from sae_lightning.data.tar_headers import Member, Window, members
+
+LISTED = 8  # keys of a .json that are listed where none is the label
 
 
 @dataclass(slots=True)
 class Sample:
-    """A picture in a tar: where its bytes are, and what the members beside it say; ``key`` is their common name."""
+    """A picture in a tar: where its bytes are, and what the members beside it say; ``key`` is their common name.
+
+    ``passed_over`` names, one a line, what may hold the label of a sample that has none: members, and keys of a .json.
+    """
 
     key: str
     offset: int = -1
     size: int = 0
     label: str | None = None
     caption: str | None = None
+    passed_over: str | None = None
+    texts: dict[str, str] = field(default_factory=dict)  # members that can be read, by suffix
+    others: list[str] = field(default_factory=list)  # suffixes of those that cannot
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Under which keys a sample's .json holds its label and its caption, when there is no .cls or .txt."""
+    """Which ``member`` holds the label, and where .json holds label and caption if there is no such member or .txt."""
 
     label: str
     caption: str
+    member: str = "cls"
 
 
 def samples(path: Path, keys: Keys) -> list[Sample]:
     """The samples of the tar ``path`` that have a picture, in the order of their first members.
 
-    A member's key is its path up to the first dot of its last part; what follows says what it is. Raises
-    DataError naming ``path`` when a sample has two pictures, or a json or text that cannot be read.
+    A member's key is its path up to the first dot of its last part; what follows the last dot says what it is. Raises
+    DataError naming ``path`` when a sample has two pictures or two labels, or a json or text that cannot be read.
     """
     found: dict[str, Sample] = {}
     window = Window(path)
@@ -53,32 +65,91 @@ def samples(path: Path, keys: Keys) -> list[Sample]:
                         "own key (the name up to the first dot)."
                     )
                 sample.offset, sample.size = member.offset, member.size
-            elif suffix in ("cls", "txt", "json"):
-                _describe(sample, suffix, path, member, window, keys)
+            elif suffix.rpartition(".")[2] in (keys.member.rpartition(".")[2], "txt", "json"):
+                text = _text(suffix, path, member, window, keys)
+                if text is not None:
+                    sample.texts[suffix] = text
+            else:
+                sample.others.append(suffix)
     finally:
         window.close()
-    return [sample for sample in found.values() if sample.offset >= 0]
+    pictured = [sample for sample in found.values() if sample.offset >= 0]
+    for sample in pictured:
+        _describe(sample, path, keys)
+    return pictured
 
 
 def split_name(name: str) -> tuple[str, str]:
     """Key and suffix (lower case) of a member: ``a/b.seg.PNG`` is ("a/b", "seg.png"); no key for hidden files."""
     folder, slash, last = name.removeprefix("./").rpartition("/")
     stem, _, suffix = last.partition(".")
+    if last in LITTER or (folder and not LITTER.isdisjoint(folder.split("/"))):
+        return "", suffix.lower()
     return (f"{folder}{slash}{stem}" if stem else "", suffix.lower())
 
 
-def _describe(sample: Sample, suffix: str, path: Path, member: Member, window: Window, keys: Keys) -> None:
+def _text(suffix: str, path: Path, member: Member, window: Window, keys: Keys) -> str | None:
+    """What the member says; DataError, but None for a .txt or .json of another name, which may be anything."""
     try:
-        text = window.read(member.offset, member.size).decode("utf-8").strip()
-        if suffix == "cls":
-            sample.label = text
-        elif suffix == "txt":
-            sample.caption = text
-        else:
-            held = json.loads(text)
-            if sample.label is None and held.get(keys.label) is not None:
-                sample.label = str(held[keys.label])
-            if sample.caption is None and held.get(keys.caption) is not None:
-                sample.caption = str(held[keys.caption])
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise DataError(f"'{member.name}' in {path} cannot be read ({error}); repair or remove it.") from error
+        return window.read(member.offset, member.size).decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        if suffix in ("txt", "json") or _holds_label(suffix, keys.member):
+            raise _unreadable(member.name, path, error) from error
+        return None
+
+
+def _holds_label(suffix: str, member: str) -> bool:
+    """Whether ``member`` is the last of the suffix, but perhaps for .txt: cls, v2.cls, cls.txt."""
+    return f".{suffix.removesuffix('.txt')}".endswith(f".{member}")
+
+
+def _describe(sample: Sample, path: Path, keys: Keys) -> None:
+    """Take label and caption from the sample's texts, and note what may be meant where there is no label."""
+    texts, sample.texts = sample.texts, {}
+    labels = {suffix: text for suffix, text in texts.items() if _holds_label(suffix, keys.member)}
+    captions = {s: text for s, text in texts.items() if s not in labels and s.rpartition(".")[2] == "txt"}
+    held = {s: _parsed(s, text, sample.key, path) for s, text in texts.items() if s.rpartition(".")[2] == "json"}
+    if keys.member in labels or len(set(labels.values())) == 1:
+        sample.label = class_name(labels.get(keys.member, next(iter(labels.values()))))
+    elif labels:
+        one, two = list(labels)[:2]
+        raise DataError(
+            f"Sample '{sample.key}' in {path} has two labels, .{one} and .{two}; choose with data.label_suffix={one}."
+        )
+    sample.caption = captions.get("txt", next(iter(captions.values())) if len(captions) == 1 else None)
+    for suffix in sorted(held, key=lambda s: s != "json"):
+        if sample.label is None and held[suffix].get(keys.label) is not None:
+            sample.label = _label_of_json(held[suffix][keys.label], suffix, sample.key, path, keys)
+        if sample.caption is None and held[suffix].get(keys.caption) is not None:
+            sample.caption = str(held[suffix][keys.caption])
+    if sample.label is None:
+        names = [f".{suffix}" for suffix in sample.others]
+        names += [f"key '{key}' of .{s}" for s in held for key in list(held[s])[:LISTED] if key != keys.caption]
+        sample.passed_over = "\n".join(names) or None
+    sample.others = []
+
+
+def _parsed(suffix: str, text: str, key: str, path: Path) -> Mapping[str, Any]:
+    """The object in a .json; DataError for another content, but an empty one for a .json of another name."""
+    try:
+        held = json.loads(text)
+        if not isinstance(held, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        if suffix == "json":
+            raise _unreadable(f"{key}.json", path, error) from error
+        return {}
+    return held
+
+
+def _label_of_json(value: Any, suffix: str, key: str, path: Path, keys: Keys) -> str:
+    if isinstance(value, dict | list) or (isinstance(value, float) and not value.is_integer()):
+        raise DataError(
+            f"'{key}.{suffix}' in {path} holds {str(value)[:60]} under '{keys.label}'; labels must be whole numbers or "
+            "texts. Name another key with data.label_key."
+        )
+    return str(value) if isinstance(value, bool) else class_name(value)
+
+
+def _unreadable(name: str, path: Path, error: Exception) -> DataError:
+    return DataError(f"'{name}' in {path} cannot be read ({error}); repair or remove it.")

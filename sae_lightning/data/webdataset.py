@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from sae_lightning.data.errors import DataError
+from sae_lightning.data.errors import DataError, tell
 from sae_lightning.data.images import ImageData
-from sae_lightning.data.labels import UNLABELLED, positions, sorted_names
+from sae_lightning.data.labels import UNLABELLED, class_name, positions, sorted_names, tell_unseen, without_withheld
 from sae_lightning.data.patterns import files_of, fixed_folder
-from sae_lightning.data.splits import SPLITS, USUAL, cut, train_share
+from sae_lightning.data.scan import level
+from sae_lightning.data.splits import SPLITS, USUAL, by_split, cut, train_share
 from sae_lightning.data.tar_index import TarIndex, index_tars
 from sae_lightning.data.tar_reader import ArrowTexts, TarPictures
 from sae_lightning.data.tar_samples import Keys
@@ -26,21 +28,33 @@ from sae_lightning.data.texts import Texts
 def load_webdataset(cfg: dict[str, Any], split: str) -> ImageData:
     """``split`` of the tar files that ``path`` and ``splits`` name; ids are ``<tar>/<key>``.
 
-    Labels come from .cls or the .json's ``label_key``, captions from .txt or its ``caption_key``; class names
-    are ``classes`` (a list, or a text file with one a line) or the labels themselves. Splits without files of
-    their own are cut from train. Raises DataError.
+    Labels come from the member ``label_suffix`` (.cls) or the .json's ``label_key``, captions from .txt or its
+    ``caption_key``; class names are ``classes`` (a list, or a text file with one a line) or the labels themselves.
+    Splits without files of their own are cut from train. Raises DataError.
     """
     path = Path(cfg["path"]).expanduser()
     tars = split_tars(path, cfg["splits"])
     missing = [s for s in SPLITS[1:] if s not in tars]
     held_out = dict.fromkeys(missing, float(cfg["held_out"]))
     train_share(held_out)
-    keys = Keys(cfg["label_key"], cfg["caption_key"])
+    keys = Keys(cfg["label_key"], cfg["caption_key"], (cfg.get("label_suffix") or "cls").lower().strip("."))
     indices = {s: index_tars(files, keys) for s, files in tars.items()}
-    index = indices[split if split in indices else "train"]
+    own = split if split in indices else "train"
+    index = indices[own]
     given = class_list(cfg.get("classes"))
-    names = given or sorted_names(set().union(*(_labels(i) for i in indices.values()))) or [UNLABELLED]
-    labels = label_positions(index, names, given is not None, path)
+    of_train = _different(indices["train"].table["label"])
+    texts = {s: without_withheld(i.table["label"].combine_chunks(), of_train) for s, i in indices.items()}
+    names = given or sorted_names(set().union(*map(_different, texts.values()))) or [UNLABELLED]
+    labels = label_positions(index, texts[own], names, given is not None, path)
+    if names == [UNLABELLED] and given is None:
+        passed_over = _passed_over(index)
+        if passed_over:
+            tell(
+                f"'{cfg['name']}' has no labels in {path}; passed over: {passed_over}. Name a member with "
+                "data.label_suffix, or a key of .json with data.label_key."
+            )
+    elif own != "train":
+        tell_unseen(cfg["name"], split, _different(texts[own]), of_train)
     images = _images(cfg["name"], split, index, labels, names, fixed_folder(path))
     if missing and split in ("train", *missing):
         return images.take(cut(images.labels, held_out, split, cfg["seed"]))
@@ -50,14 +64,20 @@ def load_webdataset(cfg: dict[str, Any], split: str) -> ImageData:
 def split_tars(path: Path, patterns: Mapping[str, str | None]) -> dict[str, list[Path]]:
     """The tars of each split that has its own; train is always there.
 
-    Patterns are relative to ``path``; null takes a folder of the split's name that lies in it. What is left for train
-    is ``path`` itself less the tars of the others.
+    Patterns are relative to ``path``; null takes a folder of the split's name that lies in it, and says so where that
+    name is less usual. What is left for train is ``path`` itself less the tars of the others.
     """
     tars = {}
+    folders = by_split(level(path)[0]) if path.is_dir() else {}
     for split in SPLITS:
-        pattern = patterns.get(split) or next(
-            (name for name in USUAL[split] if path.is_dir() and (path / name).is_dir()), None
-        )
+        pattern = patterns.get(split) or folders.get(split)
+        if pattern is not None and pattern not in (patterns.get(split), *USUAL[split]):
+            if not any((path / pattern).glob("*.tar")):
+                continue
+            tell(
+                f"The folder '{pattern}' of {path} is taken for its {split} split; name another with "
+                f"data.splits.{split}."
+            )
         if pattern is not None:
             tars[split] = files_of(path / pattern)
     if "train" not in tars:
@@ -83,29 +103,37 @@ def class_list(classes: str | Sequence[str] | None) -> list[str] | None:
             raise DataError(
                 f"data.classes={classes} cannot be read ({error}); it must be a text file with a class a line."
             ) from error
-    names = [str(name).strip() for name in names if str(name).strip()]
+    names = [class_name(name).strip() for name in names if str(name).strip()]
     if not names:
         raise DataError(f"data.classes={classes} names no class.")
     return names
 
 
-def _labels(index: TarIndex) -> list[str]:
-    return pc.unique(index.table["label"]).drop_null().to_pylist()
+def _different(labels: pa.ChunkedArray | pa.Array) -> list[str]:
+    return pc.unique(labels).drop_null().to_pylist()
 
 
-def label_positions(index: TarIndex, names: Sequence[str], given: bool, path: Path) -> np.ndarray:
-    """Labels [n] int64: the place of each among ``names``, or the number that it is if the names were ``given``.
+def _passed_over(index: TarIndex) -> str:
+    """What may hold the labels that are missing, each with the number of samples that have it."""
+    lines = pc.list_flatten(pc.split_pattern(index.table["passed_over"].drop_null(), "\n"))
+    counts = sorted(pc.value_counts(lines).to_pylist(), key=lambda found: -found["counts"])
+    return ", ".join(f"{found['values']} in {found['counts']} samples" for found in counts[:10])
+
+
+def label_positions(index: TarIndex, column: pa.Array, names: Sequence[str], given: bool, path: Path) -> np.ndarray:
+    """The labels ``column`` [n] of the index as int64: the place of each among ``names``, or if these were ``given``
+    the number that it is.
 
     DataError when some images have a label and others none, or one is neither a name nor a number in range.
     """
-    column = index.table["label"].combine_chunks()
     if column.null_count == len(column) and list(names) == [UNLABELLED]:
         return np.zeros(len(column), dtype=np.int64)
     if column.null_count:
         bare = index.table["key"][pc.index(column.is_null(), True).as_py()]
+        passed_over = _passed_over(index)
         raise DataError(
             f"{column.null_count} of {len(column)} samples in {path} have no label (first: '{bare}'); give all of "
-            "them a .cls, or a .json with data.label_key."
+            f"them a .cls, or a .json with data.label_key{f' (passed over: {passed_over})' if passed_over else ''}."
         )
     place = {name: i for i, name in enumerate(names)}
     different = pc.unique(column)

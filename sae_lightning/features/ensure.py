@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lightning.backbones import Backbone, BackboneError, Tap, default_layer, identity, load_backbone
 from sae_lightning.backbones.taps import LAYER_KINDS
 from sae_lightning.data import DataError, ImageData, ImageStream, load_images
+from sae_lightning.data.labels import tell_unseen
 from sae_lightning.distributed.processes import run_together
 from sae_lightning.features.codec import check_dtype
 from sae_lightning.features.extract import Settings, extract
@@ -81,7 +82,20 @@ def ensure_store(cfg: DictConfig, split: str, kind: str | None = None) -> Featur
             extract_stores(cfg, images, [tap])
     stream = cfg.get("stream") or {}
     store = FeatureStore.open(folder, stream.get("damaged", "refuse"), stream.get("verify", False))
-    return _checked(store, fingerprint(cfg, images, tap))
+    return _numbered_as_train(cfg, images, tap, _checked(store, fingerprint(cfg, images, tap)))
+
+
+def _numbered_as_train(cfg: DictConfig, images: Images, tap: Tap, store: FeatureStore) -> FeatureStore:
+    """The store of a stream whose end told its classes, with the numbers that these have in train's store."""
+    if images.class_names is not None or images.split == "train":
+        return store
+    train = load_images(plain(cfg.data), "train")
+    folder = store_folder(cfg, train, tap, fingerprint(cfg, train, tap))
+    if not (folder / MANIFEST).is_file():
+        return store
+    of_train = Manifest.read(folder).class_names
+    tell_unseen(images.name, images.split, store.class_names, of_train)
+    return store.numbered_as(of_train)
 
 
 def store_fingerprint(cfg: DictConfig, split: str) -> str:

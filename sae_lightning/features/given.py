@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sae_lightning.backbones import Tap, folder_name
+from sae_lightning.features.manifest import Manifest
 from sae_lightning.features.store import FeatureStore, StoreError
 
 
@@ -19,7 +20,8 @@ def given_store(cfg: DictConfig, split: str, tap: Tap | None = None) -> FeatureS
     options = (stream.get("damaged", "refuse"), stream.get("verify", False))
     missing = [s for s in ("val", "test") if cfg.data.get(s) is None]
     if cfg.data.get(split) is not None and not (split == "train" and missing):
-        return _fits(FeatureStore.open(Path(cfg.data[split]), *options), cfg, tap)
+        store = _fits(FeatureStore.open(Path(cfg.data[split]), *options), cfg, tap)
+        return store if split == "train" else store.numbered_as(Manifest.read(Path(cfg.data.train)).class_names)
     whole = _fits(FeatureStore.open(Path(cfg.data.train), *options), cfg, tap)
     shares = {"train": 1 - cfg.data.held_out * len(missing)} | dict.fromkeys(missing, cfg.data.held_out)
     return whole.parts(shares, cfg.data.seed)[split]

@@ -12,6 +12,7 @@ stores/demo/dinov2-tiny/patch-L4/train-1a2b3c4d/
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sae_lightning.data.labels import class_name
 from sae_lightning.data.splits import split_indices
 from sae_lightning.features.codec import DELIVERED, Frame, decode, header, layout
 from sae_lightning.features.manifest import Manifest, StoreError
@@ -53,6 +55,7 @@ class FeatureStore:
         self.skipped: list[str] = []
         self.std: float = manifest.std
         self._images = images
+        self._numbers: np.ndarray | None = None  # of the manifest's classes among ``class_names``
         self._starts = np.cumsum([0, *(shard.images for shard in manifest.shards)])
         if images is not None:  # where runs of consecutive images begin, as positions in ``images``
             self._runs = np.append(np.flatnonzero(np.diff(images, prepend=-2) != 1), len(images))
@@ -156,7 +159,8 @@ class FeatureStore:
     @cached_property
     def labels(self) -> Tensor:
         """[n_images] int64, indices of ``class_names``."""
-        return torch.from_numpy(self._column("label").copy())
+        labels = self._column("label")
+        return torch.from_numpy(labels.copy() if self._numbers is None else self._numbers[labels])
 
     @cached_property
     def captions(self) -> list[str]:
@@ -179,10 +183,22 @@ class FeatureStore:
         physical = images if self._images is None else self._images[images]
         part = FeatureStore(self.folder, self.manifest, physical)
         part.skipped, part.std, part._statistics = self.skipped, self.std, self._statistics
+        part.class_names, part._numbers = self.class_names, self._numbers
+        return part
+
+    def numbered_as(self, class_names: Sequence[str]) -> FeatureStore:
+        """The same images with labels that index ``class_names``, after which come the classes that these lack."""
+        names = list(dict.fromkeys([*class_names, *self.class_names]))
+        if names == self.class_names:
+            return self
+        numbers = np.array([names.index(name) for name in self.class_names], dtype=np.int64)
+        part = copy.copy(self)
+        part.__dict__.pop("labels", None)
+        part.class_names, part._numbers = names, numbers if self._numbers is None else numbers[self._numbers]
         return part
 
     def subset(
-        self, images: int | None = None, per_class: int | None = None, classes: Sequence[str] | None = None,
+        self, images: int | None = None, per_class: int | None = None, classes: Sequence[object] | None = None,
         seed: int = 42,
     ) -> FeatureStore:  # fmt: skip
         """At most ``images`` images (drawn by ``seed``), ``per_class`` of each class, of ``classes`` (names) only."""
@@ -190,10 +206,12 @@ class FeatureStore:
         labels = self.labels.numpy()
         rng = np.random.default_rng(seed)
         if classes is not None:
-            unknown = sorted(set(classes) - set(self.class_names))
+            own = [class_name(name) for name in self.class_names]
+            names = [str(c) if str(c) in own else class_name(c) for c in classes]  # 0 means the class called "0"
+            unknown = sorted(set(names) - set(own))
             if unknown:
                 raise StoreError(f"{self.folder} has no class {unknown}; it has {self.class_names[:20]}.")
-            kept = kept[np.isin(labels, [self.class_names.index(name) for name in classes])]
+            kept = kept[np.isin(labels, [i for i, name in enumerate(own) if name in names])]
         if per_class is not None:
             members = [rng.permutation(kept[labels[kept] == c])[:per_class] for c in np.unique(labels[kept])]
             kept = np.sort(np.concatenate(members)) if members else kept

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from filelock import Timeout
 from safetensors.torch import save
 
+from sae_lightning.data.labels import sorted_names
 from sae_lightning.features.codec import check_dtype
 from sae_lightning.features.manifest import MANIFEST, SCHEMA, Manifest, Shard, StoreError, cause, write_atomically
 from sae_lightning.features.moments import Moments, merge
@@ -190,8 +191,9 @@ def whole_labels(class_names: list[str] | None, labels: list[Any]) -> tuple[list
     """Class names and labels as indices of them, where a stream knew the names only at its end."""
     if class_names is not None:
         return class_names, np.asarray(labels, dtype=np.int64)
-    found = sorted(set(labels))
-    return [str(name) for name in found], np.searchsorted(np.asarray(found), np.asarray(labels)).astype(np.int64)
+    found = sorted_names(labels)
+    place = {name: i for i, name in enumerate(found)}
+    return found, np.array([place[str(label)] for label in labels], dtype=np.int64)
 
 
 # --- the folder's state ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sae_lightning.data import DataError, load_images
+from sae_lightning.data.errors import DataWarning
 from tests.data.making import SHARES, class_folders, folder_cfg, pixels, png, write_pictures
 
 
@@ -66,6 +67,71 @@ def test_pictures_without_class_folders_are_one_class(tmp_path):
     assert [len(p) for p in parts.values()] == [4, 1, 5]
     mixed = write_pictures(tmp_path / "mixed", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png", "test/0.png")
     assert load_images(folder_cfg(mixed), "test").class_names == ["cat", "dog", "unlabelled"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (("Train", "Val"), [16, 20, 4]),
+        (("training", "testing"), [16, 4, 20]),
+        (("TRAIN", "VALID", "TEST"), [20, 20, 20]),
+        (("train_images", "test-images", "notes"), [16, 4, 20]),
+    ],
+)
+def test_less_usual_names_of_splits_are_taken_and_said(tmp_path, folders, expected):
+    root = write_pictures(tmp_path, *(f"{s}/{c}/{i}.png" for s in folders for c in "ab" for i in range(10)))
+    with pytest.warns(DataWarning, match=rf"'{folders[0]}' of .* is taken for its train split.*data\.folders"):
+        parts = parts_of(folder_cfg(root))
+    assert [len(p) for p in parts.values()] == expected
+    assert all(p.class_names == ["a", "b"] for p in parts.values())
+
+
+def test_folders_beside_those_of_splits_and_classes_that_train_lacks_are_said(tmp_path):
+    root = write_pictures(tmp_path, "train/a/0.png", "train/b/1.png", "val/a/2.png", "test/c/3.png", "more/4.png")
+    (root / "notes").mkdir()
+    with pytest.warns(DataWarning) as said:
+        assert load_images(folder_cfg(root), "test").class_names == ["a", "b", "c"]
+    sentences = " ".join(str(w.message) for w in said)
+    assert "its pictures in more are passed over." in sentences
+    assert "train lacks 1: c." in sentences
+
+
+def test_a_name_typed_in_two_ways_is_one_class(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    root = write_pictures(tmp_path, f"train/{composed}/0.png", "train/tea/1.png", f"val/{decomposed}/2.png",
+                          f"test/{composed}/3.png", f"test/{decomposed}/4.png")  # fmt: skip
+    parts = parts_of(folder_cfg(root))
+    assert all(p.class_names == [composed, "tea"] for p in parts.values())
+    assert [p.labels.tolist() for p in parts.values()] == [[0, 1], [0], [0, 0]]
+    assert set(parts["test"].image_ids) == {f"test/{composed}/3.png", f"test/{decomposed}/4.png"}
+
+
+def test_litter_and_empty_folders_are_no_classes_and_other_files_are_counted(tmp_path):
+    root = class_folders(tmp_path, 5)
+    write_pictures(
+        root, "__MACOSX/cat/._0.png", "@eaDir/0.png", "cat/@eaDir/0.png/THUMB.jpg", "cat/._0.jpg", ".x/0.png"
+    )
+    (root / "empty" / "below").mkdir(parents=True)
+    for name in ("cat/Thumbs.db", ".DS_Store", "cat/.DS_Store", "cat/1.HEIC", "dog/2.heic", "dog/3", "dog/0.jpg~",
+                 "dog/notes.txt", "raw/4.CR2"):  # fmt: skip
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"x")
+    with pytest.warns(
+        DataWarning, match=r"Of the files in .*, 6 are left out.*: 2 \.heic, 1 \.cr2, 1 \.jpg~, 1 \.txt, 1 without"
+    ):
+        parts = parts_of(folder_cfg(root))
+    assert parts["train"].class_names == ["cat", "dog"]
+    assert all_ids(parts) == sorted(f"{c}/{i}.png" for c in ("cat", "dog") for i in range(5))
+    only = write_pictures(tmp_path / "only", "a/0.heic", "b/1.heic")
+    with pytest.raises(DataError, match=r"No images lie in .*only/? \(there are 2 \.heic\)"):
+        load_images(folder_cfg(only), "train")
+
+
+def test_small_classes_have_an_image_in_each_split(tmp_path):
+    root = class_folders(tmp_path, 4, ("a", "b", "c"))
+    with pytest.warns(DataWarning, match="train 6, val 3, test 3"):
+        parts = parts_of(folder_cfg(root, shares={"train": 0.8, "val": 0.1, "test": 0.1}))
+    assert [np.bincount(p.labels).tolist() for p in parts.values()] == [[2] * 3, [1] * 3, [1] * 3]
 
 
 def test_a_class_may_be_called_train(tmp_path):

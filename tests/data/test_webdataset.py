@@ -9,6 +9,7 @@ import pytest
 
 from sae_lightning.data import DataError, load_images
 from sae_lightning.data import tar_index as index_module
+from sae_lightning.data.errors import DataWarning
 from sae_lightning.data.tar_samples import split_name
 from tests.data.making import NO_SPLITS, pixels, png, tar_cfg, write_shards, write_tar
 
@@ -81,6 +82,104 @@ def test_json_holds_labels_and_captions(tmp_path):
     assert images.image_ids == ["a/x/0", "a/x/1", "a/x/2"]
     assert whole(tmp_path).class_names == ["no"]
     assert whole(tmp_path).captions is None
+
+
+def labels_in(path, member, *contents, picture="png"):
+    """A tar of samples with a picture and a member that holds these bytes."""
+    members = {}
+    for i, content in enumerate(contents):
+        members |= {f"{i}.{picture}": png(i), f"{i}.{member}": content}
+    return write_tar(path / "a.tar", members).parent
+
+
+@pytest.mark.parametrize(
+    ("member", "contents", "changes"),
+    [
+        ("v2.cls", (b"2", b"10"), {"picture": "v2.png"}),
+        ("label.cls", (b"2", b"10"), {"picture": "image.png"}),
+        ("cls.txt", (b"2", b"10"), {}),
+        ("v2.json", (b'{"label": 2}', b'{"label": 10.0}'), {}),
+        ("label", (b"2", b"10"), {"label_suffix": "label"}),
+        ("txt", (b"2", b"10"), {"label_suffix": ".txt"}),
+        ("json", (b'{"class": "2"}', b'{"class": 10}'), {"label_key": "class"}),
+    ],
+)
+def test_the_last_suffix_decides_what_a_member_is(tmp_path, member, contents, changes):
+    picture = changes.pop("picture", "png")
+    images = whole(labels_in(tmp_path, member, *contents, picture=picture), **changes)
+    assert images.class_names == ["2", "10"]
+    assert images.labels.tolist() == [0, 1]
+    assert images.captions is None
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "sentence"),
+    [
+        ("label", b"2", r"passed over: \.label in 3 samples\. Name a member with data\.label_suffix"),
+        ("index", b"2", r"passed over: \.index in 3 samples"),
+        (
+            "json",
+            b'{"class": 1, "caption": "x"}',
+            r"passed over: key 'class' of \.json in 3 samples\. .*data\.label_key",
+        ),
+    ],
+)
+def test_members_that_may_be_labels_are_said_where_there_is_none(tmp_path, member, content, sentence):
+    root = labels_in(tmp_path, member, content, content, content)
+    for _ in range(2):  # the index is read, and read again from the cache
+        with pytest.warns(DataWarning, match=f"'tars' has no labels .*{sentence}"):
+            assert whole(root).class_names == ["unlabelled"]
+
+
+def test_what_may_be_meant_is_said_where_some_have_no_label(tmp_path):
+    write_tar(tmp_path / "a.tar", {"0.png": png(0), "0.cls": b"1", "1.png": png(1), "1.label": b"2"})
+    with pytest.raises(DataError, match=r"1 of 2 samples .* \(passed over: \.label in 1 samples\)"):
+        whole(tmp_path)
+
+
+def test_of_two_labels_the_plain_one_is_taken_or_one_chosen(tmp_path):
+    members = {"0.png": png(0), "0.coarse.cls": b"a", "0.fine.cls": b"b"}
+    write_tar(tmp_path / "two" / "a.tar", members)
+    with pytest.raises(DataError, match=r"\.coarse\.cls and \.fine\.cls; choose with data\.label_suffix=coarse\.cls"):
+        whole(tmp_path / "two")
+    assert whole(tmp_path / "two", label_suffix="fine.cls").class_names == ["b"]
+    write_tar(tmp_path / "three" / "a.tar", members | {"0.cls": b"c"})
+    assert whole(tmp_path / "three").class_names == ["c"]
+
+
+def test_members_of_other_kinds_may_hold_anything(tmp_path):
+    members = {"0.png": png(0), "0.cls": b"a", "0.txt": b"caption", "0.boxes.json": b"[1]", "0.ocr.txt": b"\xff"}
+    write_tar(tmp_path / "a.tar", members | {"__MACOSX/1.png": png(1), "@eaDir/2.png": png(2), "x/._3.png": png(3)})
+    images = whole(tmp_path)
+    assert (images.class_names, images.image_ids, list(images.captions)) == (["a"], ["a/0"], ["caption"])
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "expected"),
+    [((b"0", b"1"), b"-1", None), ((b"a", b"b"), b"\n", None), ((b"-1", b"1"), b"-1", ["-1", "1"])],
+)
+def test_a_withheld_label_is_none_where_train_has_no_such_class(tmp_path, train, test, expected):
+    labels_in(tmp_path / "train", "cls", *train)
+    labels_in(tmp_path / "test", "cls", train[0], test)
+    cfg = tar_cfg(tmp_path, held_out=0.0)
+    assert len(load_images(cfg, "train").class_names) == 2
+    if expected is None:
+        with pytest.raises(DataError, match=r"1 of 2 samples .* have no label \(first: '1'"):
+            load_images(cfg, "test")
+    else:
+        assert load_images(cfg, "test").class_names == expected
+
+
+def test_unusual_folders_of_splits_and_classes_that_train_lacks_are_said(tmp_path):
+    labels_in(tmp_path / "Train", "cls", b"cafe\xcc\x81", b"b")
+    labels_in(tmp_path / "testing", "cls", "caf\u00e9".encode(), b"z")
+    with pytest.warns(DataWarning) as said:
+        images = load_images(tar_cfg(tmp_path, held_out=0.0), "test")
+    assert images.class_names == ["b", "caf\u00e9", "z"]
+    assert images.labels.tolist() == [1, 2]
+    sentences = " ".join(str(w.message) for w in said)
+    assert "'testing' of" in sentences
+    assert "'tars', train lacks 1: z." in sentences
 
 
 def test_classes_are_given_as_a_list_or_a_file(tmp_path):
@@ -168,6 +267,7 @@ def sample(**members):
         (sample(png=png(0), jpg=png(1)), {}, "two pictures of sample '0'"),
         (sample(png=png(0), json=b"{"), {}, r"'0\.json' in .*a\.tar cannot be read"),
         (sample(png=png(0), json=b"[1]"), {}, r"'0\.json' in .*a\.tar cannot be read"),
+        (sample(png=png(0), json=b'{"label": [1]}'), {}, r"'0\.json' in .* holds \[1\] under 'label'; labels must be"),
         (sample(png=png(0), txt=b"\xff"), {}, r"'0\.txt' in .*a\.tar cannot be read"),
         (sample(png=png(0), cls=b"4"), {"classes": ["a", "b"]}, r"Label '4' .* none of the 2 data\.classes"),
         (sample(png=png(0), cls=b"-1"), {"classes": ["a", "b"]}, r"Label '-1' .* none of the 2 data\.classes"),

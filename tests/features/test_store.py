@@ -122,6 +122,29 @@ def test_subsets_by_count_class_and_both(stores):
         store.subset(classes=["cat"])
 
 
+@pytest.mark.parametrize("classes", [[0, 10], ["0", "10"], [0.0, 10]])
+def test_classes_whose_names_are_numbers_or_truths_are_chosen_as_they_are_written(tmp_path, classes):
+    store = write_store(tmp_path / "store", 9, 1, class_names=["0", "5", "10"])
+    assert set(store.subset(classes=classes).labels.tolist()) == {0, 2}
+    truths = write_store(tmp_path / "truths", 9, 1, class_names=["false", "True", "caf\u00e9"])
+    assert set(truths.subset(classes=[False, True]).labels.tolist()) == {0, 1}
+    assert set(truths.subset(classes=["cafe\u0301"]).labels.tolist()) == {2}
+    with pytest.raises(StoreError, match=r"no class \['7'\]; it has \['0', '5', '10'\]"):
+        store.subset(classes=[0, 7])
+
+
+def test_labels_can_be_numbered_as_in_another_store(tmp_path):
+    store = write_store(tmp_path / "store", 9, 1, class_names=["ant", "cat", "dog"])
+    other = store.numbered_as(["dog", "fox", "cat"])
+    assert other.class_names == ["dog", "fox", "cat", "ant"]
+    names = [other.class_names[label] for label in other.labels]
+    assert names == [store.class_names[label] for label in store.labels] == ["ant", "cat", "dog"] * 3
+    assert other.select([1, 2]).labels.tolist() == [2, 0]
+    assert other.subset(classes=["dog"]).labels.tolist() == [0] * 3
+    assert other.fingerprint == store.fingerprint
+    assert store.numbered_as(["ant", "cat"]) is store
+
+
 def test_splits_without_a_copy_are_disjoint_and_stratified(stores):
     parts = stores["train"].parts({"train": 0.75, "val": 0.25}, seed=3)
     ids = {name: set(part.image_ids) for name, part in parts.items()}

@@ -13,6 +13,7 @@ import torch
 
 from sae_lightning.backbones import Tap
 from sae_lightning.data import DataError, load_images
+from sae_lightning.data.errors import DataWarning
 from sae_lightning.features.ensure import ensure_store, plain
 from sae_lightning.features.store import FeatureStore, StoreError
 from tests.data.making import png
@@ -119,6 +120,25 @@ def test_a_job_that_wants_the_store_of_a_stream_makes_it(whole, named, tmp_path)
     store = ensure_store(config(named, tmp_path), "train")
     assert content(store.folder) == whole
     assert ensure_store(config(named, tmp_path), "train").fingerprint == store.fingerprint
+
+
+def test_a_class_has_one_number_in_the_stores_of_all_splits_of_a_stream(tmp_path):
+    """Texts, which only the end tells: as whole numbers they are in numerical order, and train's order holds."""
+    labels = {"train": ["10", "9", "2"], "test": ["9", "11"]}
+    for split, texts in labels.items():
+        pictures = [{"bytes": png(i, 32), "path": None} for i in range(len(texts))]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+        data = datasets.Dataset.from_dict({"image": pictures, "label": texts}, features)
+        data.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    cfg = made(
+        tmp_path, "data=hf", f"data.id={tmp_path / 'data'}", "data.streaming=true", "data.splits.val=train",
+        "data.held_out=0.0", "backbone=clip", "backbone.size=tiny", "extract.device=cpu",
+    )  # fmt: skip
+    train = ensure_store(cfg, "train")
+    with pytest.warns(DataWarning, match=r"the test split of 'data', train lacks 1: 11"):
+        test = ensure_store(cfg, "test")
+    assert (train.class_names, train.labels.tolist()) == (["2", "9", "10"], [2, 1, 0])
+    assert (test.class_names, test.labels.tolist()) == (["2", "9", "10", "11"], [1, 3])
 
 
 # --- interrupted ------------------------------------------------------------------------------------------
