@@ -7,13 +7,14 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sae_lightning.backbones import Tap, folder_name
-from sae_lightning.features.manifest import Manifest
+from sae_lightning.features.manifest import MANIFEST, Manifest
 from sae_lightning.features.store import FeatureStore, StoreError
 
 
 def given_store(cfg: DictConfig, split: str, tap: Tap | None = None) -> FeatureStore:
     """The store ``cfg.data.<split>``; where val or test is null, a stratified share ``held_out`` of ``data.train``.
 
+    Labels have the numbers that their classes have in train's store.
     StoreError when it holds another kind of feature, layer or backbone than the config names.
     """
     stream = cfg.get("stream") or {}
@@ -21,7 +22,9 @@ def given_store(cfg: DictConfig, split: str, tap: Tap | None = None) -> FeatureS
     missing = [s for s in ("val", "test") if cfg.data.get(s) is None]
     if cfg.data.get(split) is not None and not (split == "train" and missing):
         store = _fits(FeatureStore.open(Path(cfg.data[split]), *options), cfg, tap)
-        return store if split == "train" else store.numbered_as(Manifest.read(Path(cfg.data.train)).class_names)
+        train = Path(cfg.data.train)
+        numbered = split != "train" and (train / MANIFEST).is_file()
+        return store.numbered_as(Manifest.read(train).class_names) if numbered else store
     whole = _fits(FeatureStore.open(Path(cfg.data.train), *options), cfg, tap)
     shares = {"train": 1 - cfg.data.held_out * len(missing)} | dict.fromkeys(missing, cfg.data.held_out)
     return whole.parts(shares, cfg.data.seed)[split]

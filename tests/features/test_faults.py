@@ -566,6 +566,10 @@ def test_a_given_store_is_used_and_cut(tmp_path):
     parts = {s: ensure_store(given(folder, "backbone.layer=4"), s) for s in ("train", "val", "test")}
     assert [len(part) for part in parts.values()] == [108, 6, 6]
     assert len({image for part in parts.values() for image in part.image_ids}) == 120
+    about = {"backbone": "deit (tiny)", "layer": 4, "class_names": ["class 2", "class 0", "class 1"]}
+    other = write_store(tmp_path / "t", 6, 2, **about).folder
+    test = ensure_store(given(folder, "backbone.layer=4", f"data.test={other}"), "test")
+    assert (test.class_names, test.labels.tolist()) == (["class 0", "class 1", "class 2"], [2, 0, 1] * 2)
     with pytest.raises(StoreError, match="There is no feature store"):
         ensure_store(given(tmp_path / "nowhere", "backbone.layer=4"), "train")
 
