@@ -156,7 +156,7 @@ def segmentation_choices(run: Evaluated) -> Iterator[tuple[str, str, float]]:
         "scored by patch": Probing(resolution="patch"),
         "3 epochs": Probing(epochs=3),
     }.items():
-        found = segmentation(run.sae, run.masked("mosaic"), probing, name="mosaic")
+        found = segmentation(run.sae, run.masked("mosaic"), probing, name="mosaic", frame=run.frame)
         yield "segmentation mIoU, codes", how, find(found, "segmentation_miou", setting)
 
 

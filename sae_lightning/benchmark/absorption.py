@@ -44,8 +44,9 @@ def absorption(
     """M7: the share of class-versus-siblings tasks with F1(1) < α and F1(4) > β [ViSAEBench §4.4, App. N].
 
     ``codes`` [N, d_sae] max-pooled, ``labels`` [N] int64 index ``class_names``. ``groups`` maps a group's name to its
-    classes, by name or by label; those without images are ignored, and so are groups with fewer than ``min_classes``
-    left. ``split``, by default ``probes.split(labels)``, is that of all images, of which a task takes its group's.
+    classes, by name or by label; those without images in the split are ignored, and so are groups with fewer than
+    ``min_classes`` left. ``split``, by default ``probes.split(labels)``, is that of all images, of which a task takes
+    its group's.
 
     ``absorption`` has a score for each α and β, as ``alpha=0.8,beta=0.5`` (the paper's choice); ``absorption_f1`` is
     the mean F1 of ``k=1`` and of ``k=4`` latents, ``absorption_tasks`` the number of tasks, ``absorption_converged``
@@ -56,7 +57,7 @@ def absorption(
     probes.check_rows(labels, codes=codes)
     train, test = probes.split(labels) if split is None else split
     tasks = []
-    for group, members in members_of(groups, class_names, labels, min_classes).items():
+    for group, members in members_of(groups, class_names, labels[np.concatenate([train, test])], min_classes).items():
         rows = (part[np.isin(labels[part], members)] for part in (train, test))
         fit_on, held = ((codes[part], labels[part]) for part in rows)
         for label, f1_1, f1_4, converged in _group_tasks(*fit_on, *held, members, C, max_iter):

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Features of whole images, the maximum over their patches each; normalised as the SAE does.
+    """Features of whole images, the maximum over their patches each, in ``Evaluated.frame``.
 
     ``raw`` and ``reconstruction`` [n, d_in] float32, ``codes`` [n, d_sae] float32, ``labels`` [n] int64.
     """
@@ -77,6 +77,16 @@ class Evaluated:
         """The store of the pass ``name``."""
         return self.job.store(name)
 
+    @cached_property
+    def frame(self) -> Normalizer:
+        """Centring and scaling by the statistics of the scored store, in which features are compared and probed.
+
+        Other data sets than the run's own are put into it, too [ViSAEBench Table 2, M6]. It is the store's and not the
+        SAE's, so that an SAE with its normaliser folded into the weights has the same scores.
+        """
+        store = self.store(MAIN)
+        return Normalizer(store.d_in, store.mean, store.std)
+
     def judge(self, part: str) -> FeatureStore | None:
         """The store of the encoder that says how alike images are for ``part``; None when the scored features do."""
         return self.job.judge_of(next(p for p in self.job.parts if p.name == part))
@@ -113,8 +123,9 @@ class Evaluated:
     def texts(self) -> ImageFeatures | None:
         """The captions of the images, in their order, through the text tower and the SAE; None without captions.
 
-        Both modalities have statistics of their own [MSAE]: texts are normalised by those of the train captions.
-        ``labels`` tell different captions apart.
+        Both modalities have statistics of their own [MSAE]: captions are moved and scaled so that those of the train
+        split have the mean and deviation of its images, which is what the SAE was trained on. ``labels`` tell different
+        captions apart.
         """
         config, split = self.config, self.job.settings.split
         if config.data.source == "store":
@@ -122,27 +133,28 @@ class Evaluated:
         images = load_images(plain(config.data), split)
         if not isinstance(images, ImageData) or images.captions is None:
             return None
-        train, store = ensure_store(config, "train", "text"), ensure_store(config, split, "text")
+        store = ensure_store(config, split, "text")
         places, missing = store.find(self.store(MAIN).image_ids)
         if missing:
             raise StoreError(f"{store.folder} lacks the text of {len(missing)} images; extract it again.")
-        sae = SAE.load(self.folder)
-        sae.normalizer = Normalizer(sae.d_in, train.mean, train.std)
-        features = store.features(places)[:, 0].float()
+        of_text, of_images = (
+            Normalizer(train.d_in, train.mean, train.std)
+            for train in (ensure_store(config, "train", "text"), ensure_store(config, "train"))
+        )
+        features = of_images.denormalize(of_text.normalize(store.features(places)[:, 0]))
         with torch.no_grad():
-            codes = sae.encode(features)
-            rebuilt = sae.normalizer.normalize(sae.decode(codes)).numpy()
+            codes = self.sae.encode(features)
+            raw, rebuilt = (self.frame.normalize(x).numpy() for x in (features, self.sae.decode(codes)))
         rows = (codes.values.numpy(), codes.latents.numpy(), codes.offsets.numpy())
         ids = np.unique(np.asarray(store.captions, dtype=object)[places], return_inverse=True)[1]
-        raw = sae.normalizer.normalize(features).numpy()
-        return ImageFeatures(raw, rebuilt, csr_matrix(rows, (len(raw), sae.d_sae)), ids, [])
+        return ImageFeatures(raw, rebuilt, csr_matrix(rows, (len(raw), self.sae.d_sae)), ids, [])
 
     def images(self, name: str) -> ImageFeatures:
         """What the pass ``name`` gathered of whole images."""
         if name not in self._images:
-            done, normalize = self.passes[name], self.sae.normalizer.normalize
+            done = self.passes[name]
             raw, reconstruction = (
-                normalize(torch.from_numpy(np.array(done.pools[kind].mapped()))).numpy()
+                self.frame.normalize(torch.from_numpy(np.array(done.pools[kind].mapped()))).numpy()
                 for kind in ("raw", "reconstruction")
             )
             labels, classes = done.store.labels.numpy(), done.store.class_names
@@ -150,10 +162,8 @@ class Evaluated:
         return self._images[name]
 
     def shared(self, name: str, make: Callable[[], T]) -> T:
-        """What ``make`` gives for the backbone, made once for all of its runs that normalise alike."""
-        sae = self.sae
-        normalizer = (float(sae.normalizer.std), float(sae.normalizer.mean.double().sum()))
-        key = f"{name}|{self.store(MAIN).fingerprint}|{normalizer}"
+        """What ``make`` gives for the backbone, made once for all of its runs."""
+        key = f"{name}|{self.store(MAIN).fingerprint}"
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]

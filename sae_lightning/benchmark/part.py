@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ class Part:
 
     ``reads`` names stores that it reads itself; ``applies`` says of which runs (by their config) it is;
     ``leaves`` names what it writes into latents.safetensors; ``judge`` gives the encoder, if any, that says how alike
-    images are.
+    images are. ``undefined`` says why a figure is NaN, where the score itself does not.
     """
 
     name: str
@@ -49,10 +50,12 @@ class Part:
     applies: Callable[[DictConfig], bool] = everywhere
     leaves: tuple[str, ...] = ()
     judge: Callable[[DictConfig], Similarity] | None = None
+    undefined: str = "there is nothing to compute it from"
 
     def scores(self, run: Evaluated) -> list[Score]:
-        """The scores of ``run``; a row that says so where it has none."""
-        return self.compute(run, self.options) or [Score(f"{self.name}_left_out", 1)]
+        """The scores of ``run``, those that are NaN with the reason; a row that says so where it has none."""
+        found = self.compute(run, self.options) or [Score(f"{self.name}_left_out", 1, why=self.undefined)]
+        return [s if s.why or not math.isnan(s.value) else s._replace(why=self.undefined) for s in found]
 
 
 def plain(node: Any) -> dict[str, Any]:

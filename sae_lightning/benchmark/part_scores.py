@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
+from tqdm.auto import tqdm
 
 from sae_lightning.benchmark import absorption as m7
 from sae_lightning.benchmark import cross_domain as m6
@@ -59,10 +60,10 @@ def raw_moran(run: Evaluated, options: Options) -> list[Score]:
     """Moran's I of the backbone's own channels, once for all of its SAEs."""
 
     def make() -> list[Score]:
-        store, sae = run.store(MAIN), run.sae
+        store = run.store(MAIN)
         metric = of_one_rank(ChannelMoran(store.d_in, store.grid, **options))
         for _, read in batches(store, 0, len(store), max(1, 16384 // store.n_patches), "Moran's I of the features"):
-            metric.update(sae.normalizer.normalize(read))
+            metric.update(run.frame.normalize(read))
         return of_dict(metric.compute())
 
     return run.shared("raw_moran", make)
@@ -110,11 +111,13 @@ def _embeddings(run: Evaluated) -> torch.Tensor:
 
 
 def of_labelled(compute: Callable[[Evaluated, Options], list[Score]]) -> Callable[[Evaluated, Options], list[Score]]:
-    """Nothing for images without labels."""
+    """A row that says so for images without labels."""
 
     @wraps(compute)
     def scores(run: Evaluated, options: Options) -> list[Score]:
-        return compute(run, options) if labelled(run.store(MAIN)) else []
+        if labelled(run.store(MAIN)):
+            return compute(run, options)
+        return [Score(f"{compute.__name__}_left_out", 1, why="the images have no classes")]
 
     return scores
 
@@ -128,17 +131,19 @@ def preservation(run: Evaluated, options: Options) -> list[Score]:
         lambda: m3.fit_raw(images.raw, images.labels, _split(run, options), **fit, device=run.device),
     )
     codes = images.codes if options["codes"] else None
-    return m3.preservation(probe, images.reconstruction, images.labels, codes, **fit, device=run.device)
+    scores = m3.preservation(probe, images.reconstruction, images.labels, codes, **fit, device=run.device)
+    return [*scores, *_left_out(run, options, "preservation")]
 
 
 @of_labelled
 def sparse_probing(run: Evaluated, options: Options) -> list[Score]:
     """M4 at every budget."""
     images = run.images(MAIN)
-    return m4.sparse_probing(
+    scores = m4.sparse_probing(
         images.codes, images.labels, _split(run, options), options["budgets"], options["ranking"], **_fit(options),
         device=run.device,
     )  # fmt: skip
+    return [*scores, *_left_out(run, options, "sparse_probing")]
 
 
 @of_labelled
@@ -150,7 +155,7 @@ def absorption(run: Evaluated, options: Options) -> list[Score]:
         options["betas"], options["min_group"], **_fit(options),
     )  # fmt: skip
     write_json(run.folder / ABSORPTION, [task._asdict() for task in found.tasks])
-    return found.scores
+    return [*found.scores, *_left_out(run, options, "absorption")]
 
 
 def cross_domain(name: str, run: Evaluated, options: Options) -> list[Score]:
@@ -201,7 +206,7 @@ def cknna(run: Evaluated, options: Options) -> list[Score]:
     images, k = run.images(MAIN), options["k"]
     n = len(images.raw)
     if n <= max(k, 3):
-        return []
+        return [Score("cknna_left_out", 1, why=f"{n} images have no {k} neighbours each")]
     chosen = np.sort(np.random.default_rng(options["seed"]).permutation(n)[: options["samples"]])
     near = run.shared(f"neighbours {options}", lambda: neighbours(torch.from_numpy(images.raw[chosen]), k))
     rebuilt, codes = torch.from_numpy(images.reconstruction[chosen]), sparse_codes(images.codes[chosen])
@@ -218,7 +223,7 @@ def recovery(run: Evaluated, options: Options) -> list[Score]:
     rng = np.random.default_rng(options["seed"])
     chosen = np.sort(rng.permutation(len(store))[: options["images"]])
     kept = np.sort(rng.permutation(len(chosen) * store.n_patches)[: options["samples"]])  # tokens for CKNNA
-    metric, tokens, seen = of_one_rank(Recovery(sae, budgets)), [], 0
+    metric, tokens, seen = of_one_rank(Recovery(sae, budgets, store.mean)), [], 0
     for images in np.array_split(chosen, -(-len(chosen) * store.n_patches // 4096)):
         features = store.features(images).reshape(-1, sae.d_in).float()
         metric.update(sae.encode(features), features)
@@ -230,7 +235,7 @@ def recovery(run: Evaluated, options: Options) -> list[Score]:
     scores = [Score(name, float(v), n) for name, values in found for n, v in zip(names, values, strict=True)]
     some = torch.cat(tokens)
     if len(some) > 10:
-        near = recovery_cknna(sae.encode(some), sae.normalizer.normalize(some), budgets)
+        near = recovery_cknna(sae.encode(some), run.frame.normalize(some), budgets)
         scores += [Score("recovery_cknna", value, n) for n, value in zip(names, near, strict=True)]
     return scores
 
@@ -238,8 +243,8 @@ def recovery(run: Evaluated, options: Options) -> list[Score]:
 def segmentation(name: str, run: Evaluated, options: Options) -> list[Score]:
     """mIoU of linear probes of patch tokens on the data set ``name``."""
     sets, probing = run.masked(name), Probing(**{k: v for k, v in options.items() if k != "data"})
-    raw = run.shared(f"segmentation {name} {probing}", lambda: segment_raw(run.sae.normalizer, sets, probing))
-    return segment(run.sae, sets, probing, raw, name)
+    raw = run.shared(f"segmentation {name} {probing}", lambda: segment_raw(run.frame, sets, probing))
+    return segment(run.sae, sets, probing, raw, name, run.frame)
 
 
 def sparse_codes(codes: csr_matrix) -> SparseCodes:
@@ -258,6 +263,31 @@ def _fit(options: Options) -> dict[str, Any]:
 
 
 def _split(run: Evaluated, options: Options) -> probes.Split:
-    """The one split of the images that all probes share."""
+    """The one split of the images that all probes share; says once which classes are too small for it."""
     share, seed = options["test_share"], options["seed"]
-    return run.shared(f"split {share} {seed}", lambda: probes.split(run.images(MAIN).labels, share, seed))
+
+    def make() -> probes.Split:
+        images = run.images(MAIN)
+        found = probes.split(images.labels, share, seed)
+        names = [images.class_names[c] for c in probes.left_out(images.labels, found)]
+        if names:
+            classes = f"{len(names)} of {len(np.unique(images.labels))} classes"
+            say = f"{classes} have too few images for probes and are left out: {listed(names)}."
+            tqdm.write(f"{run.store(MAIN).split}: {say}")
+        return found
+
+    return run.shared(f"split {share} {seed}", make)
+
+
+def _left_out(run: Evaluated, options: Options, part: str) -> list[Score]:
+    """How many classes have too few images for the probes of ``part``, with their names; nothing where none has."""
+    images = run.images(MAIN)
+    names = [images.class_names[c] for c in probes.left_out(images.labels, _split(run, options))]
+    why = f"too few images of {listed(names)}"
+    return [Score(f"{part}_classes_left_out", len(names), why=why)] if names else []
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Names as a sentence has them, of many the first ``most``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -18,6 +18,14 @@ SECTIONS = (
     "cknna", "retrieval", "image_text", "recovery", "cross_domain", "segmentation", "stability",
 )  # fmt: skip
 
+UNDEFINED = {
+    "preservation": "the probe of the raw features is never right on the images held out",
+    "sparse_probing": "the images held out are of one class",
+    "absorption": "no group of sibling classes has {min_group} of them among the images that probes see",
+    "cknna": "no image has neighbours to compare",
+    "retrieval": "no two images are of one class, or raw features never find one",
+}
+
 
 def parts_of(metrics: DictConfig) -> list[Part]:
     """The parts that ``metrics`` names; ValueError for one that is unknown."""
@@ -33,20 +41,28 @@ def parts_of(metrics: DictConfig) -> list[Part]:
 
 
 def _core(options: dict[str, Any]) -> list[Part]:
-    return [Part("core", scores.core, options, wants=Gather())]
+    undefined = "no latent fires on enough images, or the features do not vary"
+    return [Part("core", scores.core, options, wants=Gather(), undefined=undefined)]
 
 
 def _moran(options: dict[str, Any]) -> list[Part]:
     wants = Gather(moran=options)  # core, too: what is written of single latents is written at once
-    return [Part("moran", scores.moran, options, wants=wants, applies=on_patches, leaves=("moran",))]
+    undefined = (
+        f"no latent has {options['min_images']} images with {options['min_active']} active patches and some variance"
+    )
+    return [
+        Part("moran", scores.moran, options, wants=wants, applies=on_patches, leaves=("moran",), undefined=undefined)
+    ]
 
 
 def _raw_moran(options: dict[str, Any]) -> list[Part]:
-    return [Part("raw_moran", scores.raw_moran, options, passes=(), applies=on_patches)]
+    undefined = f"no channel varies on {options['min_images']} images"
+    return [Part("raw_moran", scores.raw_moran, options, passes=(), applies=on_patches, undefined=undefined)]
 
 
 def _histograms(options: dict[str, Any]) -> list[Part]:
-    return [Part("histograms", scores.histograms, options, wants=Gather(core=False, histograms=options))]
+    wants, undefined = Gather(core=False, histograms=options), "no latent is active"
+    return [Part("histograms", scores.histograms, options, wants=wants, undefined=undefined)]
 
 
 def _monosemanticity(options: dict[str, Any]) -> list[Part]:
@@ -67,12 +83,17 @@ def _monosemanticity(options: dict[str, Any]) -> list[Part]:
 
     wants = Gather(top=options["images"])
     leaves = ("monosemanticity",)
-    return [Part("monosemanticity", scores.monosemanticity, options, wants=wants, leaves=leaves, judge=judge)]
+    return [
+        Part(
+            "monosemanticity", scores.monosemanticity, options, wants=wants, leaves=leaves, judge=judge,
+            undefined="no latent has two images to compare, or the images have no classes",
+        )
+    ]  # fmt: skip
 
 
 def _of_images(name: str, options: dict[str, Any]) -> list[Part]:
     """A part computed from the features of whole images."""
-    return [Part(name, getattr(scores, name), options)]
+    return [Part(name, getattr(scores, name), options, undefined=UNDEFINED[name].format(**options))]
 
 
 def _image_text(options: dict[str, Any]) -> list[Part]:
@@ -89,6 +110,7 @@ def _cross_domain(options: dict[str, Any]) -> list[Part]:
         Part(
             f"cross_domain/{name}", partial(scores.cross_domain, name), options | {"data": data},
             passes=(f"{name}/train", f"{name}/test"), applies=_of_size(data),
+            undefined="the probe of the raw features is never right, or the test images are of one class",
         )
         for name, data in sets.items()
     ]  # fmt: skip
@@ -100,6 +122,7 @@ def _segmentation(options: dict[str, Any]) -> list[Part]:
         Part(
             f"segmentation/{name}", partial(scores.segmentation, name), options | {"data": data}, passes=(),
             reads=(f"{name}/train", f"{name}/test"), applies=_of_size(data, patches=True),
+            undefined="the probe of the raw features is never right, or no test pixel has a class",
         )
         for name, data in sets.items()
     ]  # fmt: skip

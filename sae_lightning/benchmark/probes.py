@@ -31,25 +31,32 @@ def split(labels: np.ndarray | Tensor, test_share: float = 0.2, seed: int = 42) 
     """The stratified split of N images that all probes of a backbone share [ViSAEBench Table 2, M3].
 
     ``labels`` [N] int64. scikit-learn's, so that each class is divided by ``test_share`` up to rounding; a class of two
-    images may have none held out. ValueError for a class with a single image, and for fewer images in a part than
-    there are classes.
+    images may have none held out. Classes with a single image are in neither part; where each part would still have
+    fewer images than there are classes, nor are those with two, three … until it works (``left_out`` tells which).
+    ValueError when no class is left.
     """
     labels = as_labels(labels)
-    classes, counts = np.unique(labels, return_counts=True)
-    if len(counts) and counts.min() < 2:
-        single = classes[counts < 2]
-        raise ValueError(
-            f"{len(single)} of {len(classes)} classes have a single image (the first is class {single[0]}), but a "
-            "stratified split needs two of each; add images or leave these classes out."
-        )
-    held = int(np.ceil(test_share * len(labels)))
-    if not len(classes) <= min(held, len(labels) - held):
-        raise ValueError(
-            f"A share of {test_share} of {len(labels)} images is {held} held out, but a stratified split of "
-            f"{len(classes)} classes needs {len(classes)} images or more in each part; give more images."
-        )
-    train, test = train_test_split(np.arange(len(labels)), test_size=test_share, random_state=seed, stratify=labels)
-    return Split(np.sort(train), np.sort(test))
+    classes, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    for least in np.unique([2, *counts[counts > 1]]):
+        kept = np.flatnonzero(counts[place] >= least)
+        held, n_classes = int(np.ceil(test_share * len(kept))), int((counts >= least).sum())
+        if 0 < n_classes <= min(held, len(kept) - held):
+            parts = train_test_split(kept, test_size=test_share, random_state=seed, stratify=labels[kept])
+            return Split(*(np.sort(part) for part in parts))
+    single, n, n_classes = classes[counts < 2].tolist(), int(counts[counts > 1].sum()), int((counts > 1).sum())
+    some = ""
+    if single:
+        some = f"{len(single)} of {len(classes)} classes have a single image (the first is class {single[0]}). "
+    raise ValueError(
+        f"{some}A share of {test_share} of {n} images is {int(np.ceil(test_share * n))} held out, but a stratified "
+        f"split of {n_classes} classes needs {n_classes} images or more in each part; give more images."
+    )
+
+
+def left_out(labels: np.ndarray | Tensor, split: Split) -> np.ndarray:
+    """The classes among ``labels`` [N] that have no image in either part of ``split``, ascending."""
+    labels = as_labels(labels)
+    return np.setdiff1d(labels, labels[np.concatenate(split)])
 
 
 def as_matrix(x: Matrix) -> np.ndarray | sparse.csr_array:

@@ -76,9 +76,9 @@ class ScoringPass:
         }
 
     def _metrics(self, gather: Gather) -> dict[str, SumMetric]:
-        sae, store, mean = self.sae, self.store, self.sae.normalizer.mean
+        sae, store = self.sae, self.store
         made: dict[str, SumMetric] = {
-            "reconstruction": Reconstruction(sae.d_in, center=mean), "l0": L0(), "firing": Firing(sae.d_sae)
+            "reconstruction": Reconstruction(sae.d_in, center=store.mean), "l0": L0(), "firing": Firing(sae.d_sae)
         }  # fmt: skip
         if gather.core:
             made["mono"] = MonoScore(sae.d_sae, self.judge.d)

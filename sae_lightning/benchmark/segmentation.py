@@ -73,20 +73,23 @@ class Sets(NamedTuple):
 
 
 def segmentation(
-    sae: SAE, sets: Sets, probing: Probing | None = None, raw: Segmented | None = None, name: str | None = None
-) -> list[Score]:
+    sae: SAE, sets: Sets, probing: Probing | None = None, raw: Segmented | None = None, name: str | None = None,
+    frame: Normalizer | None = None,
+) -> list[Score]:  # fmt: skip
     """``segmentation_miou`` and ``segmentation_accuracy`` with ``data=<name>,input=raw|reconstruction|codes``, and
     ``segmentation_lift`` = mIoU of codes / mIoU of raw [ViSAEBench Table 8], NaN where the latter is 0.
 
-    ``raw`` is what ``segment_raw`` gave for the SAE's normaliser, else its probe is trained along; ``name`` is by
-    default that of the test store's data. The SAE is set to evaluation. StoreError when the stores are not of patch
-    tokens, DataError when an image has no mask, ValueError when the train masks have no labelled pixel, or the two
-    sets have other classes.
+    Probes see raw features and reconstructions in ``frame``, by default that of the train store's statistics. ``raw``
+    is what ``segment_raw`` gave in it, else its probe is trained along; ``name`` is by default that of the test store's
+    data. The SAE is set to evaluation. StoreError when the stores are not of patch tokens, DataError when an image has
+    no mask, ValueError when the train masks have no labelled pixel, or the two sets have other classes.
     """
+    device = sae.W_dec.device
+    frame = frame or Normalizer(sets.train.d_in, sets.train.mean, sets.train.std).to(device)
     inputs = (RECONSTRUCTION, CODES) if raw is not None else (RAW, RECONSTRUCTION, CODES)
     sae.eval()
     widths = {given: sae.d_sae if given == CODES else sae.d_in for given in inputs}
-    found = _segment(lambda x: sae_inputs(sae, x, inputs), widths, sets, probing or Probing(), sae.W_dec.device)
+    found = _segment(lambda x: sae_inputs(sae, frame, x, inputs), widths, sets, probing or Probing(), device)
     if raw is not None:
         found[RAW] = raw
     about = f"data={sets.test.data if name is None else name}"
@@ -99,20 +102,22 @@ def segmentation(
     return [*scores, Score("segmentation_lift", lift, about)]
 
 
-def segment_raw(normalizer: Normalizer, sets: Sets, probing: Probing | None = None) -> Segmented:
-    """The scores of raw features, the same for all SAEs with this ``normalizer``; on the device that it is on."""
+def segment_raw(frame: Normalizer, sets: Sets, probing: Probing | None = None) -> Segmented:
+    """The scores of raw features in ``frame``, the same for all SAEs; on the device that it is on."""
     widths = {RAW: sets.train.d_in}
-    device = normalizer.mean.device
-    return _segment(lambda x: {RAW: normalizer.normalize(x)}, widths, sets, probing or Probing(), device)[RAW]
+    device = frame.mean.device
+    return _segment(lambda x: {RAW: frame.normalize(x)}, widths, sets, probing or Probing(), device)[RAW]
 
 
 @torch.no_grad()
-def sae_inputs(sae: SAE, features: Tensor, names: tuple[str, ...]) -> dict[str, Tensor | SparseCodes]:
-    """What the probes of these ``names`` see of raw ``features`` [N, d_in]: all normalised as the SAE does."""
+def sae_inputs(
+    sae: SAE, frame: Normalizer, features: Tensor, names: tuple[str, ...]
+) -> dict[str, Tensor | SparseCodes]:
+    """What the probes of these ``names`` see of raw ``features`` [N, d_in]: codes, or features in ``frame``."""
     codes = sae.encode(features)
     made: dict[str, Callable[[], Tensor | SparseCodes]] = {
-        RAW: lambda: sae.normalizer.normalize(features),
-        RECONSTRUCTION: lambda: sae.normalizer.normalize(sae.decode(codes)),
+        RAW: lambda: frame.normalize(features),
+        RECONSTRUCTION: lambda: frame.normalize(sae.decode(codes)),
         CODES: lambda: codes,
     }
     return {name: made[name]() for name in names}

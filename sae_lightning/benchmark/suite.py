@@ -8,6 +8,7 @@ computed and written. A killed call loses at most the minutes since the last che
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ from sae_lightning.benchmark.part import MAIN, Part
 from sae_lightning.benchmark.ranks import Ranks
 from sae_lightning.benchmark.scoring_pass import Gather, ScoringPass
 from sae_lightning.benchmark.streaming import stream
-from sae_lightning.benchmark.table import put_scores
+from sae_lightning.benchmark.table import Score, put_scores
 from sae_lightning.locks import held
 
 ALONE = Ranks()
@@ -169,12 +170,23 @@ def _score_parts(work: _Work, shared: dict[str, Any], ranks: Ranks, bar: tqdm) -
             failed.append(f"{part.name} of {job.run.name}")
         else:
             put_scores(job.run, part.name, job.settings.split, job.key(part), scores)
+            for why, names in undefined(scores).items():
+                bar.write(f"{job.run.name}: {part.name}: {', '.join(names)} cannot be computed: {why}.")
         bar.update()
     for each in whole.values():
         each.close()
     if not failed:
         shutil.rmtree(job.run / PARTIAL, ignore_errors=True)
     return failed
+
+
+def undefined(scores: Sequence[Score]) -> dict[str, list[str]]:
+    """Names of the figures that are NaN, by the reason."""
+    found: dict[str, list[str]] = {}
+    for score in scores:
+        if math.isnan(score.value) and score.metric not in found.setdefault(score.why, []):
+            found[score.why].append(score.metric)
+    return found
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.benchmark.latents import LATENTS, put_tensors, save_bands, save_top_images
-from sae_lightning.benchmark.scoring_pass import ScoringPass
+from sae_lightning.benchmark.scoring_pass import ScoringPass, labelled
 from sae_lightning.benchmark.top_images import choose_latents, spread_of_moran, top_purity
 from sae_lightning.metrics import Firing, MonoScore, Moran, Purity, decoder_cosine
 from sae_lightning.saes.artefact import write_json
@@ -40,7 +40,8 @@ def write_summary(
     images = top.images()[:, :SHOWN]
     label, top_share = top_purity(images, store.labels)
     enough = top.images_fired >= 10
-    metrics["top_purity"] = float(top_share[enough].mean()) if enough.any() else 0.0
+    known = labelled(store) and bool(enough.any())
+    metrics["top_purity"] = float(top_share[enough].mean()) if known else float("nan")
     chosen = choose_latents(counts, top.images_fired, top_share, latents_shown)
     moran = scored.metrics.get("moran")
     if isinstance(moran, Moran):

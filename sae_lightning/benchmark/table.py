@@ -14,17 +14,21 @@ TABLE = "scores.parquet"
 SCHEMA = pa.schema(
     [
         ("run", pa.string()), ("metric", pa.string()), ("setting", pa.string()), ("value", pa.float64()),
-        ("part", pa.string()), ("split", pa.string()), ("key", pa.string()),
+        ("part", pa.string()), ("split", pa.string()), ("key", pa.string()), ("why", pa.string()),
     ]
 )  # fmt: skip
 
 
 class Score(NamedTuple):
-    """One figure: the ``metric``'s ``value`` in a ``setting``, such as ``k=128``; several are joined by commas."""
+    """One figure: the ``metric``'s ``value`` in a ``setting``, such as ``k=128``; several are joined by commas.
+
+    A value that could not be computed is NaN, and ``why`` says the reason.
+    """
 
     metric: str
     value: float
     setting: str = ""
+    why: str = ""
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
@@ -39,7 +43,7 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
 def scores_of(run: Path, part: str, split: str, key: str) -> list[Score] | None:
     """The scores of a ``part`` of the benchmark on ``split``; None unless made by what ``key`` stands for."""
     found = [r for r in read_rows(run) if (r["part"], r["split"], r["key"]) == (part, split, key)]
-    return [Score(r["metric"], r["value"], r["setting"]) for r in found] or None
+    return [Score(r["metric"], r["value"], r["setting"], r["why"]) for r in found] or None
 
 
 def put_scores(run: Path, part: str, split: str, key: str, scores: Iterable[Score]) -> None:
@@ -50,7 +54,7 @@ def put_scores(run: Path, part: str, split: str, key: str, scores: Iterable[Scor
     rows = [r for r in read_rows(run) if (r["part"], r["split"]) != (part, split)]
     made = [
         {"run": run.name, "metric": s.metric, "setting": s.setting, "value": float(s.value), "part": part,
-         "split": split, "key": key}
+         "split": split, "key": key, "why": s.why}
         for s in scores
     ]  # fmt: skip
     names = [(r["metric"], r["setting"], r["split"]) for r in (*rows, *made)]

@@ -33,9 +33,10 @@ HEADLINES = (
 
 def headline(rows: Iterable[Mapping[str, Any]], which: Headline) -> float:
     """The value of one headline among a run's ``rows`` of one split; NaN where there is none."""
-    found = [r["value"] for r in rows if r["metric"] == which.metric and _fits(r["setting"], which.setting)]
+    found = [r["value"] for r in rows if r["metric"] == which.metric and fits(r["setting"], which.setting)]
     return float(np.mean(found)) if found else float("nan")
 
 
-def _fits(setting: str, wanted: str) -> bool:
+def fits(setting: str, wanted: str) -> bool:
+    """Whether a row's ``setting`` is the ``wanted`` one, or of the data sets that it stands for."""
     return setting == wanted or (wanted.endswith("*") and setting.startswith(wanted[:-1]) and "," not in setting)

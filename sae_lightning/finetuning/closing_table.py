@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -38,6 +39,8 @@ def print_table(folders: list[Path], console: Console | None = None) -> None:
             continue
         cfg, result = (json.loads((folder / name).read_text()) for name in ("cfg.json", "result.json"))
         found, seconds = result[cfg["config"]["held_out"]], result["seconds_an_epoch"]
-        values = [shape.format(found[name]) for name, (_, shape) in COLUMNS.items()]
+        values = [
+            shape.format(found[name]) if math.isfinite(found[name]) else "–" for name, (_, shape) in COLUMNS.items()
+        ]
         table.add_row(folder.name, f"{cfg['mono_weight']:g}", *values, "–" if seconds is None else f"{seconds:.1f}")
     (console or Console(width=max(124, Console().width))).print(table)

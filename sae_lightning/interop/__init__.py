@@ -76,9 +76,7 @@ def fold(sae: SAE, unit_norm: bool = False) -> Weights:
     elif isinstance(sae, BatchTopK):
         threshold = sae.inference_threshold().detach().cpu().double()
         if not bool(threshold.isfinite()):
-            raise ValueError(
-                "This SAE has no threshold for inference yet; train it, or call calibrate, and export then."
-            )
+            raise ValueError("This SAE has no threshold for inference yet; train it or call calibrate first.")
         weights["threshold"] = threshold.repeat(sae.d_sae)
     return weights
 

@@ -23,7 +23,7 @@ class MonoScore(SumMetric):
     that a single image activates. ``scores()`` gives 0 for it, as the paper's algorithm does.
 
     ``compute`` gives float64 scalars: ``monoscore``, the mean over all latents (the paper's figure, in which latents
-    without a score count 0), ``monoscore_scored``, over those with one (0 without any), ``scored_share``, and
+    without a score count 0), ``monoscore_scored``, over those with one (NaN without any), ``scored_share``, and
     ``similarity_baseline``, the mean cosine of all pairs of images, which a latent that is equally active on all of
     them would have.
     """
@@ -149,7 +149,7 @@ class MonoScore(SumMetric):
         scores, scored = self.scores(), self.scored()
         return {
             "monoscore": scores.mean(),
-            "monoscore_scored": scores.sum() / scored.sum().clamp_min(1),
+            "monoscore_scored": scores.sum() / scored.sum(),
             "scored_share": scored.double().mean(),
             "similarity_baseline": self.baseline(),
         }

@@ -77,5 +77,5 @@ class Purity(SumMetric):
 
     def compute(self) -> dict[str, Tensor]:
         found = self.per_latent()
-        alive = (found.images > 0).sum().clamp_min(1)
+        alive = (found.images > 0).sum()  # NaN where none is
         return {"purity": found.purity.sum() / alive, "weighted_purity": found.weighted_purity.sum() / alive}

@@ -33,9 +33,10 @@ class Recovery(SumMetric):
     once a budget. The strongest are those of the largest activation, of equal ones the lower latents.
 
     ``budgets`` [h] ends with d_sae. ``compute`` gives float64 [h] tensors: ``recovery_fvu`` and
-    ``recovery_explained_variance`` as of ``FVU``, ``recovery_cosine`` as of ``Cosine`` about the SAE's mean,
-    ``recovery_l0``, the active latents a sample, and ``recovery_dead``, the latents that are among no sample's n
-    strongest. The last entries are those of the whole codes. ValueError when no sample was seen.
+    ``recovery_explained_variance`` as of ``FVU``, ``recovery_cosine`` as of ``Cosine`` about ``center`` [d_in] (the
+    features' mean; by default the normaliser's), ``recovery_l0``, the active latents a sample, and ``recovery_dead``,
+    the latents that are among no sample's n strongest. The last entries are those of the whole codes. ValueError when
+    no sample was seen.
     """
 
     count: Tensor
@@ -48,13 +49,13 @@ class Recovery(SumMetric):
     center: Tensor
     ks: Tensor
 
-    def __init__(self, sae: SAE, budgets: Sequence[int] = BUDGETS) -> None:
+    def __init__(self, sae: SAE, budgets: Sequence[int] = BUDGETS, center: Tensor | None = None) -> None:
         super().__init__()
         self._sae = (sae,)  # in a tuple, lest its weights become the metric's
         self.budgets = budgets_of(budgets, sae.d_sae)
         h = len(self.budgets)
         self.register_buffer("ks", torch.tensor(self.budgets), persistent=False)
-        self.add_center(sae.d_in, sae.normalizer.mean)
+        self.add_center(sae.d_in, sae.normalizer.mean if center is None else center)
         self.add_sum("count", dtype=torch.long)
         self.add_sum("total", sae.d_in)
         self.add_sum("squares")

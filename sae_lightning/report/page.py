@@ -197,10 +197,11 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
         images = pictures(run) if run["name"] in in_detail else None
         run["groups"] = latent_groups(run, images) if images is not None else []
     groups, saes = groups_of(runs), scored_runs(runs)
-    template = jinja2.Environment(
+    pages = jinja2.Environment(
         loader=jinja2.PackageLoader("sae_lightning.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    ).get_template("report.html")
-    html = template.render(
+    )
+    pages.filters["figure"] = lambda value, form=".3f": NOTHING if jinja2.is_undefined(value) else number(value, form)
+    html = pages.get_template("report.html").render(
         runs=runs, curves=training_curves(runs), tradeoff=tradeoff(runs), version=__version__, profiles=profiles(runs),
         tiny=any("(tiny)" in run["cfg"]["backbone"] for run in runs), shown=len(in_detail),
         judges={run["similarity"]["title"]: run["similarity"]["baseline"] for run in runs},

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sae_lightning.report.visaebench_tables import NOTHING, number
 from sae_lightning.training.identity import MONOLOSS, SCALARS, SECTIONS, STREAM_KEYS, TRAINER_KEYS, monoloss_of
 
 METRICS = {
@@ -148,8 +149,8 @@ def summary(values: Any) -> tuple[float, float | None, int]:
 def shown(value: tuple[float, float | None, int], sign: bool = False) -> str:
     """``0.312 ± 0.004``; without the deviation where there is none."""
     mean, deviation, _ = value
-    text = f"{mean:+.3f}" if sign else f"{mean:.3f}"
-    return text if deviation is None else f"{text} ± {deviation:.3f}"
+    text = number(mean, "+.3f" if sign else ".3f")
+    return text if deviation is None or text == NOTHING else f"{text} ± {deviation:.3f}"
 
 
 def as_csv(groups: Sequence[Group]) -> str:

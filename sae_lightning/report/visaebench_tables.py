@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from sae_lightning.benchmark.table import read_rows
-from sae_lightning.benchmark.visaebench import HEADLINES, Headline, headline
+from sae_lightning.benchmark.visaebench import HEADLINES, Headline, fits, headline
 
 NOTHING = "–"
 NAN = float("nan")
@@ -36,6 +36,11 @@ class Scored:
     def value(self, metric: str, setting: str = "") -> float:
         """One value; NaN where there is none."""
         return self.values.get((metric, setting), NAN)
+
+    def why(self, metric: str, setting: str = "") -> str:
+        """Why a value is NaN; nothing where there is no such row."""
+        same = (r for r in self.rows if r["metric"] == metric and fits(r["setting"], setting))
+        return next((r.get("why") or "" for r in same if not math.isfinite(r["value"])), "")
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
         """(budget, value) of a metric whose settings are one number each, such as ``k=128``, ascending; all is inf."""
@@ -162,9 +167,10 @@ def table(saes: Sequence[Scored], columns: Sequence[Column], colours: Mapping[st
     def cells(sae: Scored) -> list[dict[str, str]]:
         winners = zip(columns, of_all, of_group[sae.backbone], strict=True)
         return [
-            {"text": column.text(sae), "mark": "best" if sae in all_ else "own" if sae in own else ""}
+            {"text": column.text(sae), "mark": "best" if sae in all_ else "own" if sae in own else "",
+             "why": sae.why(column.metric, column.setting) if column.text(sae) == NOTHING else ""}
             for column, all_, own in winners
-        ]
+        ]  # fmt: skip
 
     return {
         "columns": columns,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ class BatchTopK(SAE):
     running minimum, and ``latest``, that of the last step. ``calibrate`` sets the threshold to the value that gives k
     active latents on held-out data, ``use_average`` and ``use_lowest`` to the former two. Until one of them is called
     ``latest`` stands in for it, because the running average lags far behind a short training. An SAE without training
-    or threshold keeps the ``k * N`` largest of the batch it is given, and warns.
+    or threshold keeps the k largest of each sample (each batch, where k is a batch's), and warns.
 
     Raises ValueError unless 0 < k <= d_sae (k may be a fraction).
     """
@@ -68,11 +69,13 @@ class BatchTopK(SAE):
         if bool(cut.isfinite()):
             return self.with_gradient(x, selection.above(x - self.b_pre, self.W_enc, self.b_enc, cut))
         warnings.warn(
-            "This BatchTopK has neither been trained nor given a threshold: it keeps the largest activations of each "
-            "batch, so that codes depend on their batch. Call calibrate with held-out features.",
+            "This BatchTopK has neither been trained nor given a threshold, and keeps the k largest activations of "
+            f"each {self.k_per} instead; call calibrate with held-out features.",
             stacklevel=2,
         )
-        return self.with_gradient(x, self._batch_entries(x, self.budget(len(x), self.k), kth_largest)[0])
+        if self.k_per == "batch":
+            return self.with_gradient(x, self._batch_entries(x, max(1, round(self.k)), kth_largest)[0])
+        return self.with_gradient(x, selection.topk(x - self.b_pre, self.W_enc, self.b_enc, math.ceil(self.k)))
 
     def inference_threshold(self) -> Tensor:
         """What a pre-activation must exceed in evaluation, a scalar of at least 0; infinity where nothing is known."""
@@ -87,9 +90,9 @@ class BatchTopK(SAE):
             self.lowest.copy_(torch.minimum(self.lowest, cut))
             self.latest.copy_(cut)
 
-    def budget(self, n_samples: int, k: float | None = None) -> int:
-        """Active latents in a global batch of ``n_samples``, by default with training's present k."""
-        return max(1, round((self.k_now if k is None else k) * (n_samples if self.k_per == "sample" else 1)))
+    def budget(self, n_samples: int) -> int:
+        """Active latents in a global batch of ``n_samples``."""
+        return max(1, round(self.k_now * (n_samples if self.k_per == "sample" else 1)))
 
     @torch.no_grad()
     def _batch_entries(

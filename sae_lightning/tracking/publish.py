@@ -75,8 +75,9 @@ def _to_wandb(run: Path, options: dict[str, Any]) -> bool:
     try:
         with _files_below(run):
             opened.summary.update(result | scores_of(run))
-            rows = [[r["metric"], r["setting"], r["value"], r["part"], r["split"]] for r in read_rows(run)]
-            tables = {"scores": wandb.Table(columns=["metric", "setting", "value", "part", "split"], data=rows)}
+            columns_shown: Any = ["metric", "setting", "value", "part", "split", "why"]
+            rows = [[r[name] for name in columns_shown] for r in read_rows(run)]
+            tables = {"scores": wandb.Table(columns=columns_shown, data=rows)}
             cards = _cards(run, options["latents"])
             if cards:
                 shown = [[wandb.Image(c[k]) if k in ("plain", "lit") else c[k] for k in CARD_KEYS] for c in cards]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,10 @@ def print_table(folders: list[Path], console: Console | None = None) -> None:
         k = "–" if row["k"] is None else f"{row['k']:g}"
         table.add_row(
             row["name"], row["backbone"], f"{k} of {row['d_in']}", str(row["d_sae"]),
-            f"{scores['explained_variance']:.3f}", f"{scores['l0']:.1f}", f"{scores['dead_share']:.1%}",
+            *(
+                format(scores[name], form) if math.isfinite(scores[name]) else "–"
+                for name, form in (("explained_variance", ".3f"), ("l0", ".1f"), ("dead_share", ".1%"))
+            ),
             f"{result['seconds']:.0f} s",
         )  # fmt: skip
     (console or Console(width=max(124, Console().width))).print(table)

@@ -30,7 +30,8 @@ class SAEModule(L.LightningModule):
     ``loss`` maps a term's name to its weight, ``loss_options`` to its keyword arguments; ``optimizer``
     holds ``name``, ``lr`` and further arguments; ``schedule`` the fields of ``Schedule``. With ``target_l0``
     the weight of ``sparsity`` is steered (see ``_steer``) so that L0 settles there; a JumpReLU's thresholds
-    simply follow it for the first tenth of all steps, while the encoder changes fastest.
+    simply follow it for the first tenth of all steps, while the encoder changes fastest. ``center`` [d_in], the mean
+    of the validation's store, is what ``val/cosine`` is about; by default the normaliser's mean.
 
     Logs ``train/loss``, ``loss/<term>``, ``train/explained_variance``, ``train/l0``, ``train/dead_share``
     and the ``val/`` metrics. Raises ValueError for unknown terms, optimisers or schedules.
@@ -47,6 +48,7 @@ class SAEModule(L.LightningModule):
         schedule: dict[str, Any] | None = None,
         dead_after: int = 100_000,
         target_l0: float | None = None,
+        center: Tensor | None = None,
     ) -> None:
         super().__init__()
         check_terms(loss)
@@ -63,12 +65,13 @@ class SAEModule(L.LightningModule):
                 f"target_l0={target_l0} steers the weight of the term sparsity; set loss.sparsity above 0."
             )
         check_name(self.optimizer.get("name"))
+        center = sae.normalizer.mean if center is None else center
         self.register_buffer("control", torch.ones((), dtype=torch.float64))
         self.scores: dict[str, Metric] = torch.nn.ModuleDict(  # type: ignore[assignment]
             {
-                "fvu": FVU(sae.d_in, center=sae.normalizer.mean),
+                "fvu": FVU(sae.d_in, center),
                 "l0": L0(),
-                "cosine": Cosine(center=sae.normalizer.mean),
+                "cosine": Cosine(center),
                 "firing": Firing(sae.d_sae),
             }
         )

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from sae_lightning.features.datamodule import FeatureDataModule, InOrder
 from sae_lightning.features.ensure import ensure_store, plain
@@ -115,7 +116,7 @@ def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
     stores["train"] = stores["train"].subset(**plain(cfg.subset))
     stream = {key: value for key, value in plain(cfg.stream).items() if key not in ("damaged", "verify")}
     data = FeatureDataModule(stores["train"], stores["val"], cfg.batch_size, cfg.seed, seat, **stream)
-    module = build_module(cfg, stores["train"])
+    module = build_module(cfg, stores["train"], stores["val"].mean)
     throughput = Throughput(data)
     last = last_checkpoint(folder)
     callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), throughput, *build_callbacks(cfg)]
@@ -193,8 +194,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*sync_dist=True.* when logging on epoch level.*")  # metrics reduce
 
 
-def build_module(cfg: DictConfig, store: FeatureStore) -> SAEModule:
-    """The module for ``cfg`` on the features of ``store``; ValueError when k does not fit d_sae."""
+def build_module(cfg: DictConfig, store: FeatureStore, center: Tensor | None = None) -> SAEModule:
+    """The module for ``cfg`` on the features of ``store``, scored about ``center``; ValueError for k beyond d_sae."""
     normalizer = Normalizer(store.d_in, store.mean, store.std) if cfg.normalize == "standard" else None
     settings: dict[str, Any] = OmegaConf.to_container(cfg.sae.settings, resolve=True)  # type: ignore[assignment]
     d_sae = int(cfg.expansion) * store.d_in if cfg.d_sae is None else int(cfg.d_sae)
@@ -203,7 +204,7 @@ def build_module(cfg: DictConfig, store: FeatureStore) -> SAEModule:
     prepare(sae, store, cfg.init.b_pre, cfg.sae.get("target_l0"))
     return SAEModule(
         sae, plain["loss"], plain["loss_options"], plain["optimizer"], plain["schedule"], plain["dead_after"],
-        target_l0=cfg.sae.get("target_l0"),
+        target_l0=cfg.sae.get("target_l0"), center=center,
     )  # fmt: skip
 
 

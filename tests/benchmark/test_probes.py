@@ -59,6 +59,25 @@ def test_a_split_that_cannot_be_stratified_says_why():
         probes.split(np.repeat(np.arange(10), 2), test_share=0.9)
 
 
+@pytest.mark.parametrize(
+    ("rare", "out"),
+    [
+        ([7], [7]),  # one picture
+        ([7, 8, 9, 9], [7, 8]),
+        (np.repeat(np.arange(10, 40), 2), range(10, 40)),  # more classes than a fifth of the images
+        ([7, *np.repeat(np.arange(10, 40), 2), *[50] * 5], [7, *range(10, 40)]),
+    ],
+)
+def test_classes_with_too_few_images_are_left_out_and_the_rest_is_split(rare, out):
+    common = np.repeat([0, 1, 2, 3], 20)
+    labels = np.random.default_rng(0).permutation(np.concatenate([common, rare]))
+    found = probes.split(labels)
+    assert probes.left_out(labels, found).tolist() == list(out)
+    kept = np.flatnonzero(~np.isin(labels, list(out)))
+    expected = train_test_split(kept, test_size=0.2, random_state=42, stratify=labels[kept])
+    assert [part.tolist() for part in found] == [sorted(part) for part in expected]
+
+
 @pytest.mark.parametrize("engine", ["scikit-learn", "torch"])
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("form", ["float32", "float16", "tensor", "csr_array", "csr_matrix"])

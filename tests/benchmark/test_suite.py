@@ -1,6 +1,7 @@
 """Scoring many runs: what is computed, what is left alone, and what interruptions and several processes change."""
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -18,7 +19,9 @@ from sae_lightning.benchmark.suite import PartError, evaluate_runs, scoring_lock
 from sae_lightning.benchmark.table import read_rows, value_of
 from sae_lightning.data import DataError
 from sae_lightning.features.store import FeatureStore
-from sae_lightning.saes import SAE, BatchTopK, Normalizer, TopK
+from sae_lightning.features.writer import StoreWriter
+from sae_lightning.interop import build, fold
+from sae_lightning.saes import SAE, VARIANTS, BatchTopK, Normalizer, TopK
 from tests.conftest import write_store
 
 FIT = {"test_share": 0.2, "seed": 42, "C": 1.0, "max_iter": 200}
@@ -105,6 +108,50 @@ def test_all_parts_land_in_one_table(folders, stores):
     alone = score(a, stores["test"])
     for name, value in alone["metrics"].items():
         assert value_of(read_rows(a), name) == pytest.approx(value, rel=1e-12), name
+
+
+@pytest.mark.parametrize(("variant", "options"), [("batchtopk", {"k": 3}), ("gated", {})])
+def test_a_normaliser_folded_into_the_weights_changes_no_score(variant, options, folders, stores, tmp_path):
+    """Nor does one that is not the store's: scores know the store, the codes and the raw reconstruction alone."""
+    cfg, store = json.loads((folders[0] / "cfg.json").read_text()), stores["test"]
+    other = Normalizer(store.d_in, store.mean * 0.8 + 0.3, store.std * 1.7)
+    sae = VARIANTS[variant](store.d_in, 40, normalizer=other, seed=1, **options)
+    if isinstance(sae, BatchTopK):
+        sae.calibrate([store.features(slice(None))], store.n_tokens)
+        sae.threshold -= 1e-4  # lest it be one of the entries, which rounding could move over it
+    folded = build(variant, fold(sae), **options)
+    runs = [tmp_path / "with", tmp_path / "folded"]
+    for run, each in zip(runs, (sae, folded), strict=True):
+        each.save(run, **{k: cfg[k] for k in ("name", "backbone", "features", "layer", "k", "config")})
+    evaluate_runs(runs, settings())
+    with_normaliser, without = ({row[:-1]: row[-1] for row in numbers(run)} for run in runs)
+    assert with_normaliser.keys() == without.keys()
+    for (part, *row), value in with_normaliser.items():
+        probed = part in ("preservation", "sparse_probing", "absorption")  # up to where their solver stops
+        tolerance = {"rel": 0.02, "abs": 0.02} if probed else {"rel": 1e-4, "abs": 1e-5}
+        assert without[part, *row] == pytest.approx(value, **tolerance, nan_ok=True), row
+
+
+def numbers(run) -> list[tuple]:
+    return [(r["part"], r["metric"], r["setting"], r["value"]) for r in read_rows(run)]
+
+
+def test_features_are_compared_in_the_frame_of_the_store(folders, stores, tmp_path):
+    """An SAE of raw features has cosines about the store's mean, not about the origin, and probes of the same scale."""
+    cfg, store = json.loads((folders[0] / "cfg.json").read_text()), stores["test"]
+    sae = TopK(store.d_in, 40, 3, seed=1)
+    sae.save(tmp_path / "raw", **{k: cfg[k] for k in ("name", "backbone", "features", "layer", "k", "config")})
+    runs = [folders[0], tmp_path / "raw"]
+    parts = ("core", "raw_moran", "preservation", "recovery")
+    evaluate_runs(runs, settings(metrics={name: METRICS[name] for name in parts}))
+    rows = [read_rows(run) for run in runs]
+    for metric in ("accuracy_raw", "channel_moran"):
+        assert value_of(rows[0], metric) == value_of(rows[1], metric)
+    x = store.features(slice(None)).flatten(0, 1).float()
+    with torch.no_grad():
+        cosine = torch.nn.functional.cosine_similarity(x - store.mean, sae(x) - store.mean).mean()
+    assert value_of(rows[1], "cosine") == pytest.approx(float(cosine), abs=1e-5)
+    assert value_of(rows[1], "recovery_cosine", "n=all") == pytest.approx(float(cosine), abs=0.1)  # of some images
 
 
 def test_a_second_call_computes_only_what_is_missing(folders, computed):
@@ -253,6 +300,66 @@ def test_images_without_labels_have_no_probes(folders, tmp_path, stores):
     assert value_of(rows, "preservation_left_out") == 1
     assert value_of(rows, "monosemanticity_within") != value_of(rows, "monosemanticity_within")  # NaN
     assert value_of(rows, "fvu") > 0
+
+
+@pytest.fixture
+def rare_classes(folders, tmp_path, stores):
+    """The first run, on a test store that has two classes of a single image besides the other's classes and images."""
+    features = torch.cat([stores["test"].features(slice(None)), stores["val"].features(slice(2))])
+    names = [*stores["test"].class_names, "dodo", "moa"]
+    labels = [*stores["test"].labels.tolist(), 3, 4]
+    about = {"split": "test", "class_names": names, "data": "synthetic", "backbone": "none (synthetic)",
+             "kind": "patch", "layer": 0, "grid": (4, 4)}  # fmt: skip
+    writer = StoreWriter(tmp_path / "rare", "e" * 64, about, len(labels))
+    shard, ids = writer.begin(0), [f"image-{i}" for i in range(len(labels))]
+    shard.append(features, ids)
+    writer.finish(0, shard, ids, labels)
+    writer.seal(1)
+    cfg = json.loads((folders[0] / "cfg.json").read_text())
+    cfg["config"]["data"]["test"] = str(tmp_path / "rare")
+    siblings = tmp_path / "siblings.json"
+    siblings.write_text(json.dumps({"all": names, "extinct": ["dodo", "moa", names[0]]}))
+    cfg["config"]["data"]["siblings"] = str(siblings)
+    (folders[0] / "cfg.json").write_text(json.dumps(cfg))
+    return folders[0]
+
+
+def test_classes_with_a_single_image_cost_no_other_class_its_scores(rare_classes, folders, capsys):
+    parts = ("core", "preservation", "sparse_probing", "absorption")
+    evaluate_runs([rare_classes], settings(metrics={name: METRICS[name] for name in parts}))
+    rows = read_rows(rare_classes)
+    assert {row["part"] for row in rows} == set(parts)
+    said = capsys.readouterr()
+    sentence = "2 of 5 classes have too few images for probes and are left out: dodo, moa."
+    assert (said.out + said.err).count(sentence) == 1
+    for part in parts[1:]:
+        (row,) = [row for row in rows if row["metric"] == f"{part}_classes_left_out"]
+        assert (row["value"], row["why"]) == (2, "too few images of dodo, moa")
+    assert value_of(rows, "absorption_tasks") == 3  # of the group of all; one class alone is no group
+    evaluate_runs(folders[1:2], settings(metrics={name: METRICS[name] for name in parts}))
+    for metric in ("accuracy_raw", "lp_accuracy"):
+        assert value_of(rows, metric) == pytest.approx(value_of(read_rows(folders[1]), metric), abs=0.3), metric
+
+
+def test_a_figure_that_cannot_be_computed_is_nan_with_its_reason(folders, stores, capsys):
+    run, store = folders[0], stores["test"]
+    cfg = json.loads((run / "cfg.json").read_text())
+    sae = TopK(store.d_in, 40, 3, normalizer=Normalizer(store.d_in, store.mean, store.std), seed=1)
+    sae.b_enc.data -= 1e6  # no latent ever fires
+    sae.save(run, **{k: cfg[k] for k in ("name", "backbone", "features", "layer", "k", "config")})
+    evaluate_runs([run], settings())
+    rows = {row["metric"]: row for row in read_rows(run)}
+    for metric in (
+        "purity", "weighted_purity", "top_purity", "monoscore_scored", "moran", "absorption", "cknna",
+        "monosemanticity", "activation_values",
+    ):  # fmt: skip
+        assert math.isnan(rows[metric]["value"]), metric
+    assert rows["dead"]["value"] == 40
+    for row in rows.values():
+        assert bool(row["why"]) == math.isnan(row["value"]), row["metric"]
+    said = capsys.readouterr()
+    assert "topk-a: moran: moran, " in said.out + said.err
+    assert "cannot be computed: no latent has 5 images with 2 active patches" in said.out + said.err
 
 
 def test_per_latent_scores_survive_later_parts(folders):

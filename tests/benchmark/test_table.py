@@ -12,7 +12,7 @@ from sae_lightning.benchmark.visaebench import HEADLINES, headline
 
 
 def test_parts_replace_themselves_and_leave_others(tmp_path):
-    put_scores(tmp_path, "a", "test", "1", [Score("x", 1), Score("y", math.nan, "k=2")])
+    put_scores(tmp_path, "a", "test", "1", [Score("x", 1), Score("y", math.nan, "k=2", "there is none")])
     put_scores(tmp_path, "b", "test", "1", [Score("z", 3)])
     put_scores(tmp_path, "a", "val", "1", [Score("x", 5)])
     put_scores(tmp_path, "a", "test", "2", [Score("x", 2)])
@@ -23,7 +23,9 @@ def test_parts_replace_themselves_and_leave_others(tmp_path):
     assert len(rows) == 3
     assert value_of(rows, "x", split="val") == 5
     assert math.isnan(value_of(rows, "nothing"))
-    assert pq.read_table(tmp_path / TABLE).column_names == ["run", "metric", "setting", "value", "part", "split", "key"]
+    assert pq.read_table(tmp_path / TABLE).column_names == [
+        "run", "metric", "setting", "value", "part", "split", "key", "why"
+    ]  # fmt: skip
 
 
 def test_two_rows_of_one_name_are_refused(tmp_path):

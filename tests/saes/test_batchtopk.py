@@ -172,12 +172,16 @@ def test_with_k_a_batch_the_latest_cut_stands_in_too():
     assert sae.eval().encode(x).nnz / len(x) == pytest.approx(4, rel=0.2)
 
 
-def test_an_sae_that_was_never_trained_uses_the_training_rule_and_warns():
-    sae = build().eval()
-    with pytest.warns(UserWarning, match="neither been trained nor given a threshold"):
+@pytest.mark.parametrize(("k", "k_per", "active"), [(K, "sample", 40 * K), (2.5, "sample", 40 * 3), (90, "batch", 90)])
+def test_an_sae_that_was_never_trained_keeps_k_and_warns(k, k_per, active):
+    sae = build(k, k_per=k_per).eval()
+    with pytest.warns(UserWarning, match=f"neither been trained nor given a threshold, and keeps .* of each {k_per}"):
         codes = sae.encode(features(40))
-    assert codes.nnz == 40 * K
-    assert torch.equal(codes.to_dense(), build().train().run(features(40)).codes.to_dense())
+    assert codes.nnz == active
+    if k_per == "sample":
+        assert torch.equal(sae.encode(features(40)[:3]).to_dense(), codes.to_dense()[:3])
+    else:
+        assert torch.equal(codes.to_dense(), sae.train().run(features(40)).codes.to_dense())
 
 
 @pytest.mark.parametrize("how", ["calibrate", "use_lowest", "use_average", "by hand"])

@@ -146,14 +146,9 @@ def test_monoloss_is_a_column_of_runs_that_train_with_it():
     switched = {"_target_": "sae_lightning.training.monoloss.MonoLoss"}
     assert of({"monoloss": switched | settings})["monoloss"] == 0.3
     assert of({"monoloss": switched | settings})["callbacks/monoloss/memory"] == 0.9
-    for off in (
-        {"monoloss": settings},
-        {"monoloss": switched | settings | {"weight": 0}},
-        {"monoloss": None},
-        {},
-        None,
-    ):
-        assert of(off) == {"monoloss": 0.0}
+    off = switched | settings | {"weight": 0}
+    for callbacks in ({"monoloss": settings}, {"monoloss": off}, {"monoloss": None}, {}, None):
+        assert of(callbacks) == {"monoloss": 0.0}
 
 
 def test_columns_are_short_names_first_and_scalars():
