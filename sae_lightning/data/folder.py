@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from sae_lightning.data.errors import DataError, tell
 from sae_lightning.data.images import ImageData
 from sae_lightning.data.labels import UNLABELLED, class_name, tell_unseen
-from sae_lightning.data.scan import Scan, by_suffix, existing_folder, has_picture, level, scan
+from sae_lightning.data.scan import Scan, by_suffix, existing_folder, has_picture, level, scan, tell_left_out
 from sae_lightning.data.splits import SPLITS, by_split, choose_splits, cut, missing_splits, split_of_name
 from sae_lightning.data.texts import TextFiles, Texts
 
@@ -124,12 +123,7 @@ def from_scan(name: str, split: str, found: Scan, labels: np.ndarray, names: Seq
     captions = None
     if found.texts and found.texts.issuperset(path.rpartition(".")[0] for path in found.paths):
         captions = Texts(TextFiles(found.root, found.paths), np.arange(len(found.paths)))
-    left_out = found.left_out + Counter({".txt": 0 if captions else len(found.texts)})
-    if left_out:
-        tell(
-            f"Of the files in {found.root}, {sum(left_out.values())} are left out, as no pictures by their suffix: "
-            f"{by_suffix(left_out)}."
-        )
+    tell_left_out(found.root, found.left_out | {"txt": 0 if captions else len(found.texts)})
     return ImageData(
         name, split, names, labels, found.paths, Files(found.root, found.paths), Marks(found.marks), captions
     )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import glob
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_lightning.data.errors import DataError, brief, tell
-from sae_lightning.data.scan import files_mark, level
+from sae_lightning.data.scan import LITTER, files_mark, level, suffix_of, tell_left_out, walk
 from sae_lightning.data.splits import by_split, split_of_name
+
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst")  # the library looks into them
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def _load_built(path: Path | None, cfg: Mapping[str, Any], streaming: bool) -> t
         builder = datasets.load_dataset_builder("parquet", data_files={"train": str(path)})
     elif path is not None:
         builder = datasets.load_dataset_builder(str(path), cfg.get("config"))
-        builder = _with_split_folders(builder, path)
+        if _of_pictures(builder):
+            builder = _without_litter(_with_split_folders(builder, path), path)
     else:
         builder = datasets.load_dataset_builder(cfg["id"], cfg.get("config"), revision=cfg.get("revision"))
     if not streaming:
@@ -92,7 +96,7 @@ def _with_split_folders(builder: Any, path: Path) -> Any:
     """The builder, told which folders of pictures are splits where it does not know their names (Train, Val)."""
     import datasets
 
-    found = by_split(level(path)[0]) if _of_pictures(builder) else {}
+    found = by_split(level(path)[0])
     if "train" not in found or len(found) < 2 or len(builder.config.data_files) >= len(found):
         return builder
     for split, folder in found.items():
@@ -102,6 +106,18 @@ def _with_split_folders(builder: Any, path: Path) -> Any:
     known = {"train": "train", "val": "validation", "test": "test"}
     files = {known[split]: f"{glob.escape(folder)}/**" for split, folder in found.items()}
     return datasets.load_dataset_builder(str(path), data_files=files)
+
+
+def _without_litter(builder: Any, path: Path) -> Any:
+    """The builder without what systems leave in folders, such as thumbnails in @eaDir; says what else is left out."""
+    import datasets
+
+    taken = {*builder.EXTENSIONS, *ARCHIVES}
+    names = (entry.name for _, entry in walk(path) if entry.name not in builder.METADATA_FILENAMES)
+    tell_left_out(path, Counter(suffix_of(name) for name in names if f".{suffix_of(name)}" not in taken))
+    files = {str(split): list(map(str, held)) for split, held in builder.config.data_files.items()}
+    kept = {split: [file for file in held if LITTER.isdisjoint(Path(file).parts)] for split, held in files.items()}
+    return builder if kept == files else datasets.load_dataset_builder(builder.name, data_files=kept)
 
 
 def _without_split_labels(splits: dict[str, Any]) -> dict[str, Any]:

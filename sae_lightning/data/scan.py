@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae_lightning.data.errors import DataError
+from sae_lightning.data.errors import DataError, tell
 
 SUFFIXES = frozenset(("jpg", "jpeg", "jfif", "png", "bmp", "webp", "avif", "gif", "tif", "tiff", "ppm", "pgm"))
 LITTER = frozenset(  # what systems and archivers leave in folders, as are hidden files
@@ -54,21 +54,37 @@ def scan(root: Path, below: str = "") -> Scan:
     texts = set()
     left_out: Counter[str] = Counter()
     for path, entry in walk(root, below):
-        _, dot, suffix = entry.name.rpartition(".")
-        if suffix.lower() in SUFFIXES:
+        suffix = suffix_of(entry.name)
+        if suffix in SUFFIXES:
             paths.append(path)
             marks.extend(size_and_time(entry))
-        elif suffix == "txt":
+        elif path.endswith(".txt"):
             texts.add(path.removesuffix(".txt"))
         else:
-            left_out[f".{suffix.lower()}" if dot else "without a suffix"] += 1
+            left_out[suffix] += 1
     return Scan(str(root), paths, np.array(marks, dtype=np.int64).reshape(-1, 2), frozenset(texts), left_out)
+
+
+def suffix_of(name: str) -> str:
+    """What follows the last dot of a file's name, in small letters; nothing without one."""
+    return name.rpartition(".")[2].lower() if "." in name else ""
 
 
 def by_suffix(counts: Mapping[str, int]) -> str:
     """Counts of files in words: ``12 .heic, 2 without a suffix``, the ten most frequent."""
     most = sorted(counts.items(), key=lambda found: (-found[1], found[0]))
-    return ", ".join(f"{count} {suffix}" for suffix, count in most[:10]) + (" …" if len(most) > 10 else "")
+    named = [f"{count} {f'.{suffix}' if suffix else 'without a suffix'}" for suffix, count in most[:10]]
+    return ", ".join(named) + (" …" if len(most) > 10 else "")
+
+
+def tell_left_out(root: str | Path, counts: Mapping[str, int]) -> None:
+    """Say how many files of each suffix are no pictures for us."""
+    counts = {suffix: count for suffix, count in counts.items() if count}
+    if counts:
+        tell(
+            f"Of the files in {root}, {sum(counts.values())} are left out, as no pictures by their suffix: "
+            f"{by_suffix(counts)}."
+        )
 
 
 def level(folder: Path) -> tuple[list[str], bool]:
@@ -83,14 +99,14 @@ def level(folder: Path) -> tuple[list[str], bool]:
                 continue
             if entry.is_dir():
                 names.append(entry.name)
-            elif entry.name.rpartition(".")[2].lower() in SUFFIXES:
+            elif suffix_of(entry.name) in SUFFIXES:
                 return [], True
     return sorted(names), False
 
 
 def has_picture(folder: Path) -> bool:
     """Whether a picture lies in ``folder``, at any depth."""
-    return any(path.rpartition(".")[2].lower() in SUFFIXES for path, _ in walk(folder))
+    return any(suffix_of(entry.name) in SUFFIXES for _, entry in walk(folder))
 
 
 def _passed(name: str) -> bool:

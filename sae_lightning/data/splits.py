@@ -65,7 +65,7 @@ def choose_splits(
         own = given.get(split) if given.get(split) in present else called.get(split)
         names[split] = own if own is not None else train
     for split, name in names.items():
-        if name == called.get(split) and name not in USUAL[split]:
+        if name == called.get(split) and name not in (given.get(split), *USUAL[split]):
             tell(f"'{name}' of {where} is taken for its {split} split; name another with {setting}.{split}.")
     return names
 

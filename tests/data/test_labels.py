@@ -201,3 +201,14 @@ def test_folders_of_splits_in_capitals_are_said_and_kept_apart(tmp_path):
     with pytest.warns(DataWarning, match="folder 'Val' of .* is taken for its val split"):
         assert sorted(named(root, "val")) == ["cat", "cat", "dog", "dog"]
     assert sorted(named(root, "train")) == ["cat", "cat", "dog", "dog"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_litter_is_no_class_and_other_files_are_counted(tmp_path, streaming):
+    root = pictures_in(tmp_path, "cat", "dog", "@eaDir", each=2)
+    for name in ("cat/1.HEIC", "dog/2", "dog/Thumbs.db", "dog/.DS_Store"):
+        (root / name).write_bytes(b"x")
+    with pytest.warns(
+        DataWarning, match=r"2 are left out, as no pictures by their suffix: 1 without a suffix, 1 \.heic"
+    ):
+        assert sorted(named(root, "train", streaming=streaming, **ALONE)) == ["cat", "cat", "dog", "dog"]

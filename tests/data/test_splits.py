@@ -121,6 +121,11 @@ def test_names_that_are_less_usual_are_said():
     ]
 
 
+def test_a_name_that_is_asked_for_is_not_said(recwarn):
+    choose_splits({"train": "Train", "val": "Val", "test": None}, ["Train", "Val"], "x")
+    assert not recwarn
+
+
 @pytest.mark.parametrize(
     ("wanted", "present", "sentence"),
     [
