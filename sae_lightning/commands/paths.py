@@ -1,0 +1,95 @@
+"""Paths of a command's config: expanded and absolute once, when it is composed, and said in a line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from glob import escape, glob
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+PATHS = (
+    "paths.*", "data.path", "data.train", "data.val", "data.test", "*.sets.*.path", "*.siblings", "similarity_store*",
+    "metrics.*.store", "out", "app.judgements*", "callbacks.*.dirpath", "logger.wandb.folder",
+)  # fmt: skip
+NAMES_OR_PATHS = (  # paths where such a file exists, or where they look like one
+    "data.id", "*.sets.*.id", "*.published.model", "*.published.weights", "model.model", "model.weights",
+    "app.vlm.model", "app.vlm.weights", "app.vocabulary*", "data.classes*", "app.queries*",
+)  # fmt: skip
+PATTERNS = ("run", "run.*")  # of folders, or of names in paths.runs
+LOOKS = ("~", "./", "../")
+
+_said: set[str] = set()
+
+
+def located(cfg: DictConfig, base: str | Path | None = None) -> DictConfig:
+    """``cfg`` with all its paths absolute, counted from ``base``, by default the folder where the command was typed.
+
+    ``~`` and environment variables are expanded. Changes ``cfg``, and says once where stores and runs are. ValueError
+    for the home folder of somebody who is not known.
+    """
+    if base is None:
+        base = HydraConfig.get().runtime.cwd if HydraConfig.initialized() else Path.cwd()
+    with open_dict(cfg):
+        for key, value in list(_leaves(cfg)):
+            found = _absolute(key, value, Path(base))
+            if found != value:
+                _keep_names(cfg, key)
+                OmegaConf.update(cfg, key, found)
+    said = ", ".join(f"{name} in {where}" for name, where in cfg.get("paths", {}).items())
+    if said and said not in _said:
+        _said.add(said)
+        print(said[0].upper() + said[1:], flush=True)
+    return cfg
+
+
+def absolute(path: str, base: Path, key: str = "a path") -> str:
+    """``path`` without ``~``, variables, ``.`` and ``..``, from ``base``; addresses (``https://…``) as they are."""
+    if "://" in path:
+        return path
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if expanded.startswith("~"):
+        raise ValueError(
+            f"{key}={path} begins with a home folder that is not known here; write it out, or ./{path} where the folder "
+            "is really called so."
+        )
+    return os.path.normpath(base / expanded)
+
+
+def _absolute(key: str, value: str, base: Path) -> str:
+    def among(patterns: tuple[str, ...]) -> bool:
+        return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+    if among(PATHS):
+        return absolute(value, base, key)
+    if among(NAMES_OR_PATHS) and (value.startswith(LOOKS) or os.path.exists(base / value)):
+        return absolute(value, base, key)
+    if among(PATTERNS) and (value.startswith(LOOKS) or ("/" in value and glob(os.path.join(escape(str(base)), value)))):
+        return absolute(value, Path(escape(str(base))), key)
+    return value
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Text in the config by its dotted key, that of lists too; nothing twice by way of interpolations."""
+    entries = node.items_ex(resolve=False) if isinstance(node, DictConfig) else enumerate(node._content or ())
+    for name, raw in entries:
+        key = f"{prefix}{name}"
+        if isinstance(raw, DictConfig | ListConfig):
+            if not (raw._is_none() or raw._is_missing() or raw._is_interpolation()):
+                yield from _leaves(raw, f"{key}.")
+        elif any(fnmatchcase(key, pattern) for pattern in (*PATHS, *NAMES_OR_PATHS, *PATTERNS)):
+            if not OmegaConf.is_missing(node, name) and isinstance(node[name], str):
+                yield key, node[name]
+
+
+def _keep_names(cfg: DictConfig, key: str) -> None:
+    """Settle names that follow from the path at ``key`` (``data.name: ${data.id}``), before it becomes a longer one."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        node = OmegaConf.select(cfg, key)
+        if isinstance(node, DictConfig) and "name" in node and OmegaConf.is_interpolation(node, "name"):
+            node.name = node.name
