@@ -12,6 +12,7 @@ from sae_lightning.benchmark.run import evaluate
 from sae_lightning.benchmark.summary import SCORES
 from sae_lightning.benchmark.table import read_rows
 from sae_lightning.benchmark.visaebench import HEADLINES, headline
+from sae_lightning.commands.start import started
 from sae_lightning.saes.artefact import read_cfg
 from sae_lightning.tracking import publish
 
@@ -24,7 +25,7 @@ COLUMNS = {
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    runs = evaluate(cfg)
+    runs = evaluate(started(cfg))
     publish(runs, cfg)
     console = Console(width=max(200, Console().width))
     console.print(core_table(runs, cfg.split))

@@ -10,12 +10,13 @@ from rich.table import Table
 
 from sae_lightning.apps.explore import explore
 from sae_lightning.apps.result import Result
+from sae_lightning.commands.start import started
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="explore")
 def main(cfg: DictConfig) -> None:
     console = Console()
-    for result in explore(cfg):
+    for result in explore(started(cfg)):
         if result.headlines:
             console.print(table_of(result))
         console.print(f"Page: {result.page}", highlight=False)

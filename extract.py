@@ -5,6 +5,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from sae_lightning.commands.start import started
 from sae_lightning.data import load_images
 from sae_lightning.features.ensure import extract_stores, plain, taps_of
 from sae_lightning.features.manifest import MANIFEST
@@ -13,6 +14,7 @@ from sae_lightning.features.store import FeatureStore
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="extract")
 def main(cfg: DictConfig) -> None:
+    cfg = started(cfg)
     table = Table(title="Feature stores")
     for column in ("store", "images", "patches", "d_in", "std", "γ = ‖μ‖/‖σ‖", "size"):
         table.add_column(column, justify="left" if column == "store" else "right", overflow="fold")

@@ -6,14 +6,15 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from sae_lightning.commands.start import started
 from sae_lightning.finetuning.run import finetune
-from sae_lightning.training.closing_table import POINTER
+from sae_lightning.training.closing_table import point_to
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="finetune")
 def main(cfg: DictConfig) -> None:
-    folder = finetune(cfg)
-    (Path(HydraConfig.get().runtime.output_dir) / POINTER).write_text(str(folder.resolve()))
+    folder = finetune(started(cfg))
+    point_to(Path(HydraConfig.get().runtime.output_dir), [folder])
 
 
 if __name__ == "__main__":

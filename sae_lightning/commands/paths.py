@@ -21,6 +21,7 @@ NAMES_OR_PATHS = (  # paths where such a file exists, or where they look like on
     "app.vlm.model", "app.vlm.weights", "app.vocabulary*", "data.classes*", "app.queries*",
 )  # fmt: skip
 PATTERNS = ("run", "run.*")  # of folders, or of names in paths.runs
+ALL = (*PATHS, *NAMES_OR_PATHS, *PATTERNS)
 LOOKS = ("~", "./", "../")
 
 _said: set[str] = set()
@@ -54,36 +55,36 @@ def absolute(path: str, base: Path, key: str = "a path") -> str:
     expanded = os.path.expanduser(os.path.expandvars(path))
     if expanded.startswith("~"):
         raise ValueError(
-            f"{key}={path} begins with a home folder that is not known here; write it out, or ./{path} where the folder "
-            "is really called so."
+            f"{key}={path} begins with a home folder that is not known here; write it out, or "
+            f"./{path} where a folder is really called so."
         )
     return os.path.normpath(base / expanded)
 
 
 def _absolute(key: str, value: str, base: Path) -> str:
-    def among(patterns: tuple[str, ...]) -> bool:
-        return any(fnmatchcase(key, pattern) for pattern in patterns)
-
-    if among(PATHS):
+    if _among(key, PATHS):
         return absolute(value, base, key)
-    if among(NAMES_OR_PATHS) and (value.startswith(LOOKS) or os.path.exists(base / value)):
+    if _among(key, NAMES_OR_PATHS) and (value.startswith(LOOKS) or os.path.exists(base / value)):
         return absolute(value, base, key)
-    if among(PATTERNS) and (value.startswith(LOOKS) or ("/" in value and glob(os.path.join(escape(str(base)), value)))):
+    if _among(key, PATTERNS) and (value.startswith(LOOKS) or ("/" in value and glob(value, root_dir=base))):
         return absolute(value, Path(escape(str(base))), key)
     return value
 
 
+def _among(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Text in the config by its dotted key, that of lists too; nothing twice by way of interpolations."""
-    entries = node.items_ex(resolve=False) if isinstance(node, DictConfig) else enumerate(node._content or ())
+    entries: Any = node.items_ex(resolve=False) if isinstance(node, DictConfig) else enumerate(node._content or ())
     for name, raw in entries:
         key = f"{prefix}{name}"
         if isinstance(raw, DictConfig | ListConfig):
             if not (raw._is_none() or raw._is_missing() or raw._is_interpolation()):
                 yield from _leaves(raw, f"{key}.")
-        elif any(fnmatchcase(key, pattern) for pattern in (*PATHS, *NAMES_OR_PATHS, *PATTERNS)):
-            if not OmegaConf.is_missing(node, name) and isinstance(node[name], str):
-                yield key, node[name]
+        elif _among(key, ALL) and not OmegaConf.is_missing(node, name) and isinstance(node[name], str):
+            yield key, node[name]
 
 
 def _keep_names(cfg: DictConfig, key: str) -> None:

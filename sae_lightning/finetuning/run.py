@@ -30,7 +30,7 @@ from sae_lightning.locks import held
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.training.checkpoints import CheckpointFiles, last_checkpoint, mend_checkpoint, remove_checkpoints
 from sae_lightning.training.history import History
-from sae_lightning.training.launch import environment, launch_ranks, n_ranks, wants_ranks
+from sae_lightning.training.launch import environment, know_rank, launch_ranks, n_ranks, wants_ranks
 from sae_lightning.training.loggers import check_loggers, checkpoint_step, close_loggers, open_loggers, settle
 from sae_lightning.training.preempt import StopWhenAsked, heeding
 from sae_lightning.training.run import build_callbacks, checkpoints, quiet
@@ -113,6 +113,7 @@ def check_splits(cfg: DictConfig, train: ImageData, held_out: ImageData) -> None
 def fit(cfg: DictConfig, folder: Path) -> None:
     """Train in this process (one of several ranks, or the only one); writes the artefact and ``trained.json``."""
     quiet()
+    know_rank()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     train = load_split(cfg, "train")
     val = load_split(cfg, cfg.validate) if cfg.validate else None
@@ -125,7 +126,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
         cfg.seed, cfg.num_workers,
     )  # fmt: skip
     clock = EpochClock()
-    callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), clock, *build_callbacks(cfg)]
+    callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), clock, *build_callbacks(cfg, folder)]
     last = last_checkpoint(folder)
     callbacks.append(StopWhenAsked(last))
     loggers = open_loggers(cfg, folder, start=checkpoint_step(last))

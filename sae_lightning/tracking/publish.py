@@ -51,7 +51,7 @@ def publish(runs: Sequence[Path], cfg: DictConfig) -> None:
 def wandb_options(run: Path, options: dict[str, Any]) -> dict[str, Any]:
     """``options`` with the place where the training logged: its project, entity, group and suffix, if it did."""
     before = (read_cfg(run)["config"].get("logger") or {}).get("wandb") or {}
-    kept = {name: before[name] for name in ("project", "entity", "group", "suffix") if name in before}
+    kept = {name: before[name] for name in ("project", "entity", "group", "suffix") if before.get(name) is not None}
     return options | kept
 
 
@@ -67,12 +67,12 @@ def _to_wandb(run: Path, options: dict[str, Any]) -> bool:
     if opened is None:
         return False
     logger, result = WandbRun(opened, run), trained(run)
-    if not logged_before:
-        for step, row in history_rows(run):
-            logger.log_metrics(row, step)
-        if options["artefact"]:
-            log_artefact(opened, run, about | result)
     try:
+        if not logged_before:
+            for step, row in history_rows(run):
+                logger.log_metrics(row, step)
+            if options["artefact"]:
+                log_artefact(opened, run, about | result)
         with _files_below(run):
             opened.summary.update(result | scores_of(run))
             columns_shown: Any = ["metric", "setting", "value", "part", "split", "why"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sae_lightning.features.manifest import cause, write_atomically
 from sae_lightning.features.shard import sync_folder
@@ -29,6 +30,10 @@ class CheckpointError(ValueError):
 def last_checkpoint(run: Path) -> Path:
     """Where the checkpoint lies that ``run`` goes on from."""
     return run / "checkpoints" / LAST
+
+
+class OwnCheckpoint(ModelCheckpoint):
+    """The package's own; its class keeps its state apart from that of a user's with the same settings."""
 
 
 class CheckpointFiles(TorchCheckpointIO):

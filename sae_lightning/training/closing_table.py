@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, flag_override
 from rich.console import Console
 from rich.table import Table
 
 from sae_lightning.saes.artefact import ArtefactError
-from sae_lightning.training.identity import run_name
 from sae_lightning.training.run import is_finished, load_record
 
-POINTER = "run_folders.txt"  # written by train.py into Hydra's job folder; launchers share only the file system
+POINTER = "run_folders"  # written by train.py into Hydra's job folder; launchers share only the file system
+COMMAND = "SAE_LIGHTNING_COMMAND"  # environment of jobs: whose they are, as two sweeps may have one folder
 
 
 class ClosingTable(Callback):
     """Hydra callback: collects each job's run folder and prints their scores when the command ends."""
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with flag_override(config.hydra, ["readonly", "struct"], False):
+            config.hydra.job.env_set[COMMAND] = f"command-{uuid4().hex}"  # never read as a number
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.on_run_start(config)
+        with flag_override(config.hydra, ["readonly", "struct"], False):  # jobs are composed anew from these
+            config.hydra.overrides.hydra.append(f"++hydra.job.env_set.{COMMAND}={config.hydra.job.env_set[COMMAND]}")
+
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
-        self.show(run_folders(Path(config.hydra.run.dir)))
+        self.show(run_folders(Path(config.hydra.run.dir), config.hydra.job.env_set[COMMAND]))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        self.show(run_folders(Path(config.hydra.sweep.dir)))
+        self.show(run_folders(Path(config.hydra.sweep.dir), config.hydra.job.env_set[COMMAND]))
 
     def show(self, folders: list[Path]) -> None:
         """Print the table of these runs."""
@@ -38,17 +49,22 @@ class ClosingTable(Callback):
             Console(stderr=True).print(f"[red]A job failed:[/] {' '.join(job_return.overrides or [])}")
 
 
-def point_to(output: Path, cfgs: Sequence[DictConfig]) -> None:
-    """Note in a job's folder which runs it trains."""
+def point_to(output: Path, folders: Iterable[Path]) -> None:
+    """Note in a job's folder which runs it trains, for the table of the command that started the job."""
     output.mkdir(parents=True, exist_ok=True)
-    folders = [(Path(cfg.paths.runs) / run_name(cfg)).resolve() for cfg in cfgs]
-    (output / POINTER).write_text("".join(f"{folder}\n" for folder in folders))
+    lines = "".join(f"{folder}\n" for folder in folders)
+    (output / _pointer(os.environ.get(COMMAND, ""))).write_text(lines, encoding="utf-8")
 
 
-def run_folders(outputs: Path) -> list[Path]:
-    """The run folders that the jobs below ``outputs`` point to, in the order of their job numbers."""
-    pointers = sorted(outputs.rglob(POINTER), key=lambda p: (len(p.parent.name), p.parent.name))
-    return list(dict.fromkeys(Path(line) for p in pointers for line in p.read_text().splitlines()))
+def run_folders(outputs: Path, command: str = "") -> list[Path]:
+    """The run folders that the jobs of ``command`` below ``outputs`` point to, in the order of their job numbers."""
+    pointers = sorted(outputs.rglob(_pointer(command)), key=lambda p: (len(p.parent.name), p.parent.name))
+    lines = (line for pointer in pointers for line in pointer.read_text(encoding="utf-8").splitlines())
+    return list(dict.fromkeys(map(Path, lines)))
+
+
+def _pointer(command: str) -> str:
+    return f"{POINTER}-{command}.txt"
 
 
 def print_table(folders: list[Path], console: Console | None = None) -> None:

@@ -21,9 +21,10 @@ class History(L.Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[dict[str, str | int | float]] = []
+        self.step = 0  # after the last batch; several batches are one step with accumulate_grad_batches
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # not in on_fit_start: the step is not restored by then
+        self.step = trainer.global_step  # not in on_fit_start: it is not restored by then
         if trainer.is_global_zero and self.path.is_file() and trainer.global_step > 0:
             try:
                 rows = list(csv.DictReader(self.path.read_text(encoding="utf-8").splitlines()))
@@ -32,7 +33,8 @@ class History(L.Callback):
                 set_aside(self.path, f"{type(error).__name__}: {error}", "the curves begin at this step")
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        step, self.step = self.step, trainer.global_step
+        if self.step > step and self.step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._append(trainer, ("train/", "loss/"))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

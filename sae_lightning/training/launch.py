@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.distributed.processes import Processes, run_together
@@ -44,6 +45,12 @@ def n_ranks(cfg: DictConfig) -> int:
     if isinstance(devices, int | str):
         return int(devices)
     return len(devices)
+
+
+def know_rank() -> None:
+    """Tell Lightning this process's rank: that of ``launch_ranks``, else 0, whatever other variables say."""
+    rank = int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
+    setattr(rank_zero_only, "rank", rank)  # noqa: B010  which mypy does not know
 
 
 def environment() -> list[Any]:

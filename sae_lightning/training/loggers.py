@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.training.columns import columns, flat
-from sae_lightning.training.wandb_run import WandbRun, finish, log_artefact, open_run
+from sae_lightning.training.wandb_run import WandbRun, open_run
 
 KINDS = ("csv", "tensorboard", "wandb")
 FINAL = ("val/explained_variance", "val/fvu", "val/cosine", "val/l0", "val/dead_share")
@@ -47,9 +48,11 @@ def open_loggers(cfg: DictConfig, folder: Path, made: Mapping[str, Any] | None =
         elif kind == "tensorboard":
             loggers.append(_tensorboard(folder, about, start))
         else:
-            options = sweep_of(cfg, options)
             tags = [str(about[name]) for name in ("backbone", "variant", "data") if name in about]
-            loggers.append(WandbRun(open_run(options, folder, about, tags), folder))
+            run = open_run(sweep_of(cfg, options), folder, about, tags)
+            if run is not None:
+                cfg.logger.wandb.project = run.project  # for evaluate.py, which logs into the same run
+                loggers.append(WandbRun(run, folder))
     return loggers
 
 
@@ -57,12 +60,8 @@ def close_loggers(loggers: Sequence[Logger], cfg: DictConfig, folder: Path, resu
     """End the loggers of a finished training; W&B also gets ``result``'s time and speed, and the SAE if asked to."""
     for logger in loggers:
         if isinstance(logger, WandbRun):
-            run, logger.run = logger.run, None
-            if run is not None:
-                run.summary.update({name: v for name, v in result.items() if isinstance(v, int | float | str)})
-                if cfg.logger.wandb.artefact:
-                    log_artefact(run, folder, {**run.config, **dict(flat(result))})
-            finish(run)
+            values = {name: v for name, v in result.items() if isinstance(v, int | float | str)}
+            logger.close(values, dict(flat(result)) if cfg.logger.wandb.artefact else None)
         else:
             logger.finalize("success")
 
@@ -88,7 +87,7 @@ def sweep_of(cfg: DictConfig, options: Mapping[str, Any]) -> dict[str, Any]:
     hydra = HydraConfig.get()
     experiment = hydra.runtime.choices.get("experiment")
     made["tags"] = [*dict.fromkeys((*([experiment] if experiment else []), *made["tags"]))]
-    if made["group"] is None and hydra.mode == RunMode.MULTIRUN:
+    if made["group"] is None and hydra.mode == RunMode.MULTIRUN and "WANDB_RUN_GROUP" not in os.environ:
         folder = "/".join(Path(hydra.sweep.dir).parts[-2:])
         made["group"] = f"{experiment} {folder}" if experiment else folder
     return made

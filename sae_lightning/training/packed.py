@@ -7,7 +7,6 @@ same run alone and each may go on later alone or in another pack.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -29,6 +28,7 @@ from sae_lightning.training.identity import run_name
 from sae_lightning.training.launch import launch_ranks, n_ranks, wants_ranks
 from sae_lightning.training.loggers import settle
 from sae_lightning.training.memory import free_bytes, rounds, workers_of
+from sae_lightning.training.packing import read_pack
 from sae_lightning.training.preempt import Preempted, heeding
 from sae_lightning.training.run import check, fit, is_finished
 
@@ -176,8 +176,4 @@ def _report(folder: Path, error: BaseException) -> None:
 
 def members_of(cfg: DictConfig) -> list[DictConfig]:
     """The configs of the pack that ``cfg`` is a job of, as the sweeper wrote them; ``[cfg]`` where it is none."""
-    if cfg.pack.file is None:
-        return [cfg]
-    from hydra import compose
-
-    return [compose("config", overrides) for overrides in json.loads(Path(cfg.pack.file).read_text())]
+    return [cfg] if cfg.pack.file is None else read_pack(Path(cfg.pack.file))

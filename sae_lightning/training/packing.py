@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from sae_lightning.saes.artefact import write_text
 
 WHEN = ("auto", "always", "never")
 SECTIONS = ("data", "backbone", "features", "extract", "subset", "seed", "batch_size", "stream", "paths", "pack")
@@ -43,3 +47,21 @@ def _parts(group: list[int], most: int | None) -> list[list[int]]:
     size, more = divmod(len(group), count)
     starts = [i * size + min(i, more) for i in range(count + 1)]
     return [group[a:b] for a, b in pairwise(starts)]
+
+
+def write_pack(cfgs: Sequence[DictConfig], folder: Path) -> Path:
+    """Write the configs of one job's runs into a file of ``folder`` that is named by what it holds."""
+    text = OmegaConf.to_yaml([OmegaConf.to_container(cfg, resolve=False) for cfg in cfgs])
+    file = folder / f"{len(cfgs)}-runs-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(file, text)
+    return file
+
+
+def read_pack(file: Path) -> list[DictConfig]:
+    """What ``write_pack`` wrote: configs as Hydra composes them, which take no new keys."""
+    plain: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    cfgs = [DictConfig(one) for one in plain]
+    for cfg in cfgs:
+        OmegaConf.set_struct(cfg, True)
+    return cfgs

@@ -29,12 +29,16 @@ class Resample(L.Callback):
             raise ValueError(f"resample.every={every} must be at least 1 and resample.until={until} in (0, 1].")
         self.every, self.dead_after, self.until = every, dead_after, until
         self.resampled = 0
+        self.step = 0  # after the last batch; with accumulate_grad_batches several are one step
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Tensor, index: int
     ) -> None:
-        step = trainer.global_step
-        if step % self.every or step > self.until * int(trainer.estimated_stepping_batches):
+        step, before, self.step = trainer.global_step, self.step, trainer.global_step
+        if step == before or step % self.every or step > self.until * int(trainer.estimated_stepping_batches):
             return
         sae: SAE = module.sae  # type: ignore[assignment]
         x, _ = input_norm(sae.input_norm, sae.normalizer.normalize(batch.flatten(0, -2)))

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -23,10 +24,16 @@ from sae_lightning.kernels.build import lend_cache
 from sae_lightning.locks import held
 from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
 from sae_lightning.saes.artefact import read_cfg, write_json
-from sae_lightning.training.checkpoints import CheckpointFiles, last_checkpoint, mend_checkpoint, remove_checkpoints
+from sae_lightning.training.checkpoints import (
+    CheckpointFiles,
+    OwnCheckpoint,
+    last_checkpoint,
+    mend_checkpoint,
+    remove_checkpoints,
+)
 from sae_lightning.training.history import History
 from sae_lightning.training.identity import callbacks_on, run_hash, run_name, uses_k
-from sae_lightning.training.launch import environment, launch_ranks, wants_ranks
+from sae_lightning.training.launch import environment, know_rank, launch_ranks, wants_ranks
 from sae_lightning.training.loggers import check_loggers, checkpoint_step, close_loggers, open_loggers, settle
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.nodes import check_tasks, leading, node
@@ -111,6 +118,7 @@ def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
     With a ``seat``, which is taken, the features come from a stream that other runs share (``packed.py``).
     """
     quiet()
+    know_rank()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     stores = {split: ensure_store(cfg, split) for split in ("train", "val")}
     stores["train"] = stores["train"].subset(**plain(cfg.subset))
@@ -119,7 +127,7 @@ def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
     module = build_module(cfg, stores["train"], stores["val"].mean)
     throughput = Throughput(data)
     last = last_checkpoint(folder)
-    callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), throughput, *build_callbacks(cfg)]
+    callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), throughput, *build_callbacks(cfg, folder)]
     callbacks.append(StopWhenAsked(last))
     if cfg.resample.every:
         callbacks.insert(0, Resample(cfg.resample.every, cfg.dead_after, cfg.resample.until))
@@ -174,9 +182,7 @@ def checkpoints(cfg: DictConfig, folder: Path) -> list[L.Callback]:
         within["train_time_interval"] = timedelta(minutes=cfg.checkpoint.every_minutes)
     when: list[dict[str, Any]] = [{"save_on_train_epoch_end": True}, *([within] if within else [])]
     return [
-        L.pytorch.callbacks.ModelCheckpoint(
-            last_checkpoint(folder).parent, filename="last", enable_version_counter=False, **options
-        )
+        OwnCheckpoint(last_checkpoint(folder).parent, filename="last", enable_version_counter=False, **options)
         for options in when
     ]
 
@@ -208,11 +214,18 @@ def build_module(cfg: DictConfig, store: FeatureStore, center: Tensor | None = N
     )  # fmt: skip
 
 
-def build_callbacks(cfg: DictConfig) -> list[L.Callback]:
-    """The callbacks of the config group that are switched on, each an entry with a ``_target_``."""
+def build_callbacks(cfg: DictConfig, folder: Path) -> list[L.Callback]:
+    """The callbacks of the config group that are switched on, each an entry with a ``_target_``.
+
+    A ModelCheckpoint ``name`` without a folder of its own keeps its files in ``checkpoints/<name>`` of the run.
+    """
     from hydra.utils import instantiate
 
-    return [instantiate(cfg.callbacks[name]) for name in callbacks_on(cfg)]
+    made = {name: instantiate(cfg.callbacks[name]) for name in callbacks_on(cfg)}
+    for name, callback in made.items():
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(last_checkpoint(folder).parent / name)
+    return list(made.values())
 
 
 def calibrate(cfg: DictConfig, module: SAEModule, store: FeatureStore) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -18,7 +17,9 @@ if TYPE_CHECKING:
     from wandb import Run
 
 STEP = "trainer/global_step"
-_open: set[str] = set()  # ids of the runs of this process
+PROJECT, PATIENCE, FINISH = "sae-lightning", 5, 60  # where neither the config nor W&B's own settings say it
+OFFLINE = ("offline", "dryrun")
+_open: dict[str, Path] = {}  # by their ids, the trainings of this process that have a run
 _starting = threading.Lock()  # trainings that share a process open their runs in threads
 
 
@@ -27,69 +28,97 @@ def open_run(
 ) -> Run | None:
     """The W&B run of the training in ``folder``, whose name is its id; ``options`` are those of conf/logger/wandb.yaml.
 
-    Online where ``options.offline`` is auto and the service answers; else offline, below ``folder``, with one line
-    that says why and how to upload later. Several may be open in one process. None with WANDB_MODE=disabled, or where
-    W&B cannot even write files. ConnectionError for ``offline: false`` where the service cannot be reached.
+    Options that are null are as W&B's own settings say. Online where these do not forbid it, ``options.offline`` is
+    auto and the service answers; else offline, below ``folder``, with one line that says why and how to upload later.
+    Several may be open in one process. None where W&B is disabled or cannot even write files. ConnectionError for
+    ``offline: false`` where the service cannot be reached.
     """
-    if os.environ.get("WANDB_MODE") == "disabled":
+    try:
+        own = wandb_service.own_settings(options["folder"])
+    except ValueError as error:
+        print(
+            f"{folder.name}: W&B's own settings make no sense to it ({_first_line(error)}): going on without.",
+            flush=True,
+        )
         return None
-    offline = options["offline"] is True
-    if not offline:
-        why = wandb_service.trouble(options["patience"])
+    mode = {True: "offline", False: "online"}.get(options["offline"], own.pop("mode", "online"))
+    if mode == "disabled":
+        print(f"{folder.name}: W&B is disabled by its own settings: going on without.", flush=True)
+        return None
+    settings = _settings(options, own, folder, tags)
+    if mode not in OFFLINE:
+        why = wandb_service.trouble(settings["init_timeout"], own)
         run = None
         if not why:
-            run, why = _init("online", options, folder, config, tags)
+            run, why = _init("online", settings, folder, config, own)
         if run is not None:
             return run
         if options["offline"] is False:
             raise ConnectionError(f"{why}, but logger.wandb.offline=false; log in, or choose offline=auto.")
-        later = f"upload later with `wandb sync {folder / 'wandb'}`"
-        print(f"{folder.name}: {why}: logging offline; {later}.", flush=True)
-    run, why = _init("offline", options, folder, config, tags)
+    else:
+        why = "logger.wandb.offline=true" if options["offline"] is True else "W&B's own settings say offline"
+    later = f"upload later with `wandb sync {settings['root_dir']}/wandb`"
+    print(f"{folder.name}: {why}: logging offline; {later}.", flush=True)
+    run, why = _init("offline", settings, folder, config, own)
     if run is None:
         print(f"{folder.name}: {why}: going on without; `evaluate.py logger=wandb` logs it later.", flush=True)
     return run
 
 
+def _settings(options: Mapping[str, Any], own: Mapping[str, Any], folder: Path, tags: Sequence[str]) -> dict[str, Any]:
+    """Fields of ``wandb.Settings``: what ``options`` give, else what is W&B's ``own``, else ours; tags are of all."""
+    run_id = folder.name + options["suffix"]
+    ours = {
+        "project": PROJECT, "run_id": run_id, "run_name": run_id, "root_dir": str(folder), "silent": True,
+        "console": "off", "init_timeout": PATIENCE, "finish_timeout": FINISH,
+    }  # fmt: skip
+    given = {
+        "project": options["project"], "entity": options["entity"], "run_group": options["group"],
+        "init_timeout": options["patience"], "finish_timeout": options["finish"],
+        "run_id": options["suffix"] and run_id, "run_name": options["suffix"] and run_id,
+    }  # fmt: skip
+    made = ours | dict(own) | {name: value for name, value in given.items() if value not in (None, "")}
+    if _open.get(made["run_id"], folder) != folder:  # WANDB_RUN_ID is for one training, the first
+        made["run_id"] = run_id
+    return made | {"run_tags": tuple(dict.fromkeys((*tags, *own.get("run_tags", ()), *options["tags"])))}
+
+
 def _init(
-    mode: Literal["online", "offline"], options: Mapping[str, Any], folder: Path, config: Mapping[str, Any],
-    tags: Sequence[str],
-) -> tuple[Run | None, str]:  # fmt: skip
+    mode: str, settings: Mapping[str, Any], folder: Path, config: Mapping[str, Any], own: Mapping[str, Any]
+) -> tuple[Run | None, str]:
     """The run, or None and the reason."""
     import wandb
 
-    settings = wandb.Settings(
-        silent=True, console="off", init_timeout=options["patience"], finish_timeout=options["finish"]
-    )
-    run_id = folder.name + options["suffix"]
-    about: dict[str, Any] = {
-        "project": options["project"], "entity": options["entity"], "group": options["group"], "id": run_id,
-        "name": run_id, "config": dict(config), "tags": [*dict.fromkeys((*tags, *options["tags"]))],
-    }  # fmt: skip
-    resume: Any = "allow" if mode == "online" else None
     try:
+        made = wandb.Settings()
+        made.update_from_dict({"resume": "allow" if mode == "online" else None} | dict(settings) | {"mode": mode})
         with _starting:
-            run = wandb.init(**about, dir=folder, mode=mode, resume=resume, reinit="create_new", settings=settings)
-            _open.add(run_id)
+            run = wandb.init(config=dict(config), reinit="create_new", settings=made)
+            _open[settings["run_id"]] = folder
+        run.define_metric(STEP, hidden=True)
+        run.define_metric("*", step_metric=STEP)
     except Exception as error:  # whatever it is, it is no reason not to train
-        with _starting:
-            _release()
-        why = f"W&B failed to start a run ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        _release(settings["run_id"])
+        why = f"W&B failed to start a run ({_first_line(error)})"
         if mode == "online":
-            wandb_service.remember(why)
+            wandb_service.remember(why, own)
         return None, why
-    run.define_metric(STEP, hidden=True)
-    run.define_metric("*", step_metric=STEP)
     return run, ""
 
 
-def _release() -> None:
-    """Restart W&B's service, which holds on to the id of a run that did not start; not while other runs are open."""
+def _release(run_id: str) -> None:
+    """Give up a run, and restart W&B's service, which may be dead or hold on to the id, unless others are open."""
     import wandb
 
-    if not _open:
-        with contextlib.suppress(Exception):
-            wandb.teardown()
+    with _starting:
+        _open.pop(run_id, None)
+        if not _open:
+            with contextlib.suppress(Exception, SystemExit):
+                wandb.teardown()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class WandbRun(WandbLogger):
@@ -102,16 +131,35 @@ class WandbRun(WandbLogger):
     def __init__(self, run: Run | None, folder: Path) -> None:
         super().__init__(experiment=run, save_dir=folder, project=run.project if run else None)
         self.run = run
+        self.folder = folder
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if self.run is None or (step is not None and step < self.run.starting_step):
             return
-        try:
+        with self.forgiving("history.csv goes on"):
             self.run.log({**metrics} if step is None else {**metrics, STEP: step}, step=step)
+
+    @contextlib.contextmanager
+    def forgiving(self, rest: str) -> Iterator[None]:
+        """An error of W&B's inside is said, with what is left, and ends the run, not the training."""
+        try:
+            yield
         except Exception as error:
-            print(f"W&B stopped logging ({error}); history.csv goes on.", flush=True)
-            self.run = None
+            print(f"{self.folder.name}: W&B stopped logging ({_first_line(error)}); {rest}.", flush=True)
+            run, self.run = self.run, None
+            if run is not None:
+                _release(run.id)
+
+    def close(self, values: Mapping[str, Any], artefact: Mapping[str, Any] | None = None) -> None:
+        """End the run of a finished training with ``values`` in its summary, and with the SAE where ``artefact`` is."""
+        with self.forgiving(f"`evaluate.py logger=wandb` logs {self.folder.name} again"):
+            if self.run is not None:
+                self.run.summary.update(dict(values))
+                if artefact is not None:
+                    log_artefact(self.run, self.folder, {**self.run.config, **artefact})
+        finish(self.run)
+        self.run = None
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -125,9 +173,11 @@ def finish(run: Run | None, exit_code: int = 0) -> None:
     if run is not None:
         try:
             run.finish(exit_code)
+            _open.pop(run.id, None)
         except Exception as error:
-            print(f"W&B did not finish ({error}); send the rest: `wandb sync {run.settings.sync_dir}`.", flush=True)
-        _open.discard(run.id)
+            sync = f"`wandb sync {run.settings.sync_dir}`"
+            print(f"W&B did not finish ({_first_line(error)}); send the rest: {sync}.", flush=True)
+            _release(run.id)
 
 
 def log_artefact(run: Run, folder: Path, metadata: Mapping[str, Any]) -> None:

@@ -8,6 +8,9 @@ import netrc
 import os
 import threading
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
@@ -18,18 +21,15 @@ REMEMBERED = 600  # seconds for which a service that failed is not asked again
 _failed: dict[tuple[str, str], tuple[float, str]] = {}  # by address and key: when, and what was wrong
 
 
-def trouble(patience: float) -> str:
+def trouble(patience: float, own: Mapping[str, Any]) -> str:
     """Why no run can be logged online, as the first half of a sentence; empty where the service knows this login.
 
     The service has ``patience`` seconds to answer; that it failed is remembered, so that the trainings of a sweep, or
     those that share a process, do not wait for it each.
     """
-    if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
-        return "WANDB_MODE is offline"
-    key = api_key()
+    address, key = login(own)
     if not key:
         return "No W&B login found"
-    address = base_url()
     when, what = _failed.get((address, key), (-REMEMBERED, ""))
     if time.monotonic() - when < REMEMBERED:
         return what
@@ -39,9 +39,9 @@ def trouble(patience: float) -> str:
     return what
 
 
-def remember(what: str) -> None:
+def remember(what: str, own: Mapping[str, Any]) -> None:
     """Take the service as failing for a while, because of ``what``."""
-    _failed[base_url(), api_key()] = time.monotonic(), what
+    _failed[login(own)] = time.monotonic(), what
 
 
 def forget() -> None:
@@ -49,25 +49,38 @@ def forget() -> None:
     _failed.clear()
 
 
-def api_key() -> str:
-    """The API key in the environment, or the one that ``wandb login`` stored for the service's host; else empty."""
-    if os.environ.get("WANDB_API_KEY"):
-        return os.environ["WANDB_API_KEY"]
-    host = urlparse(base_url()).hostname or ""
+def own_settings(folder: str | Path) -> dict[str, Any]:
+    """What W&B's environment variables and settings files say, by the names of ``wandb.Settings``.
+
+    The files are ``wandb/settings`` in ``folder``, which ``wandb offline`` and ``wandb disabled`` write, and that of
+    the user's.
+    ValueError for what W&B does not understand.
+    """
+    import wandb
+
+    made = wandb.Settings()
+    made.quiet, made.root_dir = True, str(folder)
+    made.settings_system = str(Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings")
+    ours = {name: getattr(made, name) for name in ("quiet", "root_dir", "settings_system")}
+    made.update_from_system_settings()
+    made.update_from_env_vars(dict(os.environ))
+    own = {name: getattr(made, name) for name in made.model_fields_set}
+    return {name: value for name, value in own.items() if name not in ours or value != ours[name]}
+
+
+def login(own: Mapping[str, Any]) -> tuple[str, str]:
+    """Address of the service that ``own_settings`` name, and the key for it: theirs, or what ``wandb login`` stored."""
+    import wandb
+
+    address = str(own.get("base_url") or wandb.Settings().base_url)
+    if own.get("api_key"):
+        return address, str(own["api_key"])
+    host = urlparse(address).hostname or ""
     try:
         found = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
     except (OSError, netrc.NetrcParseError):
-        return ""
-    return (found[2] or "") if found else ""
-
-
-def base_url() -> str:
-    """The address of the service, as the environment or W&B's settings say."""
-    if os.environ.get("WANDB_BASE_URL"):
-        return os.environ["WANDB_BASE_URL"]
-    import wandb
-
-    return wandb.Settings().base_url
+        return address, ""
+    return address, (found[2] or "") if found else ""
 
 
 def _ask(address: str, key: str, patience: float) -> str:

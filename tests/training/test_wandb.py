@@ -9,12 +9,13 @@ import textwrap
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
-from sae_lightning.training import wandb_service
+from sae_lightning.training import wandb_run, wandb_service
 from sae_lightning.training.loggers import settle, sweep_of
 from sae_lightning.training.wandb_run import WandbRun, finish, log_artefact, open_run
 from tests.conftest import CONF
@@ -30,8 +31,9 @@ def _fresh(monkeypatch, tmp_path):
 
     wandb.teardown()
     wandb_service.forget()
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "no-settings"))
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     yield
     wandb.teardown()
@@ -50,7 +52,7 @@ def login(monkeypatch):
 
 def options(**changes) -> dict:
     plain = yaml.safe_load((CONF / "logger" / "wandb.yaml").read_text())["wandb"]
-    return plain | {"tags": [], "patience": 5, "finish": 5} | changes
+    return plain | {"folder": "/nowhere", "patience": 5, "finish": 5} | changes
 
 
 def make(folder: Path, name: str) -> Path:
@@ -197,11 +199,127 @@ def test_insisting_on_the_service_is_an_error_without_it(tmp_path):
         open_run(options(offline=False), tmp_path, {})
 
 
-def test_disabled_means_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    run = make(tmp_path, "run-1")
-    log(run, range(3))
+@pytest.mark.parametrize("said_by", ["environment", "typed", "user"])
+def test_disabled_means_nothing_is_written(said_by, tmp_path, login, monkeypatch, capsys):
+    service = Service()
+    login(service.url)
+    run, folder = make(tmp_path, "run-1"), say(tmp_path, monkeypatch, said_by, mode="disabled")
+    assert open_run(options(folder=folder), run, {}) is None
     assert list(run.iterdir()) == []
+    assert service.runs == {}
+    assert "W&B is disabled by its own settings" in capsys.readouterr().out
+
+
+def say(tmp_path, monkeypatch, said_by: str, **settings: str) -> str:
+    """Give W&B settings of its own; the folder where the command is typed, which is not where it runs."""
+    if said_by == "environment":
+        for name, value in settings.items():
+            monkeypatch.setenv(f"WANDB_{name.upper()}", value)
+    else:
+        path = tmp_path / ("typed/wandb/settings" if said_by == "typed" else "no-settings/settings")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("[default]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
+    return str(tmp_path / "typed")
+
+
+@pytest.mark.parametrize("said_by", ["environment", "typed", "user"])
+def test_offline_means_nothing_is_sent(said_by, tmp_path, login, monkeypatch, capsys):
+    service = Service()
+    login(service.url)
+    run, folder = make(tmp_path, "run-1"), say(tmp_path, monkeypatch, said_by, mode="offline", project="own")
+    log(run, range(3), folder=folder)
+    assert service.runs == {}
+    assert "W&B's own settings say offline: logging offline" in capsys.readouterr().out
+    [file] = run.glob("wandb/offline-run-*/*.wandb")
+    made = next(r.run for r in records(file) if r.HasField("run"))
+    assert (made.project, made.run_id) == ("own", "run-1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "name", "expected"),
+    [
+        ({}, {}, "project", "sae-lightning"),
+        ({"WANDB_PROJECT": "own"}, {}, "project", "own"),
+        ({"WANDB_PROJECT": "own"}, {"project": "given"}, "project", "given"),
+        ({"WANDB_ENTITY": "own"}, {}, "entity", "own"),
+        ({"WANDB_ENTITY": "own"}, {"entity": "given"}, "entity", "given"),
+        ({}, {}, "run_name", "run-1"),
+        ({"WANDB_NAME": "own"}, {}, "run_name", "own"),
+        ({"WANDB_NAME": "own"}, {"suffix": "-b"}, "run_name", "run-1-b"),
+        ({"WANDB_RUN_ID": "own"}, {}, "run_id", "own"),
+        ({"WANDB_RUN_ID": "taken"}, {}, "run_id", "run-1"),
+        ({}, {}, "run_tags", ("clip",)),
+        ({"WANDB_TAGS": "a,b"}, {"tags": ["given"]}, "run_tags", ("clip", "a", "b", "given")),
+        ({"WANDB_RUN_GROUP": "own"}, {}, "run_group", "own"),
+        ({"WANDB_RUN_GROUP": "own"}, {"group": "given"}, "run_group", "given"),
+        ({"WANDB_NOTES": "why"}, {}, "run_notes", "why"),
+        ({"WANDB_DIR": "/own"}, {}, "root_dir", "/own"),
+        ({"WANDB_INIT_TIMEOUT": "70"}, {"patience": None}, "init_timeout", 70),
+        ({"WANDB_INIT_TIMEOUT": "70"}, {"patience": 3}, "init_timeout", 3),
+        ({}, {"patience": None}, "init_timeout", 5),
+        ({"WANDB_CONSOLE": "wrap"}, {}, "console", "wrap"),
+    ],
+)
+def test_w_and_b_s_own_settings_win_over_ours_and_given_ones_over_both(
+    environment, given, name, expected, monkeypatch
+):  # fmt: skip
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setitem(wandb_run._open, "taken", Path("/another/run"))
+    own = wandb_service.own_settings("/nowhere")
+    assert wandb_run._settings(options(**given), own, Path("/runs/run-1"), ["clip"])[name] == expected
+
+
+def test_given_ones_win_over_a_disabled_w_and_b(tmp_path, login, monkeypatch):
+    service = Service()
+    login(service.url)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    log(make(tmp_path, "run-1"), range(2), offline=False)
+    assert list(service.runs) == ["run-1"]
+
+
+def test_settings_that_make_no_sense_send_nothing(tmp_path, login, monkeypatch, capsys):
+    service = Service()
+    login(service.url)
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    assert open_run(options(), make(tmp_path, "run-1"), {}) is None
+    assert service.runs == {}
+    assert "W&B's own settings make no sense" in capsys.readouterr().out
+
+
+def kill_service() -> None:
+    """Kill W&B's process."""
+    [core] = [child for child in psutil.Process().children(recursive=True) if "wandb-core" in child.name()]
+    core.kill()
+    core.wait()
+
+
+@pytest.mark.parametrize("when", ["start", "middle", "end"])
+def test_a_dead_service_ends_the_logging_only_and_the_next_training_has_a_new_one(when, tmp_path, monkeypatch, capsys):
+    import wandb
+
+    init, killed = wandb.init, []
+
+    def dying(**settings):
+        run = init(**settings)
+        if when == "start" and not killed:
+            killed.append(kill_service())
+        return run
+
+    monkeypatch.setattr(wandb, "init", dying)
+    run = make(tmp_path, "run-1")
+    logger = WandbRun(open_run(options(offline=True, finish=1), run, {}), run)
+    logger.log_metrics({"train/loss": 1.0}, 0)
+    if when != "start":
+        kill_service()
+    if when == "middle":
+        for step in range(1, 50):
+            logger.log_metrics({"train/loss": 1.0}, step)
+    logger.close({"seconds": 1.0})
+    assert capsys.readouterr().out.count("run-1: W&B ") >= 1
+    log(make(tmp_path, "run-2"), range(3), offline=True)
+    [file] = tmp_path.glob("run-2/wandb/offline-run-*/*.wandb")
+    assert len(offline_run(file)["history"]) == 3
 
 
 def test_the_sae_is_an_artefact_of_its_run(tmp_path, login):
@@ -248,4 +366,4 @@ def test_the_key_is_that_of_the_environment_or_the_login(environment, expected, 
     monkeypatch.setenv("NETRC", str(path))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert wandb_service.api_key() == expected
+    assert wandb_service.login(wandb_service.own_settings("/nowhere"))[1] == expected

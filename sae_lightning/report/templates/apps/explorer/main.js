@@ -28,7 +28,7 @@ async function upload(file) {
   if (!file) return;
   toast("Reading the picture …");
   try {
-    const found = await ask("/api/uploads", { method: "POST", headers: { "content-type": file.type || "application/octet-stream" }, body: file });
+    const found = await ask("api/uploads", { method: "POST", headers: { "content-type": file.type || "application/octet-stream" }, body: file });
     $("toast").hidden = true;
     go({ picture: `upload:${found.upload}`, latent: "", value: "" });
   } catch (error) {
@@ -68,7 +68,7 @@ function listen() {
 async function start() {
   readAddress();
   listen();
-  const runs = await ask("/api/runs");
+  const runs = await ask("api/runs");
   $("run").replaceChildren(...runs.map((run, i) => el("option", { value: String(i), title: run.name }, run.title)));
   if (!(Number(state.run) in runs)) state.run = "0";
   await show();

@@ -18,7 +18,7 @@ function go(changes, asked = true) {
   show().catch(failed);
 }
 
-const api = (rest = "") => `/api/runs/${state.run}${rest}`;
+const api = (rest = "") => `api/runs/${state.run}${rest}`;
 /* image:12 or upload:0 as the server's path */
 const pictureApi = (picked) => api("/" + picked.replace("image:", "images/").replace("upload:", "uploads/"));
 const overlayOn = () => state.overlay === "1" && runAbout.patches;
