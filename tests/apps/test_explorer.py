@@ -323,6 +323,40 @@ def test_uploads_that_are_too_large_or_broken_are_refused(client):
     assert broken.json()["error"].startswith("This is no picture")
 
 
+def test_the_page_asks_below_its_own_address():
+    html = page()[0]
+    assert not re.findall(r"""["'`]/api/""", html)
+    assert len(re.findall(r"\$\{HOME\}api/", html)) == 3
+
+
+@pytest.mark.parametrize(
+    ("hosts", "host", "origin", "status"),
+    [
+        ([], "hub.example.org", None, 400),
+        (["hub.example.org"], "hub.example.org", "https://hub.example.org", 200),
+        (["hub.example.org"], "hub.example.org:8000", "https://hub.example.org", 200),
+        (["*.example.org"], "hub.example.org", "https://hub.example.org", 200),
+        (["hub.example.org"], "127.0.0.1:8000", "https://hub.example.org", 200),  # the proxy's Host is this machine's
+        (["hub.example.org"], "127.0.0.1:8000", "https://evil.example", 403),
+        (["hub.example.org"], "hub.example.org", "https://evil.example", 403),
+        (["hub.example.org"], "evil.example", "https://hub.example.org", 400),
+        (["hub.example.org"], "hub.example.org.evil.example", None, 400),
+        (["*"], "any.example", "https://any.example", 200),
+        (["*"], "any.example", "https://evil.example", 403),
+        (["*"], "127.0.0.1:8000", "https://evil.example", 403),
+        ([], "127.0.0.1:8000", "https://127.0.0.1:8000", 403),
+        ([], "127.0.0.1:8000", "http://[", 403),
+    ],
+)
+def test_hosts_of_proxies_can_be_allowed(hosts, host, origin, status, shelf):
+    client = TestClient(make_app(Explorer(shelf, Captioner(None)), hosts), base_url=SITE)
+    headers = {"host": host} | ({"origin": origin} if origin else {})
+    answer = client.post("/api/uploads", content=picture_bytes(shelf, 0), headers=headers)
+    assert answer.status_code == status
+    if status != 200:
+        assert "app.hosts" in answer.json()["error"]
+
+
 def test_other_hosts_and_other_sites_are_refused(client, shelf):
     for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "0.0.0.0:8000", "192.168.1.2"):
         assert client.get("/api/runs", headers={"host": host}).status_code == 400

@@ -110,3 +110,52 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(variant, conf
 def test_impossible_settings_fail_with_a_sentence(overrides, sentence, config):
     with pytest.raises(ValueError, match=sentence):
         train(config(*overrides))
+
+
+def test_a_step_of_several_batches_is_one_row(config):
+    accumulate = "+trainer.accumulate_grad_batches=3"
+    folder = train(config(accumulate, "trainer.log_every_n_steps=1", "trainer.max_epochs=2", "resample.every=2"))
+    with (folder / "history.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == list(range(1, 1 + json.loads((folder / "result.json").read_text())["steps"]))
+
+
+def test_dead_latents_restart_once_a_step(monkeypatch):
+    from types import SimpleNamespace
+
+    from sae_lightning.training import resample
+
+    calls = []
+    monkeypatch.setattr(resample, "resample", lambda *_: calls.append(trainer.global_step) or 0)
+    monkeypatch.setattr(resample, "input_norm", lambda _, x: (x, None))
+    sae = SimpleNamespace(input_norm=None, normalizer=SimpleNamespace(normalize=lambda x: x))
+    trainer = SimpleNamespace(
+        global_step=0, estimated_stepping_batches=9, optimizers=[None], is_global_zero=True, logger=None
+    )
+    callback = resample.Resample(2, 100, until=1)
+    callback.on_train_start(trainer, None)
+    for step in (0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4):  # after each of the batches, three a step
+        trainer.global_step = step
+        callback.on_train_batch_end(trainer, SimpleNamespace(sae=sae), None, torch.zeros(2, 3), 0)
+    assert calls == [2, 4]
+
+
+def test_checkpoints_of_the_user_s_own_are_kept(config):
+    own = "_target_: lightning.pytorch.callbacks.ModelCheckpoint"
+    folder = train(config(
+        f"+callbacks.best={{{own}, monitor: val/explained_variance, mode: max, filename: best, save_last: true}}",
+        f"+callbacks.all={{{own}, filename: last, save_top_k: -1, enable_version_counter: false}}",
+    ))  # fmt: skip  # the second has all settings and the file name of the package's own
+    kept = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.ckpt"))
+    assert kept == ["checkpoints/all/last.ckpt", "checkpoints/best/best.ckpt", "checkpoints/best/last.ckpt"]
+
+
+def test_a_single_process_logs_whatever_rank_its_environment_names(config, monkeypatch):
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning has it after an import with RANK=1
+    for name in ("RANK", "LOCAL_RANK", "JSM_NAMESPACE_RANK", "SLURM_PROCID", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    folder = train(config("logger=csv", "trainer.max_epochs=1"))
+    assert (folder / "csv" / "metrics.csv").is_file()
+    assert json.loads((folder / "result.json").read_text())["devices"] == 1

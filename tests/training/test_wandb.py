@@ -55,6 +55,15 @@ def options(**changes) -> dict:
     return plain | {"folder": "/nowhere", "patience": 5, "finish": 5} | changes
 
 
+def written(run: Path) -> Path:
+    """The file of an offline run, after W&B has written all of it, which it does not wait for by itself."""
+    import wandb
+
+    wandb.teardown()
+    [file] = run.glob("wandb/offline-run-*/*.wandb")
+    return file
+
+
 def make(folder: Path, name: str) -> Path:
     (folder / name).mkdir(parents=True, exist_ok=True)
     return folder / name
@@ -230,7 +239,7 @@ def test_offline_means_nothing_is_sent(said_by, tmp_path, login, monkeypatch, ca
     log(run, range(3), folder=folder)
     assert service.runs == {}
     assert "W&B's own settings say offline: logging offline" in capsys.readouterr().out
-    [file] = run.glob("wandb/offline-run-*/*.wandb")
+    file = written(run)
     made = next(r.run for r in records(file) if r.HasField("run"))
     assert (made.project, made.run_id) == ("own", "run-1")
 
@@ -318,8 +327,7 @@ def test_a_dead_service_ends_the_logging_only_and_the_next_training_has_a_new_on
     logger.close({"seconds": 1.0})
     assert capsys.readouterr().out.count("run-1: W&B ") >= 1
     log(make(tmp_path, "run-2"), range(3), offline=True)
-    [file] = tmp_path.glob("run-2/wandb/offline-run-*/*.wandb")
-    assert len(offline_run(file)["history"]) == 3
+    assert len(offline_run(written(tmp_path / "run-2"))["history"]) == 3
 
 
 def test_the_sae_is_an_artefact_of_its_run(tmp_path, login):
@@ -330,7 +338,7 @@ def test_the_sae_is_an_artefact_of_its_run(tmp_path, login):
     assert opened is not None
     log_artefact(opened, run, {"k": 16})
     finish(opened)
-    [file] = run.glob("wandb/offline-run-*/*.wandb")
+    file = written(run)
     [artifact] = [r.artifact for r in records(file) if r.HasField("artifact")]
     assert (artifact.type, artifact.name) == ("sae", "sae-run-1")
     assert {entry.path for entry in artifact.manifest.contents} == {"sae.safetensors", "cfg.json"}

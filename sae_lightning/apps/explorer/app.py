@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import webbrowser
 from collections.abc import Sequence
@@ -34,6 +35,10 @@ def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result | None:
         app = application(all_opened, cfg)
         address = f"http://{HOST}:{listening.getsockname()[1]}/"
         print(f"The explorer is at {address} and ends with Ctrl+C.", flush=True)
+        prefix = os.environ.get("JUPYTERHUB_SERVICE_PREFIX")
+        if prefix:
+            hub = f"{prefix}proxy/{listening.getsockname()[1]}/"
+            print(f"Through this notebook hub it is at {hub}, with the hub's name in app.hosts.", flush=True)
         if cfg.app.browser:
             Timer(0.5, webbrowser.open, [address]).start()
         serve(app, listening)
@@ -52,7 +57,7 @@ def application(all_opened: Sequence[Opened], cfg: DictConfig) -> Starlette:
         shelf, Captioner(app.get("vlm"), device), int(app.images_per_band), int(app.latents), int(app.neighbours),
         int(app.upload_mb * 2**20),
     )  # fmt: skip
-    return make_app(explorer)
+    return make_app(explorer, [str(host) for host in app.get("hosts") or ()])
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from urllib.parse import urlsplit
+
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -19,14 +23,15 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI middleware: refuses what another site's page sends, and adds the headers of every answer.
+    """ASGI middleware: refuses other hosts and what another site's page sends; adds the headers of every answer.
 
-    Anything but GET and HEAD must come from the page itself: with an ``Origin`` of this host and port, or (not from a
-    browser) with none. ``policy`` is the Content-Security-Policy.
+    A request must be for 127.0.0.1, localhost or one of ``hosts``, names or patterns under which a proxy shows the
+    page. Anything but GET and HEAD must come from the page itself: with its ``Origin``, or (not from a browser) with
+    none. ``policy`` is the Content-Security-Policy.
     """
 
-    def __init__(self, app: ASGIApp, policy: str) -> None:
-        self.app, self.headers = app, HEADERS | {"content-security-policy": policy}
+    def __init__(self, app: ASGIApp, policy: str, hosts: Sequence[str] = ()) -> None:
+        self.app, self.headers, self.hosts = app, HEADERS | {"content-security-policy": policy}, tuple(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,18 +43,48 @@ class Guard:
                 MutableHeaders(scope=message).update(self.headers)
             await send(message)
 
-        headers = Headers(scope=scope)
-        if scope["method"] not in ("GET", "HEAD") and not same_origin(headers):
-            answer = JSONResponse({"error": "This came from another site; only the explorer's own page may."}, 403)
-            await answer(scope, receive, with_headers)
-            return
-        await self.app(scope, receive, with_headers)
+        headers, answer = Headers(scope=scope), None
+        asked_for = _name(f"//{headers.get('host', '')}")
+        if not _known(asked_for, (*HOSTS, *self.hosts)):
+            sentence = (
+                f"The explorer was asked for as '{asked_for[:100]}', which it does not know. If that is a proxy of "
+                "yours, start it with that name in app.hosts."
+            )
+            answer = JSONResponse({"error": sentence}, 400)
+        elif scope["method"] not in ("GET", "HEAD") and not same_origin(headers, self.hosts):
+            sentence = (
+                "This came from another site; only the explorer's own page may. Behind a proxy, name it in app.hosts."
+            )
+            answer = JSONResponse({"error": sentence}, 403)
+        await (answer or self.app)(scope, receive, with_headers)
 
 
-def same_origin(headers: Headers) -> bool:
-    """Whether a request's ``Origin`` and ``Sec-Fetch-Site``, where it has them, are those of the page itself."""
-    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-    return origin in (None, f"http://{headers.get('host', '')}") and site in (None, "same-origin", "none")
+def same_origin(headers: Headers, hosts: Sequence[str] = ()) -> bool:
+    """Whether a request's ``Origin`` and ``Sec-Fetch-Site``, where it has them, are those of the page itself.
+
+    Behind a proxy that is one of ``hosts`` the page has its name and https, and ``Host`` may be this machine's.
+    """
+    origin, site, host = headers.get("origin"), headers.get("sec-fetch-site"), headers.get("host", "")
+    if site not in (None, "same-origin", "none"):
+        return False
+    if origin in (None, f"http://{host}"):
+        return True
+    name, asked_for = _name(origin), _name(f"//{host}")
+    if name == asked_for:
+        return _known(name, hosts)
+    return asked_for in HOSTS and _known(name, [one for one in hosts if one != "*"])
+
+
+def _name(address: str | None) -> str:
+    """The host in an address, without its port; empty where there is none."""
+    try:
+        return urlsplit(address or "").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _known(name: str, hosts: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, one.lower()) for one in hosts)
 
 
 async def read_body(request: Request, limit: int) -> bytes:

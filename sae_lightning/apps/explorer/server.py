@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -13,7 +13,6 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -21,7 +20,7 @@ from starlette.routing import Route
 from sae_lightning.apps.explorer import views
 from sae_lightning.apps.explorer.book import KINDS, Book, Picked
 from sae_lightning.apps.explorer.choose import choose
-from sae_lightning.apps.explorer.guards import HOSTS, Guard, read_body
+from sae_lightning.apps.explorer.guards import Guard, read_body
 from sae_lightning.apps.explorer.page import page
 from sae_lightning.apps.explorer.pictures import SIZES, webp
 from sae_lightning.apps.explorer.refused import RefusedError
@@ -154,8 +153,8 @@ class Explorer:
         return webp(picture)
 
 
-def make_app(explorer: Explorer) -> Starlette:
-    """The ASGI application: the page, its answers, and the guards around them."""
+def make_app(explorer: Explorer, hosts: Sequence[str] = ()) -> Starlette:
+    """The ASGI application: the page, its answers, and the guards around them, who also know ``hosts``."""
     html, policy = page()
 
     def front(request: Request) -> Response:
@@ -180,8 +179,7 @@ def make_app(explorer: Explorer) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[
-            Middleware(Guard, policy=policy),
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS), www_redirect=False),
+            Middleware(Guard, policy=policy, hosts=hosts),
         ],
         exception_handlers={RefusedError: _refused, HTTPException: _no_route, Exception: _failed},
     )

@@ -46,20 +46,37 @@ function sparkline(columns, percentiles, sorted) {
 }
 
 async function ask(path, options = {}) {
-  const answer = await fetch(path, options);
-  const found = await answer.json().catch(() => ({ error: `The explorer answered with status ${answer.status}.` }));
+  const answer = await fetch(path, options).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("The explorer does not answer; is it still running?");
+  });
+  const text = await answer.text();
+  let found;
+  try {
+    found = JSON.parse(text);
+  } catch {
+    throw new Error(`${new URL(path, location)} answered with status ${answer.status}, but not as the explorer does: does a proxy or a login stand between?`);
+  }
   if (!answer.ok) throw new Error(found.error);
   return found;
 }
 const post = (path, body) => ask(path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
 
 let toastEnds;
-function toast(text) {
+/* a line at the foot of the page, for a while; an error stays until it is clicked or something else is asked for */
+function toast(text, stays = false) {
   $("toast").textContent = text;
   $("toast").hidden = false;
   clearTimeout(toastEnds);
-  toastEnds = setTimeout(() => ($("toast").hidden = true), 7000);
+  if (!stays) toastEnds = setTimeout(hush, 7000);
+}
+function hush() {
+  $("toast").hidden = true;
 }
 function failed(error) {
-  if (error.name !== "AbortError") toast(error instanceof TypeError ? "The explorer does not answer; is it still running?" : error.message);
+  if (error.name === "AbortError") return;
+  toast(error.message, true);
+  for (const box of document.querySelectorAll(".waiting")) { // what was waited for does not come
+    box.textContent = error.message;
+    box.classList.replace("waiting", "failed");
+  }
 }

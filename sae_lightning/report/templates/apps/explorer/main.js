@@ -4,7 +4,7 @@ let runShown = null;
 async function show() {
   if (runShown !== state.run) {
     $("run").value = state.run;
-    $("detail").replaceChildren(el("p.soft", {}, "Opening the run; the first time its pictures are encoded …"));
+    $("detail").replaceChildren(el("p.soft.waiting", {}, "Opening the run; the first time its pictures are encoded …"));
     const run = state.run, found = await ask(api());
     if (run !== state.run) return;
     runAbout = found;
@@ -28,8 +28,8 @@ async function upload(file) {
   if (!file) return;
   toast("Reading the picture …");
   try {
-    const found = await ask("api/uploads", { method: "POST", headers: { "content-type": file.type || "application/octet-stream" }, body: file });
-    $("toast").hidden = true;
+    const found = await ask(`${HOME}api/uploads`, { method: "POST", headers: { "content-type": file.type || "application/octet-stream" }, body: file });
+    hush();
     go({ picture: `upload:${found.upload}`, latent: "", value: "" });
   } catch (error) {
     failed(error);
@@ -46,6 +46,7 @@ function listen() {
   $("order").addEventListener("click", () => go({ order: state.order === "desc" ? "asc" : "desc" }));
   $("run").addEventListener("change", () => go({ run: $("run").value, latent: "", value: "", ...(state.picture.startsWith("upload:") ? {} : { picture: "" }) }));
   $("file").addEventListener("change", () => { upload($("file").files[0]); $("file").value = ""; });
+  $("toast").addEventListener("click", hush);
   $("scroll").addEventListener("scroll", () => drawLines().catch(failed), { passive: true });
   addEventListener("resize", () => drawLines().catch(failed));
   addEventListener("popstate", () => { readAddress(); show().catch(failed); });
@@ -68,7 +69,7 @@ function listen() {
 async function start() {
   readAddress();
   listen();
-  const runs = await ask("api/runs");
+  const runs = await ask(`${HOME}api/runs`);
   $("run").replaceChildren(...runs.map((run, i) => el("option", { value: String(i), title: run.name }, run.title)));
   if (!(Number(state.run) in runs)) state.run = "0";
   await show();

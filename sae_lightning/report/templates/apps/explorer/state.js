@@ -10,6 +10,7 @@ function readAddress() {
 
 /* change the state, write it into the address, and show it; leave a step in the history when a page changes */
 function go(changes, asked = true) {
+  hush();
   const step = asked && ["run", "latent", "picture"].some((name) => name in changes && changes[name] !== state[name]);
   Object.assign(state, changes);
   const kept = Object.entries(state).filter(([name, value]) => String(value) !== DEFAULTS[name]);
@@ -18,7 +19,9 @@ function go(changes, asked = true) {
   show().catch(failed);
 }
 
-const api = (rest = "") => `api/runs/${state.run}${rest}`;
+/* where the page itself is: a proxy may show it below a prefix, with or without a slash behind it */
+const HOME = location.pathname.replace(/\/*$/, "/");
+const api = (rest = "") => `${HOME}api/runs/${state.run}${rest}`;
 /* image:12 or upload:0 as the server's path */
 const pictureApi = (picked) => api("/" + picked.replace("image:", "images/").replace("upload:", "uploads/"));
 const overlayOn = () => state.overlay === "1" && runAbout.patches;
