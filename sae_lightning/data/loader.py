@@ -1,8 +1,8 @@
 """Reading pictures in worker processes that end in a sentence where they fail, and never in waiting.
 
-PyTorch's workers hand tensors over in /dev/shm and say where by sockets in TMPDIR. A TMPDIR with a long name, or on a
-file system without sockets, or a small /dev/shm (64 MB in many containers) loses batches, and who waits for them waits
-for ever. There they go through the workers' pipes, which costs two copies.
+PyTorch's workers hand tensors over in /dev/shm and say where by sockets. Where no socket can be opened, or /dev/shm is
+small (64 MB in many containers), batches get lost, and who waits for them waits for ever. There they go through the
+workers' pipes, which costs two copies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Listener
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from sae_lightning.data.errors import DataError
+from sae_lightning.distributed.sockets import without_sockets
 
 SHARED = Path("/dev/shm")
 AHEAD = 3  # batches a worker: two that are asked for, and one that is being used
@@ -84,10 +84,9 @@ class Handover:
 
 def without_shared_memory(needed: int) -> str | None:
     """Why workers cannot hand over so many bytes in shared memory; None where they can."""
-    try:
-        Listener(family="AF_UNIX").close()
-    except OSError as error:
-        return f"no socket can be opened in the folder of temporary files ({error}); a shorter TMPDIR may help"
+    fault = without_sockets()
+    if fault:
+        return f"no socket can be opened in the folder of temporary files ({fault}); a shorter TMPDIR may help"
     free = shutil.disk_usage(SHARED).free if SHARED.is_dir() else needed
     if free < needed:
         return f"{SHARED} has {free / 1e6:,.0f} MB free, expected {needed / 1e6:,.0f} (docker run --shm-size)"

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
+from sae_lightning.distributed.sockets import without_sockets
+
 SHUTDOWN = 30.0  # seconds that processes have to end by themselves before they are killed
 # What SLURM or a closed terminal sends to all processes of a job: it is for the job's first process to answer.
 FOR_THE_JOB = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
@@ -48,6 +50,7 @@ class Processes:
         self, work: Callable[..., object], arguments: Sequence[tuple], variables: Sequence[Mapping[str, str]], own: Path
     ) -> None:
         preload(work.__module__)
+        without_sockets()  # else the server's could not be opened where TMPDIR is long
         self._context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
         self._reasons = [own / f"failure-{i}" for i in range(len(arguments))]
         self._failed: list[int] = []

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from sae_lightning.data import DataError
 from sae_lightning.data.loader import PictureLoader, as_arrays, as_tensors, pixel_bytes
+from sae_lightning.distributed import sockets
 from tests.features.jobs import Job
 
 
@@ -34,6 +35,9 @@ class Numbers(Dataset):
         return torch.full((3, 4, 4), float(i)), i
 
 
+LONG = "/tmp" + "/." * 40  # for a socket's address
+
+
 def unpicklable(samples: list) -> object:
     return lambda: samples
 
@@ -48,8 +52,8 @@ def read(dataset: Dataset = Numbers(), collate=None, **settings: bool) -> None: 
 
 
 # --- what a machine may be like ---------------------------------------------------------------------------
-def temporary_files(folder: str) -> None:
-    tempfile.tempdir = folder
+def temporary_files(folder: str, elsewhere: tuple[str, ...] = sockets.ELSEWHERE) -> None:
+    tempfile.tempdir, sockets.ELSEWHERE = folder, elsewhere
     multiprocessing.current_process()._config.pop("tempdir", None)  # that of the process which started this one
 
 
@@ -68,8 +72,9 @@ def no_semaphores() -> None:
     ("machine", "said"),
     [
         (None, ""),
-        (partial(temporary_files, "/tmp" + "/." * 40), "AF_UNIX path too long); a shorter TMPDIR may help"),
-        (partial(temporary_files, "/proc"), "no socket can be opened in the folder of temporary files"),
+        (partial(temporary_files, LONG), ""),
+        (partial(temporary_files, "/proc"), ""),
+        (partial(temporary_files, LONG, ("/proc", LONG)), "AF_UNIX path too long); a shorter TMPDIR may help"),
         (small_shared_memory, "/dev/shm has 0 MB free, expected 0 (docker run --shm-size)"),
         (no_semaphores, "read by one process, as no other can be started: [Errno 28] No space left on device"),
     ],

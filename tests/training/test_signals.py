@@ -3,21 +3,30 @@
 import os
 import pty
 import signal
-import subprocess
-import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.run
 
+from sae_lightning.distributed.processes import run_together
 from sae_lightning.finetuning.run import finetune
-from sae_lightning.training import agent, launch, preempt
+from sae_lightning.training import launch, preempt
 from sae_lightning.training.checkpoints import last_checkpoint
 from sae_lightning.training.packed import train_packed
 from sae_lightning.training.preempt import STEPS, Preempted, heeding, working
 from sae_lightning.training.run import train
 from tests.finetuning.conftest import settings  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def _at_a_terminal():
+    """Also where the tests were started in the background, by nohup say, and so ignore its signals."""
+    before = [signal.signal(number, signal.SIG_DFL) for number in preempt.TERMINAL]
+    yield
+    for number, handler in zip(preempt.TERMINAL, before, strict=True):
+        signal.signal(number, handler)
 
 
 def sent(name: str, at: int) -> str:
@@ -120,47 +129,48 @@ def test_progress_goes_nowhere_where_the_terminal_is_gone():
     os.close(slave)
 
 
-class Torchrun:
-    """Instead of torchrun: shows its command, and ends once its ranks are asked to stop, which say where they are."""
+class Ranks:
+    """Instead of ranks: a terminal is closed while they work, and they end where they are asked to stop."""
 
-    returncode = 0
+    def __init__(self, stop: Path) -> None:
+        self.stop = stop
 
-    def __init__(self, command: list[str], env: dict[str, str]) -> None:
-        self.stop = Path(env[preempt.FLAG])
-        seen.append(command)
-
-    def poll(self) -> int | None:
+    def ended(self, seconds: float) -> bool:
+        signal.raise_signal(signal.SIGHUP)
         if self.stop.exists():
             Path(f"{self.stop}{STEPS}").write_text("7\n7\n")
-        return 0 if self.stop.exists() else None
+        return self.stop.exists()
 
-    def wait(self, timeout: float) -> None:
-        signal.raise_signal(signal.SIGHUP)
-        time.sleep(0.01)
-        raise subprocess.TimeoutExpired("torchrun", timeout)
-
-
-seen: list[list[str]] = []
+    def failures(self) -> dict[int, str]:
+        return {}
 
 
 def test_ranks_are_asked_to_stop_and_meet_on_the_loopback_address(config, tmp_path, monkeypatch):
     """This host's own name need not resolve."""
-    monkeypatch.setattr(launch.subprocess, "Popen", Torchrun)
+    seen = []
+
+    @contextmanager
+    def together(work: Callable, arguments: list, variables: list[dict[str, str]]) -> Iterator[Ranks]:
+        seen.extend(variables)
+        yield Ranks(Path(variables[0][preempt.FLAG]))
+
+    monkeypatch.setattr(launch, "run_together", together)
     with heeding("a run"), pytest.raises(Preempted) as stopped:
-        launch.launch_ranks(config("trainer.devices=2"), tmp_path)
+        launch.launch_ranks(config("trainer.devices=2"), tmp_path, print)
     assert (stopped.value.signum, stopped.value.steps) == (signal.SIGHUP, (7, 7))
-    assert {"--standalone", "--local-addr=127.0.0.1"} <= set(seen.pop())
+    assert [place["MASTER_ADDR"] for place in seen] == ["127.0.0.1"] * 2
 
 
-def test_torchrun_and_its_ranks_leave_the_terminal_s_signals_to_the_job(monkeypatch):
-    def run(arguments) -> None:
-        for number in (*preempt.TERMINAL, signal.SIGUSR1, signal.SIGUSR2):
-            assert signal.getsignal(number) == signal.SIG_IGN
-        assert arguments.signals_to_handle == "SIGTERM"
+def hit(log: Path) -> None:
+    """What a rank does when the terminal is closed, and at Ctrl-C."""
+    for number in preempt.TERMINAL:
+        signal.raise_signal(number)
+    log.touch()
 
-    def work() -> None:
-        monkeypatch.setattr(torch.distributed.run, "run", run)
-        monkeypatch.setattr(agent.sys, "argv", ["agent.py", "-m", "module"])
-        agent.main()
 
-    assert status_of(work) == 0
+def test_ranks_leave_the_terminal_s_signals_to_the_job(tmp_path):
+    with run_together(hit, [(tmp_path / "log",)], [dict(os.environ)]) as processes:
+        while not processes.ended(1):
+            pass
+        assert processes.failures() == {}
+    assert (tmp_path / "log").exists()
