@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sae_lightning.benchmark.image_codes import ImageCodes
@@ -18,6 +19,7 @@ from sae_lightning.benchmark.latents import read_tensors, write_tensors
 from sae_lightning.benchmark.row_file import RowFile
 from sae_lightning.benchmark.similarity import Judge
 from sae_lightning.benchmark.top_images import TopImages
+from sae_lightning.damage import set_aside
 from sae_lightning.data.labels import UNLABELLED
 from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.metrics import L0, ActivationHistogram, Firing, MonoScore, Moran, Purity, Reconstruction
@@ -155,7 +157,11 @@ class ScoringPass:
         if not path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             return 0
-        tensors, metadata = read_tensors(path)
+        try:
+            tensors, metadata = read_tensors(path)
+        except SafetensorError as error:
+            set_aside(path, str(error), f"{self.run.name} is scored anew")
+            return 0
         for name, metric in self.metrics.items():
             metric.merge_state(_part(tensors, name, self.device))
             metric._update_count = 1  # else compute() warns that there was no update

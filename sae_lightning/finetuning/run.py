@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from sae_lightning.damage import set_damaged_aside, whole
 from sae_lightning.data import ImageData, load_images
 from sae_lightning.features.ensure import plain
 from sae_lightning.finetuning.artefact import WEIGHTS, load, save
@@ -36,6 +37,7 @@ from sae_lightning.training.preempt import StopWhenAsked, heeding
 from sae_lightning.training.run import build_callbacks, checkpoints, quiet
 
 TRAINED = "trained.json"
+PRODUCTS = ("result.json", WEIGHTS, "cfg.json")  # without which a run is not finished
 VERSIONS = ("torch", "torchvision", "lightning", "timm", "transformers", "peft", "numpy")
 
 
@@ -58,7 +60,9 @@ def finetune(cfg: DictConfig) -> Path:
         check_splits(cfg, train, held_out)
         for images in (train, held_out):  # once, before every rank opens them
             align(similarity_store(cfg, images.split), images)
-        if not (folder / TRAINED).is_file():
+        damaged = [folder / name for name in (*PRODUCTS, TRAINED)]
+        set_damaged_aside(damaged, f"{folder.name} is trained again from its last checkpoint, if there is one")
+        if not (folder / TRAINED).is_file() or not (folder / WEIGHTS).is_file():
             mend_checkpoint(folder)
             settle(cfg)
             launch_ranks(cfg, folder, fit) if wants_ranks(cfg) else fit(cfg, folder)
@@ -68,7 +72,7 @@ def finetune(cfg: DictConfig) -> Path:
 
 def is_finished(folder: Path) -> bool:
     """Whether ``folder`` holds a whole run; ``result.json`` is written last."""
-    return (folder / "result.json").is_file() and (folder / WEIGHTS).is_file()
+    return all(whole(folder / name) for name in PRODUCTS)
 
 
 def check(cfg: DictConfig) -> None:

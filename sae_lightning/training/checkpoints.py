@@ -16,9 +16,9 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from sae_lightning.damage import set_aside
 from sae_lightning.features.manifest import cause, write_atomically
 from sae_lightning.features.shard import sync_folder
-from sae_lightning.training.damage import set_aside
 
 LAST, BEFORE = "last.ckpt", "before.ckpt"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import lightning as L
 
+from sae_lightning.damage import set_aside
 from sae_lightning.saes.artefact import write_text
-from sae_lightning.training.damage import set_aside
 
 
 class History(L.Callback):

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from sae_lightning.damage import set_aside
 from sae_lightning.training.columns import columns, flat
 from sae_lightning.training.wandb_run import WandbRun, open_run
 
@@ -105,8 +106,11 @@ def _csv(folder: Path, about: Mapping[str, Any], start: int) -> CSVLogger:
     path = folder / "csv" / "metrics.csv"
     rows: list[dict[str, Any]] = []
     if start and path.is_file():
-        with path.open(newline="") as file:
-            rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file) if int(row["step"]) < start]
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file) if int(row["step"]) < start]
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            set_aside(path, f"{type(error).__name__}: {error}", "its rows begin anew")
     warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")
     writer = logger.experiment
     writer.metrics = rows

@@ -19,6 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
+from sae_lightning.damage import set_damaged_aside
 from sae_lightning.features.ensure import ensure_store
 from sae_lightning.features.shared import Seat, SharedStream, StreamStoppedError
 from sae_lightning.kernels.build import lend_cache
@@ -30,7 +31,7 @@ from sae_lightning.training.loggers import settle
 from sae_lightning.training.memory import free_bytes, rounds, workers_of
 from sae_lightning.training.packing import read_pack
 from sae_lightning.training.preempt import Preempted, heeding
-from sae_lightning.training.run import check, fit, is_finished
+from sae_lightning.training.run import PRODUCTS, check, fit, is_finished
 
 
 class PackError(RuntimeError):
@@ -58,6 +59,7 @@ def train_packed(cfgs: Sequence[DictConfig]) -> list[Path]:
                 continue
             try:
                 check(cfg)
+                set_damaged_aside([folder / name for name in PRODUCTS], f"{folder.name} is trained again")
                 mend_checkpoint(folder)
             except ValueError as error:
                 print(f"{folder.name}: {error}", file=sys.stderr, flush=True)

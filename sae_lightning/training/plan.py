@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
+from sae_lightning.damage import set_aside
 from sae_lightning.locks import Lock, held
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.training.checkpoints import last_checkpoint
-from sae_lightning.training.damage import set_aside
 from sae_lightning.training.identity import run_name
 from sae_lightning.training.run import is_finished
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from sae_lightning.damage import set_damaged_aside, whole
 from sae_lightning.features.datamodule import FeatureDataModule, InOrder
 from sae_lightning.features.ensure import ensure_store, plain
 from sae_lightning.features.shared import Seat
@@ -43,6 +44,7 @@ from sae_lightning.training.resample import Resample
 from sae_lightning.training.start import B_PRE, dead_at_start, prepare, warnings_for
 
 THRESHOLDS = ("calibrated", "running_minimum", "running_average")
+PRODUCTS = ("result.json", "sae.safetensors", "cfg.json")  # without which a run is not finished
 VERSIONS = ("torch", "lightning", "timm", "transformers", "numpy")
 
 
@@ -69,6 +71,7 @@ def _lead(cfg: DictConfig, folder: Path) -> None:
         if is_finished(folder):
             print(f"{folder.name}: finished before, skipped.", flush=True)
             return
+        set_damaged_aside([folder / name for name in PRODUCTS], f"{folder.name} is trained again")
         mend_checkpoint(folder)
         if wants_ranks(cfg):
             settle(cfg)
@@ -81,7 +84,7 @@ def _lead(cfg: DictConfig, folder: Path) -> None:
 
 def is_finished(folder: Path) -> bool:
     """Whether ``folder`` holds a whole run; ``result.json`` is written last."""
-    return (folder / "result.json").is_file() and (folder / "sae.safetensors").is_file()
+    return all(whole(folder / name) for name in PRODUCTS)
 
 
 def check(cfg: DictConfig) -> None:

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sae_lightning.benchmark.scoring_pass import ScoringPass
 from sae_lightning.saes import SAE
 from sae_lightning.training import checkpoints, plan
 from sae_lightning.training.checkpoints import CheckpointError, CheckpointFiles, last_checkpoint, mend_checkpoint
 from sae_lightning.training.history import History
-from sae_lightning.training.run import train
+from sae_lightning.training.loggers import _csv as open_csv
+from sae_lightning.training.run import PRODUCTS, is_finished, train
 
 STEPS = 8  # an epoch: 32 pictures of 64 tokens in batches of 256
 CRASH = "+callbacks.crash={_target_: tests.training.crash.Crash, epoch: 2}"
@@ -77,6 +79,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, tmp_path,
     rows = [list(csv.DictReader((f / "history.csv").open())) for f in (whole, folder)]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     assert not (folder / "checkpoints").exists()
+    for name in PRODUCTS:
+        path, content = folder / name, (folder / name).read_bytes()
+        cut(path)
+        assert not is_finished(folder), name
+        path.write_bytes(content if name != "result.json" else b"")
+    capsys.readouterr()
+    assert train(config("trainer.max_epochs=3")) == folder
+    assert f"{folder / 'result.json'} is damaged" in capsys.readouterr().err
+    assert is_finished(folder)
+
+
+def test_damaged_rows_of_a_logger_are_named_and_gone_round(tmp_path, capsys):
+    path = tmp_path / "csv" / "metrics.csv"
+    path.parent.mkdir()
+    path.write_text("epoch,step\n0,2\n0,")
+    open_csv(tmp_path, {}, 4)
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_damaged_sums_of_an_evaluation_are_named_and_gone_round(tmp_path, capsys):
+    (tmp_path / "state.safetensors").write_bytes(bytes(100))
+    assert ScoringPass._load(SimpleNamespace(folder=tmp_path, metrics={}, run=Path("a-run"))) == 0
+    assert "a-run is scored anew" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"step,epoch\nx,0\n", b"epoch\n0\n", b"\xff\xfe"])
