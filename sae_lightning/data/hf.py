@@ -125,5 +125,5 @@ def _stream(
     return ImageStream(
         opened.name, split, data.select_columns(columns.all), columns, source, classes, length=count,
         fingerprint=hashlib.sha256(json.dumps(chosen).encode()).hexdigest(), cut=share, limit=limit, places=places,
-        train=train,
+        train=train, files=opened.files.get(source, ()),
     )  # fmt: skip

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import glob
+import logging
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sae_lightning.data.errors import DataError, brief, tell
 from sae_lightning.data.scan import LITTER, files_mark, level, suffix_of, tell_left_out, walk
+from sae_lightning.data.shards import AT_ONCE, check_rows, with_rows
 from sae_lightning.data.splits import by_split, split_of_name
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst")  # the library looks into them
@@ -21,39 +24,75 @@ class Opened:
     """``splits`` maps the data set's own split names to Dataset or IterableDataset.
 
     ``mark`` changes when the data do and is the same in every process: sizes and times of local files, the commit
-    on the hub. (A Dataset's own fingerprint hashes paths, so it is not used.)
+    on the hub. (A Dataset's own fingerprint hashes paths, so it is not used.) ``files`` are the local parquet files
+    of each split, where there are some.
     """
 
     name: str
     splits: Mapping[str, Any]
     mark: str
+    files: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 def open_source(cfg: Mapping[str, Any]) -> Opened:
     """All splits of the data set ``id``, ``config``, ``revision``; undownloaded if ``streaming``.
 
     ``id`` may be a path: a folder of parquet files or pictures, one parquet file, or a folder of save_to_disk.
-    Raises DataError with what the library says when it cannot be loaded.
+    Raises DataError with the file and what is wrong with it, or what the library says, when it cannot be loaded.
     """
     path = Path(str(cfg["id"])).expanduser()
     local = path.exists()
     streaming = bool(cfg.get("streaming"))
     if local and path.is_file() and path.suffix != ".parquet":
         raise DataError(f"{path} is no parquet file; data.id takes a parquet file, a folder or an id on the hub.")
-    try:
-        if local and _is_saved(path):
-            splits, mark = _load_saved(path, streaming), None
-        else:
-            splits, mark = _load_built(path.resolve() if local else None, cfg, streaming)
-    except Exception as error:
-        raise DataError(
-            f"The data set '{cfg['id']}' cannot be loaded: {brief(error)}. Check data.id, data.config and "
-            "data.revision, or the connection; a local path works offline."
-        ) from error
+    files: dict[str, list[str]] = {}
+    with _overheard() as heard:
+        try:
+            if local and _is_saved(path):
+                splits, mark = _load_saved(path, streaming), None
+            else:
+                splits, mark, files = _load_built(path.resolve() if local else None, cfg, streaming)
+        except DataError:
+            raise
+        except Exception as error:
+            advice = "" if local else ", or the connection; a local path works offline"
+            raise DataError(
+                f"The data set '{cfg['id']}' cannot be loaded: {heard[-1] if heard else brief(_cause(error))}. Check "
+                f"data.id, data.config and data.revision{advice}."
+            ) from error
     if not local:
         return Opened(cfg["name"], splits, f"{cfg['id']}@{mark}")
     name = path.resolve().name if str(cfg["name"]) == str(cfg["id"]) else cfg["name"]
-    return Opened(name, splits, files_mark(path))
+    return Opened(name, splits, files_mark(path), files)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What was wrong at first: the library says of all errors that an error occurred."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@contextmanager
+def _overheard() -> Iterator[list[str]]:
+    """What the library logs as errors, such as the file that it could not read; kept from the screen."""
+    from datasets.utils.logging import get_logger
+
+    heard: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            heard.append(" ".join(record.getMessage().split())[:300])
+        return record.levelno < logging.ERROR
+
+    handlers = get_logger("datasets").handlers
+    for handler in handlers:
+        handler.addFilter(keep)
+    try:
+        yield heard
+    finally:
+        for handler in handlers:
+            handler.removeFilter(keep)
 
 
 def _is_saved(path: Path) -> bool:
@@ -70,8 +109,12 @@ def _load_saved(path: Path, streaming: bool) -> dict[str, Any]:
     return splits
 
 
-def _load_built(path: Path | None, cfg: Mapping[str, Any], streaming: bool) -> tuple[dict[str, Any], str]:
+def _load_built(
+    path: Path | None, cfg: Mapping[str, Any], streaming: bool
+) -> tuple[dict[str, Any], str, dict[str, list[str]]]:
+    """The splits, what tells the library's versions of the data apart, and the local parquet files of each split."""
     import datasets
+    from datasets.data_files import DataFilesDict, DataFilesList
 
     if path is not None and path.is_file():
         builder = datasets.load_dataset_builder("parquet", data_files={"train": str(path)})
@@ -81,10 +124,21 @@ def _load_built(path: Path | None, cfg: Mapping[str, Any], streaming: bool) -> t
             builder = _without_litter(_with_split_folders(builder, path), path)
     else:
         builder = datasets.load_dataset_builder(cfg["id"], cfg.get("config"), revision=cfg.get("revision"))
-    if not streaming:
-        builder.download_and_prepare()
-    splits = dict(builder.as_streaming_dataset() if streaming else builder.as_dataset())
-    return (_without_split_labels(splits) if _of_pictures(builder) else splits), builder.hash
+    files: dict[str, list[str]] = {}
+    if builder.name == "parquet":
+        builder.config.batch_size = builder.config.batch_size or AT_ONCE
+        if path is not None:
+            files = with_rows(builder.config.data_files, str(path))
+            kept = {split: DataFilesList(names, []) for split, names in files.items()}
+            builder.config.data_files = DataFilesDict(kept)
+    try:
+        if not streaming:
+            builder.download_and_prepare()
+        splits = dict(builder.as_streaming_dataset() if streaming else builder.as_dataset())
+    except Exception:
+        check_rows(files)
+        raise
+    return (_without_split_labels(splits) if _of_pictures(builder) else splits), builder.hash, files
 
 
 def _of_pictures(builder: Any) -> bool:

@@ -27,7 +27,8 @@ class ImageStream:
     another split: a label that is withheld is told by it. ``length`` is the number of images, or None where it is not
     known beforehand. ``fingerprint`` is of what chooses the images
     (data set, revision, columns, split, limit); it is the same for all parts of a stream. An image's id names
-    its shard and row in the data set, so it depends neither on splits nor on parts.
+    its shard and row in the data set, so it depends neither on splits nor on parts. ``files`` are those of the
+    shards, where these are local files.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class ImageStream:
         limit: int | None = None,
         places: Sequence[int] | None = None,
         train: Any = None,
+        files: Sequence[str] = (),
     ) -> None:
         self._places, self._train = places, train
         self._of_train: set[str] | None = None
@@ -51,7 +53,7 @@ class ImageStream:
         self.class_names = None if class_names is None else list(class_names)
         self._data, self._columns, self._source, self._cut, self._limit = data, columns, source, cut, limit
         self._length = length
-        self._reading = AS_FILED
+        self._reading, self._files = AS_FILED, list(files)
         self._shards = (0, data.num_shards)
         self._at = self._start()
 
@@ -147,10 +149,12 @@ class ImageStream:
             for batch in (shard.skip(at["row"]) if at["row"] else shard).iter(AT_ONCE):
                 yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
         except Exception as error:
-            raise DataError(
-                f"The stream of '{self.name}' broke in shard {at['shard']} after row {at['row']} ({brief(error)}); "
-                "run again to go on from the last finished part."
-            ) from error
+            where = f"broke in shard {at['shard']} after row {at['row']}"
+            todo = "run again to go on from the last finished part"
+            if len(self._files) == self._data.num_shards:
+                where = f"{where} of {self._files[at['shard']]}"
+                todo = f"copy that file again, then {todo}"
+            raise DataError(f"The stream of '{self.name}' {where} ({brief(error)}); {todo}.") from error
 
     def _item(self, row: dict[str, Any], at: dict[str, Any]) -> tuple[Item, bool]:
         image_id = f"{self._source}-{at['shard']:05d}-{at['row']:08d}"

@@ -214,7 +214,7 @@ def test_what_cannot_be_loaded_is_told(tmp_path, streaming):
     for name, sentence, changes in (
         ("nowhere", "cannot be loaded", {}),
         ("x.csv", "is no parquet file", {}),
-        ("bad.parquet", "cannot be loaded", {}),
+        ("bad.parquet", "is no whole parquet file", {}),
         ("good.parquet", "no split 'dev'", {"splits": {"train": "train", "val": "dev", "test": None}}),
         ("good.parquet", "held_out|less than 1", {"held_out": 0.5}),
     ):
