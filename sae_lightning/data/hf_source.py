@@ -15,6 +15,7 @@ from sae_lightning.data.errors import DataError, brief, tell
 from sae_lightning.data.scan import LITTER, files_mark, level, suffix_of, tell_left_out, walk
 from sae_lightning.data.shards import AT_ONCE, check_rows, with_rows
 from sae_lightning.data.splits import by_split, split_of_name
+from sae_lightning.data.tar_headers import check_whole
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst")  # the library looks into them
 
@@ -131,6 +132,9 @@ def _load_built(
             files = with_rows(builder.config.data_files, str(path))
             kept = {split: DataFilesList(names, []) for split, names in files.items()}
             builder.config.data_files = DataFilesDict(kept)
+    if builder.name == "webdataset" and path is not None:  # the library takes any end for a good one
+        for file in (file for held in builder.config.data_files.values() for file in held if file.endswith(".tar")):
+            check_whole(Path(file))
     try:
         if not streaming:
             builder.download_and_prepare()

@@ -24,6 +24,10 @@ class Member(NamedTuple):
     size: int
 
 
+class CutShortError(DataError):
+    """An archive whose end is missing."""
+
+
 class _UnusualError(Exception):
     """Something that the fast reader leaves to Python's tarfile."""
 
@@ -51,8 +55,9 @@ class Window:
 def members(path: Path, window: Window) -> Iterator[Member]:
     """The regular files in the tar ``path`` in order, links as the files they lead to.
 
-    ustar, GNU and pax headers are read here, sparse files and links by tarfile.
-    Raises DataError naming ``path`` when it is truncated, compressed or no tar at all.
+    ustar, GNU and pax headers are read here, sparse files and links by tarfile. Raises DataError naming ``path`` when
+    it is compressed or no tar at all, and CutShortError after the last whole member when its end is missing: within a
+    member, or without the zeros that end an archive, for then nobody knows what followed.
     """
     done = 0
     try:
@@ -60,7 +65,20 @@ def members(path: Path, window: Window) -> Iterator[Member]:
             yield member
             done += 1
     except _UnusualError:
-        yield from _by_tarfile(path)[done:]
+        found, fault = _by_tarfile(path, window)
+        yield from found[done:]
+        if fault is not None:
+            raise fault from None
+
+
+def check_whole(path: Path) -> None:
+    """CutShortError when the end of the tar ``path`` is missing, DataError when it is none."""
+    window = Window(path)
+    try:
+        for _ in members(path, window):
+            pass
+    finally:
+        window.close()
 
 
 def _fast(path: Path, window: Window) -> Iterator[Member]:
@@ -68,12 +86,14 @@ def _fast(path: Path, window: Window) -> Iterator[Member]:
     if head.startswith(COMPRESSED):
         raise DataError(f"{path} is compressed; unpack it to a plain .tar, which can be read from any place.")
     if not head.strip(b"\0"):
-        raise DataError(f"{path} is empty, not a tar file; copy it again.")
+        raise CutShortError(f"{path} is empty, not a tar file; copy it again.")
     offset = 0
     long_name, long_size = None, None
     while True:
         header = window.read(offset, BLOCK)
         if not header.strip(b"\0"):
+            if not header:
+                raise _broken(path, "without the zeros that end an archive")
             return
         if len(header) < BLOCK:
             raise _broken(path, "in a header")
@@ -84,6 +104,8 @@ def _fast(path: Path, window: Window) -> Iterator[Member]:
         data = offset + BLOCK
         if kind in (b"x", b"L"):
             extra = window.read(data, size)
+            if len(extra) < size:
+                raise _broken(path, "in a header")
             if kind == b"L":
                 long_name = _text(extra)
             else:
@@ -104,8 +126,8 @@ def _fast(path: Path, window: Window) -> Iterator[Member]:
         offset = data + (size + BLOCK - 1) // BLOCK * BLOCK
 
 
-def _broken(path: Path, where: str) -> DataError:
-    return DataError(f"{path} ends {where}: it is truncated; copy it again.")
+def _broken(path: Path, where: str) -> CutShortError:
+    return CutShortError(f"{path} ends {where}: it is truncated; copy it again.")
 
 
 def _text(field: bytes) -> str:
@@ -146,7 +168,8 @@ def _pax(records: bytes, name: str | None) -> tuple[str | None, int | None]:
     return name, size
 
 
-def _by_tarfile(path: Path) -> list[Member]:
+def _by_tarfile(path: Path, window: Window) -> tuple[list[Member], CutShortError | None]:
+    """The whole members, and what is wrong with the end. (tarfile takes any end for a good one.)"""
     files: list[Member] = []
     place: dict[str, Member] = {}
     try:
@@ -159,13 +182,17 @@ def _by_tarfile(path: Path) -> list[Member]:
                     target = place.get(posixpath.normpath(posixpath.join(folder, info.linkname)))
                 else:
                     target = Member(info.name, info.offset_data, info.size) if info.isreg() else None
+                if target is not None and target.offset + target.size > window.end:
+                    return files, _broken(path, f"inside '{info.name}'")
                 if target is not None:
                     place[info.name] = target._replace(name=info.name)
                     files.append(place[info.name])
+            end = window.read(tar.offset, BLOCK)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{path} is truncated or no tar file ({error}); copy it again.") from error
-    end = path.stat().st_size
-    cut_off = next((member.name for member in files if member.offset + member.size > end), None)
-    if cut_off is not None:
-        raise _broken(path, f"inside '{cut_off}'")
-    return files
+        fault = f"{path} is truncated or no tar file ({error}); copy it again."
+        if not files:
+            raise DataError(fault) from error
+        return files, CutShortError(fault)
+    if not end:
+        return files, _broken(path, "without the zeros that end an archive")
+    return files, _broken(path, "in a header") if end.strip(b"\0") else None

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from sae_lightning.data.errors import tell
 from sae_lightning.data.scan import size_and_time
 from sae_lightning.data.tar_samples import Keys, samples
 from sae_lightning.kernels.build import CacheError, cache_folder
 
-FORMAT = 2
+FORMAT = 3
+FAULTS = b"faults"  # of the table, by tar
 SCHEMA = pa.schema(
     {"tar": pa.int32(), "offset": pa.int64(), "size": pa.int64(), "key": pa.string(), "label": pa.string(),
      "caption": pa.string(), "passed_over": pa.string()}
@@ -39,33 +42,58 @@ class TarIndex:
     table: pa.Table
 
 
-def index_tars(tars: Sequence[Path], keys: Keys) -> TarIndex:
+def index_tars(tars: Sequence[Path], keys: Keys, cut_short: bool = False) -> TarIndex:
     """The index of ``tars``, from the cache if it was made since they last changed.
 
-    Headers are read, pictures are passed over. Raises DataError naming a tar that is truncated or broken.
+    Headers are read, pictures are passed over. Raises DataError naming a tar that is broken or whose end is missing;
+    with ``cut_short`` the latter are read as far as they go, and that is said.
     """
     marks = np.array([size_and_time(tar) for tar in tars], dtype=np.int64)
     places = [str(tar.resolve()) for tar in tars]
-    made_from = json.dumps([FORMAT, keys.label, keys.caption, keys.member, places, marks.tolist()])
+    made_from = json.dumps([FORMAT, keys.label, keys.caption, keys.member, cut_short, places, marks.tolist()])
     try:
         file = cache_folder() / "tar-index" / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.parquet"
     except CacheError:
-        return TarIndex(list(tars), marks, _build(tars, keys))
+        return _told(TarIndex(list(tars), marks, _build(tars, keys, cut_short)))
     try:
-        table = pq.read_table(file, schema=SCHEMA)
+        table = pq.read_table(file)
+        if table.schema.remove_metadata() != SCHEMA:
+            raise pa.ArrowInvalid("another table")
     except (OSError, pa.ArrowInvalid):
-        table = _build(tars, keys)
+        table = _build(tars, keys, cut_short)
         _keep(table, file)
-    return TarIndex(list(tars), marks, table)
+    return _told(TarIndex(list(tars), marks, table))
 
 
-def _build(tars: Sequence[Path], keys: Keys) -> pa.Table:
-    parts = []
+def _told(index: TarIndex) -> TarIndex:
+    """``index``; says which of its tars are cut off, and how much was read of them."""
+    faults = {
+        int(tar): fault for tar, fault in json.loads((index.table.schema.metadata or {}).get(FAULTS, b"{}")).items()
+    }
+    if faults:
+        read = pc.sum(pc.is_in(index.table["tar"], pa.array(list(faults), pa.int32()))).as_py() or 0
+        tell(
+            f"{len(faults)} of {len(index.tars)} tars are cut off and read as far as they go, {read} pictures; what "
+            f"followed is lost. First: {next(iter(faults.values()))}"
+        )
+    return index
+
+
+def _build(tars: Sequence[Path], keys: Keys, cut_short: bool) -> pa.Table:
+    parts, faults = [], {}
     for number, tar in enumerate(tqdm(tars, desc="Indexing", unit="tar", leave=False, disable=len(tars) < 10)):
-        found = samples(tar, keys)
+        found, fault = samples(tar, keys, cut_short)
+        if fault is not None:
+            faults[number] = fault
         columns = [[getattr(sample, name) for sample in found] for name in SCHEMA.names[1:]]
         parts.append(pa.table([[number] * len(found), *columns], schema=SCHEMA))
-    return pa.concat_tables(parts)
+    table = pa.concat_tables(parts)
+    if not faults:
+        return table
+    if table["label"].null_count < len(table):  # where others have a label, those that lost theirs are left out
+        lost = pc.and_(pc.is_in(table["tar"], pa.array(list(faults), pa.int32())), pc.is_null(table["label"]))
+        table = table.filter(pc.invert(lost))
+    return table.replace_schema_metadata({FAULTS: json.dumps(faults)})
 
 
 def _keep(table: pa.Table, file: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from sae_lightning.data.errors import DataError
 from sae_lightning.data.labels import class_name
 from sae_lightning.data.scan import LITTER, SUFFIXES
-from sae_lightning.data.tar_headers import Member, Window, members
+from sae_lightning.data.tar_headers import CutShortError, Member, Window, members
 
 LISTED = 8  # keys of a .json that are listed where none is the label
 
@@ -42,13 +42,16 @@ class Keys:
     member: str = "cls"
 
 
-def samples(path: Path, keys: Keys) -> list[Sample]:
+def samples(path: Path, keys: Keys, cut_short: bool = False) -> tuple[list[Sample], str | None]:
     """The samples of the tar ``path`` that have a picture, in the order of their first members.
+    With ``cut_short`` also those of an archive whose end is missing, and what is wrong with it; the last one is left
+    out where it has fewer members than the one before.
 
     A member's key is its path up to the first dot of its last part; what follows the last dot says what it is. Raises
     DataError naming ``path`` when a sample has two pictures or two labels, or a json or text that cannot be read.
     """
     found: dict[str, Sample] = {}
+    fault = None
     window = Window(path)
     try:
         for member in members(path, window):
@@ -71,12 +74,25 @@ def samples(path: Path, keys: Keys) -> list[Sample]:
                     sample.texts[suffix] = text
             else:
                 sample.others.append(suffix)
+    except CutShortError as error:
+        if not cut_short:
+            raise
+        fault = str(error)
     finally:
         window.close()
+    if fault is not None and len(found) > 1 and _lacks(*list(found.values())[-2:]):
+        found.popitem()
     pictured = [sample for sample in found.values() if sample.offset >= 0]
     for sample in pictured:
         _describe(sample, path, keys)
-    return pictured
+    return pictured, fault
+
+
+def _lacks(whole: Sample, last: Sample) -> bool:
+    """Whether ``last`` has fewer members than the one before."""
+    return len(last.texts) + len(last.others) + (last.offset >= 0) < (
+        len(whole.texts) + len(whole.others) + (whole.offset >= 0)
+    )
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from sae_lightning.data.labels import UNLABELLED, class_name, positions, sorted_
 from sae_lightning.data.patterns import files_of, fixed_folder
 from sae_lightning.data.scan import level
 from sae_lightning.data.splits import SPLITS, USUAL, by_split, cut, train_share
+from sae_lightning.data.tar_headers import CutShortError
 from sae_lightning.data.tar_index import TarIndex, index_tars
 from sae_lightning.data.tar_reader import ArrowTexts, TarPictures
 from sae_lightning.data.tar_samples import Keys
@@ -30,7 +31,8 @@ def load_webdataset(cfg: dict[str, Any], split: str) -> ImageData:
 
     Labels come from the member ``label_suffix`` (.cls) or the .json's ``label_key``, captions from .txt or its
     ``caption_key``; class names are ``classes`` (a list, or a text file with one a line) or the labels themselves.
-    Splits without files of their own are cut from train. Raises DataError.
+    Splits without files of their own are cut from train. Tars whose end is missing are refused, or with
+    ``unreadable`` skip read as far as they go. Raises DataError.
     """
     path = Path(cfg["path"]).expanduser()
     tars = split_tars(path, cfg["splits"])
@@ -38,7 +40,8 @@ def load_webdataset(cfg: dict[str, Any], split: str) -> ImageData:
     held_out = dict.fromkeys(missing, float(cfg["held_out"]))
     train_share(held_out)
     keys = Keys(cfg["label_key"], cfg["caption_key"], (cfg.get("label_suffix") or "cls").lower().strip("."))
-    indices = {s: index_tars(files, keys) for s, files in tars.items()}
+    cut_short = cfg.get("unreadable") == "skip"
+    indices = {s: _index(files, keys, cut_short) for s, files in tars.items()}
     own = split if split in indices else "train"
     index = indices[own]
     given = class_list(cfg.get("classes"))
@@ -59,6 +62,13 @@ def load_webdataset(cfg: dict[str, Any], split: str) -> ImageData:
     if missing and split in ("train", *missing):
         return images.take(cut(images.labels, held_out, split, cfg["seed"]))
     return images
+
+
+def _index(tars: Sequence[Path], keys: Keys, cut_short: bool) -> TarIndex:
+    try:
+        return index_tars(tars, keys, cut_short)
+    except CutShortError as error:
+        raise DataError(f"{error} Or read what is whole of such tars with extract.unreadable=skip.") from error
 
 
 def split_tars(path: Path, patterns: Mapping[str, str | None]) -> dict[str, list[Path]]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sae_lightning.data import DataError
 from sae_lightning.data import tar_headers as headers
-from sae_lightning.data.tar_headers import Window, members
+from sae_lightning.data.tar_headers import CutShortError, Window, members
 from tests.data.making import write_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -78,7 +78,7 @@ def test_sizes_beyond_octal_are_read(tmp_path):
     path = tmp_path / "x.tar"
     with path.open("wb") as file:  # a sparse file on disk, so that it costs nothing
         file.write(header.tobuf(tarfile.GNU_FORMAT))
-        file.truncate(512 + (9 << 30))
+        file.truncate(512 + (9 << 30) + 1024)
     assert listed(path) == [("huge.jpg", 512, 9 << 30)]
 
 
@@ -124,12 +124,41 @@ def test_every_truncation_within_a_member_is_told(tmp_path, form):
             listed(path)
 
 
-def test_a_tar_without_its_end_mark_is_whole(tmp_path):
-    path = write_tar(tmp_path / "x.tar", SMALL)
-    whole = expected(path)
-    _, offset, size = whole[-1]
-    path.write_bytes(path.read_bytes()[: offset + size])
-    assert listed(path) == whole
+def with_link(path):
+    """Something that only tarfile reads."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in SMALL.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        link = tarfile.TarInfo("a/soft.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "b.jpg"
+        tar.addfile(link)
+        info = tarfile.TarInfo("last.jpg")
+        info.size = 700
+        tar.addfile(info, io.BytesIO(b"z" * 700))
+    return path
+
+
+@pytest.mark.parametrize("form", [*FORMATS, "with a link"])
+def test_every_cut_that_may_have_lost_something_is_told(tmp_path, form):
+    """Also between members and in the padding of one; a single zero after the last one is enough to know the end."""
+    path = tmp_path / "x.tar"
+    path = with_link(path) if form == "with a link" else write_tar(path, SMALL, FORMATS[form])
+    data = path.read_bytes()
+    whole = listed(path)
+    end = -(-(whole[-1].offset + whole[-1].size) // 512) * 512
+    for at in sorted({*range(0, end, 53), *range(0, end + 1, 512), end - 1, whole[-1].offset + whole[-1].size}):
+        path.write_bytes(data[:at])
+        window, got = Window(path), []
+        with pytest.raises(CutShortError, match=r"x\.tar (ends|is) .*(truncated|empty)"):
+            got.extend(members(path, window))
+        window.close()
+        assert got == whole[: len(got)]
+        assert all(m.offset + m.size > at for m in whole[len(got) : len(got) + 1] if m.name != "a/soft.jpg")
+    for at in (end + 1, end + 512, end + 1000):
+        path.write_bytes(data[:at])
+        assert listed(path) == whole
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from sae_lightning.data import DataError, load_images
 from sae_lightning.data import tar_index as index_module
 from sae_lightning.data.errors import DataWarning
 from sae_lightning.data.tar_samples import split_name
-from tests.data.making import NO_SPLITS, pixels, png, tar_cfg, write_shards, write_tar
+from sae_lightning.features.ensure import plain
+from tests.data.making import NO_SPLITS, hf_cfg, pixels, png, tar_cfg, write_shards, write_tar
+from tests.features.jobs import made
 
 SPLITS = ("train", "val", "test")
 
@@ -222,7 +224,7 @@ def test_keys_end_at_the_first_dot_of_the_last_part(name, parts):
 def test_the_index_is_kept_until_a_tar_changes(tmp_path, caches, monkeypatch):
     made = []
     build = index_module._build
-    monkeypatch.setattr(index_module, "_build", lambda tars, keys: made.append(len(tars)) or build(tars, keys))
+    monkeypatch.setattr(index_module, "_build", lambda tars, *how: made.append(len(tars)) or build(tars, *how))
     root = write_shards(tmp_path)
     first = whole(root).fingerprint
     assert whole(root).fingerprint == first
@@ -299,3 +301,34 @@ def test_broken_tars_are_named(tmp_path):
     (root / "shard-002.tar").unlink()
     with pytest.raises(DataError, match=r"shard-002\.tar cannot be read"):
         images[16]
+
+
+def test_tars_that_are_cut_off_are_refused_or_read_as_far_as_they_go(tmp_path):
+    """At every place: within a member, between two, in padding, and where the zeros of the end should be."""
+    write_shards(tmp_path, shards=2, per_shard=3)
+    path = tmp_path / "shard-001.tar"
+    data = path.read_bytes()
+    expected = {tuple(whole(tmp_path).image_ids)}
+    end = max(data.rfind(b"picture 5"), 0) // 512 * 512 + 512
+    for at in sorted({*range(0, end + 1, 256), 1, end - 1, len(data) // 2 // 512 * 512 - 100}):
+        path.write_bytes(data[:at])
+        with pytest.raises(DataError, match=r"shard-001\.tar (ends|is) .*extract\.unreadable=skip"):
+            whole(tmp_path)
+        with pytest.warns(
+            DataWarning, match="1 of 2 tars are cut off and read as far as they go, [0-3] pictures; .*shard-001"
+        ):
+            images = whole(tmp_path, unreadable="skip")
+        assert images.image_ids == sorted(images.image_ids)
+        assert [(np.asarray(images[i]) == pixels(i)).all() for i in range(len(images))] == [True] * len(images)
+        assert images.labels.tolist() == [0, 1, 0, 0, 1, 0][: len(images)] or len(images) == 0
+        expected.add(tuple(images.image_ids))
+    assert sorted(map(len, expected)) == [3, 4, 5, 6]
+    assert (
+        plain(made(tmp_path, "data=webdataset", "data.path=x", "extract.unreadable=skip").data)["unreadable"] == "skip"
+    )
+    for streaming in (False, True):  # by the library, which takes any end for a good one
+        with pytest.raises(DataError, match=r"shard-001\.tar ends without the zeros"):
+            load_images(hf_cfg(tmp_path, streaming=streaming), "train")
+    path.write_bytes(data[: end + 1])
+    assert len(whole(tmp_path)) == 6
+    assert len(load_images(hf_cfg(tmp_path, held_out=0.0, splits=dict.fromkeys(SPLITS, "train")), "train")) == 6
