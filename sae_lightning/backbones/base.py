@@ -168,10 +168,10 @@ class Backbone(nn.Module):
     def _one_each(self, features: Tensor, tap: Tap, count: int) -> Tensor:
         """``features`` themselves; BackboneError unless they are one row for each of ``count`` inputs."""
         if len(features) != count:
+            given = "captions" if tap.kind == "text" else "images"
             raise BackboneError(
-                f"{self.title} gives {tuple(features.shape)} for {count} "
-                f"{'captions' if tap.kind == 'text' else 'images'} at {tap}, not one row for each; such an encoder is "
-                "not supported. Choose another model."
+                f"{self.title} gives {tuple(features.shape)} for {count} {given} at {tap}, not one row for each; such "
+                "an encoder is not supported. Choose another model."
             )
         return features
 

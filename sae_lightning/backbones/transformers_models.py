@@ -99,6 +99,6 @@ def _blocks(model: nn.Module, depth: int) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return list(module)
     raise BackboneError(
-        f"{type(model).__name__} has no list of {depth} blocks and is not supported; timm may have it: "
-        "try backbone=timm."
+        f"{type(model).__name__} has no list of {depth} blocks and is not supported; timm may have it: try "
+        "backbone=timm."
     )

@@ -112,7 +112,8 @@ def _stats(args: argparse.Namespace) -> int:
             "size": readable(sum(shard.bytes for shard in m.shards)),
             "left out": f"{m.skipped_images} unreadable pictures" if m.skipped_images else "nothing",
             "mean length of a token": f"{m.mean_norm:.4g}", "deviation (scalar)": f"{m.std:.4g}",
-            "severity γ = ‖μ‖/‖σ‖": f"{m.severity:.3g}", "variance lost by rounding": f"{m.rounding:.2e}",
+            "severity γ = ‖μ‖/‖σ‖": f"{m.severity:.3g}",
+            "variance lost by rounding": f"{m.rounding:.2e}, of the worst dimension {m.rounding_worst:.2e}",
             "dimensions farthest off zero": _outliers(store), "images a class": _classes(store),
             "fingerprint": m.fingerprint, "made with": ", ".join(f"{k} {v}" for k, v in m.versions.items()),
         }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +44,7 @@ class Claims:
         self._range = range(self.n_shards * part // parts, self.n_shards * (part + 1) // parts)
         self._held: dict[int, list[Lock]] = {}
         self._next: int | None = None
+        self._encoded: Counter[int] = Counter()  # images of shards that are held
 
     def images_of(self, shard: int) -> range:
         """The images of a shard."""
@@ -53,13 +54,27 @@ class Claims:
         """Whether every store has the shard."""
         return all(writer.has(shard) for writer in self.writers)
 
-    def finished_images(self) -> int:
-        """Images in shards that every store has."""
-        return sum(len(self.images_of(s)) for s in range(self.n_shards) if self.finished(s))
+    def finished_by_all(self) -> set[int]:
+        """The shards that every store has."""
+        shards = set(range(self.n_shards))
+        for writer in self.writers:
+            finished = writer.finished()
+            shards = shards if finished is None else shards & finished
+        return shards
+
+    def done(self) -> int:
+        """Images in shards that every store has, and those that this process has encoded of others."""
+        encoded = list(self._encoded.items())  # first, as another thread takes out what it has finished
+        finished = self.finished_by_all()
+        return sum(len(self.images_of(s)) for s in finished) + sum(n for s, n in encoded if s not in finished)
+
+    def encoded(self, batch: Batch) -> None:
+        """Count the images of a batch that is encoded."""
+        self._encoded[batch.shard] += len(batch.images)
 
     def all_finished(self) -> bool:
         """Whether every store has every shard."""
-        return all(map(self.finished, range(self.n_shards)))
+        return len(self.finished_by_all()) == self.n_shards
 
     def ready(self) -> bool:
         """Whether there is a shard to encode now; it is then held."""
@@ -78,8 +93,9 @@ class Claims:
                 yield batch.images
 
     def _claim_one(self) -> int | None:
+        finished = self.finished_by_all()
         for shard in self._range:
-            if shard in self._held or self.finished(shard):
+            if shard in self._held or shard in finished:
                 continue
             locks: list[Lock] = []
             for writer in self.writers:
@@ -97,6 +113,7 @@ class Claims:
 
     def release(self, shard: int) -> None:
         """Let go of a shard, finished or not."""
+        self._encoded.pop(shard, None)
         for lock in self._held.pop(shard, []):
             lock.release()
 

@@ -1,7 +1,7 @@
 """How features lie in a shard: as float16, bfloat16, or int8 with a scale a token.
 
 int8 keeps x = shift + spread · scale · q: ``shift`` and ``spread`` [d] are mean and deviation of each dimension in
-the shard's first batch, so that dimensions far off zero or of large deviation do not use up the 255 steps; ``scale``
+the shard, so that dimensions far off zero or of large deviation do not use up the 255 steps; ``scale``
 lets each token's largest standardised entry be 127.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.features.manifest import StoreError
+from sae_lightning.features.moments import Moments
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 DELIVERED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.float16}
@@ -29,12 +30,11 @@ class Frame:
     spread: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> Frame:
-        """From the tokens ``x`` [..., d] that come first."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        spread = rows.std(0, correction=0)
+    def of(cls, moments: Moments, device: torch.device) -> Frame:
+        """From the moments of all tokens of the shard; on ``device``."""
+        spread = (moments.m2 / moments.count).sqrt()
         floor = max(float(spread.mean()) * 1e-3, 1e-8)
-        return cls(rows.mean(0), spread.clamp_min(floor))
+        return cls(moments.mean.float().to(device), spread.clamp_min(floor).float().to(device))
 
 
 def check_dtype(dtype: str) -> str:

@@ -22,6 +22,7 @@ from sae_lightning.features.codec import check_dtype
 from sae_lightning.features.extract import Settings, extract
 from sae_lightning.features.given import given_store
 from sae_lightning.features.manifest import MANIFEST, Manifest
+from sae_lightning.features.shard_size import images_a_shard, seconds_an_image
 from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.features.stream_extract import extract_stream
 from sae_lightning.features.upkeep import mend, merge_stores
@@ -31,8 +32,7 @@ from sae_lightning.limits import cores
 from sae_lightning.locks import LockError, held
 
 FORMAT = "2"  # of what a store holds, for the fingerprint
-SHARD_BYTES = 256 << 20  # of patch tokens
-LOSSY = 1e-3  # share of variance lost by the store's type from which a warning says so
+LOSSY, LOSSY_DIMENSION = 1e-3, 1e-2  # shares of variance, of all and of a dimension, that are lost with a warning
 Images = ImageData | ImageStream
 
 
@@ -149,7 +149,7 @@ def _part_of_stream(cfg: DictConfig, images: ImageStream, folders: dict[Tap, Pat
 def _extract(cfg: DictConfig, images: Images, folders: dict[Tap, Path]) -> None:
     backbone = load_backbone(plain(cfg.backbone))
     writers = {tap: writer(cfg, images, backbone, tap, folder) for tap, folder in folders.items()}
-    settings = Settings(**{k: v for k, v in plain(cfg.extract).items() if k in Settings.__dataclass_fields__})
+    settings = settings_of(cfg)
     if isinstance(images, ImageStream):
         summary = extract_stream(images, backbone, writers, settings)
     else:
@@ -158,26 +158,55 @@ def _extract(cfg: DictConfig, images: Images, folders: dict[Tap, Path]) -> None:
         busy = f"the encoder busy {summary.busy_share:.0%} of the time"
         print(f"{summary.images} images in {summary.seconds:.0f} s, {busy}.", flush=True)
     for folder in folders.values():
-        lost = Manifest.read(folder).rounding if (folder / MANIFEST).is_file() else 0.0
-        if lost > LOSSY:
-            print(
-                f"{folder}: warning: {cfg.extract.dtype} lost {lost:.2%} of the features' variance; an SAE cannot "
-                "explain more than the rest. Use extract.dtype=float16 or bfloat16.",
-                flush=True,
-            )
+        if (folder / MANIFEST).is_file():
+            warn_of_loss(folder, Manifest.read(folder))
+
+
+def warn_of_loss(folder: Path, manifest: Manifest) -> None:
+    """Say so where a store's type has lost much of the features' variance, in all or in one dimension."""
+    lost, worst = manifest.rounding, manifest.rounding_worst
+    if lost > LOSSY or worst > LOSSY_DIMENSION:
+        advice = "" if manifest.dtype == "float16" else " Use extract.dtype=float16."
+        print(
+            f"{folder}: warning: {manifest.dtype} lost {lost:.2%} of the features' variance, of one dimension's "
+            f"{worst:.2%}; an SAE cannot explain more than the rest.{advice}",
+            flush=True,
+        )
 
 
 def writer(cfg: DictConfig, images: Images, backbone: Backbone, tap: Tap, folder: Path) -> StoreWriter:
-    """A writer of the store of one tap."""
-    image = backbone.n_patches * backbone.d_in * 2  # bytes; of the default layer, so that all taps cut shards alike
-    per_shard = cfg.extract.get("images_per_shard") or max(1, min(4096, SHARD_BYTES // image))
+    """A writer of the store of one tap. StoreError where it was begun with another number of images a shard."""
+    settings, asked = settings_of(cfg), cfg.extract.get("images_per_shard")
+    one_process = isinstance(images, ImageStream)
+    per_shard = (
+        asked
+        if asked is not None
+        else images_a_shard(
+            images.length if isinstance(images, ImageStream) else len(images),
+            backbone.n_patches * backbone.d_in * 2,  # of the default layer, so that all taps cut shards alike
+            seconds_an_image(backbone, settings.target().type),
+            1 if one_process else int(cfg.extract.get("devices", 1)) * settings.share()[1],
+            settings.batch_size,
+        )
+    )
     about = {
         "data": images.name, "split": images.split, "backbone": backbone.title, "kind": tap.kind, "layer": tap.layer,
         "grid": (1, 1) if tap.layer is None or tap.kind == "cls" else backbone.grid_at(tap.layer),
         "class_names": images.class_names,
     }  # fmt: skip
     dtype = check_dtype(cfg.extract.get("dtype", "float16"))
-    return StoreWriter(folder, fingerprint(cfg, images, tap), about, per_shard, dtype)
+    made = StoreWriter(folder, fingerprint(cfg, images, tap), about, per_shard, dtype)
+    if asked is not None and made.images_per_shard != asked:
+        raise StoreError(
+            f"{folder} was begun with {made.images_per_shard} images a shard, not extract.images_per_shard={asked}; "
+            "leave that setting out to go on, or delete the folder to begin anew."
+        )
+    return made
+
+
+def settings_of(cfg: DictConfig) -> Settings:
+    """The settings of the section ``extract`` that a pass needs."""
+    return Settings(**{k: v for k, v in plain(cfg.extract).items() if k in Settings.__dataclass_fields__})
 
 
 def _whole(folder: Path) -> bool:
@@ -217,9 +246,10 @@ def _spawn(cfg: DictConfig, images: Images, taps: Sequence[Tap], devices: int) -
 
 def _extract_share(cfg: DictConfig, split: str, device: str, taps: Sequence[Tap]) -> None:
     """What one of several processes does."""
-    cfg.extract.device, cfg.extract.devices = device, 1
+    cfg.extract.device = device
     try:
-        extract_stores(cfg, load_images(plain(cfg.data), split), taps)
+        images = load_images(plain(cfg.data), split)
+        _extract(cfg, images, {tap: store_folder(cfg, images, tap, fingerprint(cfg, images, tap)) for tap in taps})
     except (BackboneError, DataError, StoreError) as error:
         sys.exit(str(error))
 

@@ -134,7 +134,7 @@ def _pass(
     claims = Claims(len(images), list(writers.values()), settings.batch_size, *settings.share())
     with progress(backbone, writers, images.name, images.split, len(images)) as bar:
         while True:
-            bar.update(claims.finished_images() - bar.n)
+            bar.update(claims.done() - bar.n)
             if claims.ready():
                 loader = PictureLoader(
                     samples, pixel_bytes(backbone.image_size, settings.batch_size), workers, "extract.num_workers",
@@ -144,7 +144,7 @@ def _pass(
             if settings.part is not None or claims.all_finished():
                 break
             time.sleep(POLL)
-        bar.update(claims.finished_images() - bar.n)
+        bar.update(claims.done() - bar.n)
     if claims.all_finished():
         for writer in writers.values():
             writer.seal(claims.n_shards)
@@ -165,6 +165,7 @@ def _encode(
             summary.waiting += time.perf_counter() - mark
             features = encode(payload) if payload is not None else {}
             mark = time.perf_counter()
+            claims.encoded(batch)
             kept = [image for i, image in enumerate(batch.images) if i not in errors]
             sink.put(Encoded(
                 batch.shard, batch.last, [images.image_ids[i] for i in kept], [int(images.labels[i]) for i in kept],
@@ -172,7 +173,7 @@ def _encode(
                 [images.image_ids[batch.images[i]] for i in errors],
             ))  # fmt: skip
             summary.images += len(batch.images)
-            bar.update(len(batch.images))
+            bar.update(claims.done() - bar.n if batch.last else len(batch.images))
         sink.close()
         summary.waiting += time.perf_counter() - mark
     finally:

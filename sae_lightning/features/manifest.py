@@ -38,7 +38,8 @@ class Manifest:
     [n_images, n_patches, d_in]; all but patch tokens have n_patches = 1. ``std`` is the scalar deviation, sqrt(mean
     over tokens and dimensions of (x - mean)²); ``severity`` is γ = ‖mean‖ / ‖per-dimension deviation‖, large where
     single dimensions lie far off zero; ``mean_norm`` the mean length of a token; ``rounding`` the share of the
-    features' variance that was lost by storing them as ``dtype``. The vectors lie in ``statistics.safetensors``.
+    features' variance that was lost by storing them as ``dtype``, ``rounding_worst`` the largest such share of one
+    dimension, which massive ones hide in the sum. The vectors lie in ``statistics.safetensors``.
     """
 
     fingerprint: str
@@ -62,6 +63,7 @@ class Manifest:
     files: dict[str, str]  # other files and their SHA-256
     skipped_images: int = 0  # unreadable pictures left out at extraction
     versions: dict[str, str] = field(default_factory=dict)
+    rounding_worst: float = 0.0
     schema: int = SCHEMA
 
     def write(self, folder: Path) -> None:
@@ -85,7 +87,7 @@ class Manifest:
             newer = isinstance(schema, int) and schema > SCHEMA
             what = "update sae-lightning" if newer else "delete the folder and extract again"
             raise StoreError(f"{path} has schema {schema}; this version reads schema {SCHEMA}: {what}.")
-        missing = {f.name for f in fields(cls)} - set(content)
+        missing = {f.name for f in fields(cls)} - {"rounding_worst"} - set(content)  # which older stores lack
         if missing:
             raise StoreError(f"{path} lacks {sorted(missing)}; delete {folder} and extract again.")
         try:

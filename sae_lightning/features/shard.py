@@ -16,13 +16,15 @@ from sae_lightning.features.manifest import Shard, StoreError, cause, partial_na
 from sae_lightning.features.moments import Moments, merge
 
 EDGE = 4096  # bytes of each end that are checked at every opening
+PIECE = 1 << 24  # bytes turned into int8 at a time
 
 
 class ShardFile:
     """A shard being written: ``append`` batches, then ``finish`` or ``abort``.
 
-    Until it is finished its bytes lie in ``.<name>.<host>-<pid>`` beside it. StoreError for features that are NaN or
-    infinite, or too large for float16, and when the disk is full; the file is then gone.
+    Until it is finished its bytes lie in ``.<name>.<host>-<pid>`` beside it; for int8 as they came, since only the
+    whole shard tells the deviation of each dimension. StoreError for features that are NaN or infinite, or too large
+    for float16, and when the disk is full; the file is then gone.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -30,8 +32,7 @@ class ShardFile:
         self.partial = partial_name(path)
         self.images = 0
         self.shape = (0, 0)  # patches, d_in; known from the first batch on
-        self._frame: Frame | None = None
-        self._scales: list[Tensor] = []
+        self._kind, self._device = torch.float32, torch.device("cpu")  # of the features, as they come
         self._moments: list[Moments] = []
         self._hash = hashlib.sha256()
         try:
@@ -53,18 +54,18 @@ class ShardFile:
         if x.shape[1:] != self.shape:
             self.abort()
             raise StoreError(f"Features of shape {tuple(x.shape[1:])} in a shard of {self.shape}.")
-        stored = self._encode(x, image_ids)
-        kept = decode(stored["features"], stored.get("scale"), self._frame)
-        lost = 0.0 if kept.dtype == x.dtype else float((x.float() - kept).square_().sum(dtype=torch.float64))
-        self._moments.append(Moments.of(kept, lost))
-        if "scale" in stored:
-            self._scales.append(stored["scale"].cpu())
-        self._write(stored["features"])
+        self._check(x, image_ids)
+        if self.dtype == "int8":
+            self._kind, self._device = x.dtype, x.device
+            self._moments.append(Moments.of(x))
+            self._write(x)
+        else:
+            kept = encode(x, self.dtype)["features"]
+            self._moments.append(Moments.of(kept, lost(x, kept)))
+            self._write(kept)
         self.images += len(x)
 
-    def _encode(self, x: Tensor, image_ids: list[str]) -> dict[str, Tensor]:
-        if self.dtype == "int8" and self._frame is None:
-            self._frame = Frame.of(x)
+    def _check(self, x: Tensor, image_ids: list[str]) -> None:
         limit = 65504 if DELIVERED[self.dtype] == torch.float16 else torch.finfo(torch.bfloat16).max
         top = x.abs().amax()
         if not bool(top <= limit):  # NaN is not below either
@@ -75,7 +76,25 @@ class ShardFile:
                 f"The features of image '{image_ids[bad]}' are {why}; check the image, extract.precision and "
                 "extract.dtype. Nothing of this shard was kept."
             )
-        return encode(x, self.dtype, self._frame)
+
+    def _to_int8(self) -> None:
+        """Turn the features in the file into int8, from its start on: what is written never reaches what is unread."""
+        frame, scales, (patches, d_in) = Frame.of(merge(self._moments), self._device), [], self.shape
+        self._moments, self._hash = [], hashlib.sha256()
+        self._file.seek(ALIGN)
+        one = patches * d_in * self._kind.itemsize
+        for first in range(0, self.images, step := max(1, PIECE // one)):
+            n = min(step, self.images - first)
+            data = bytearray(os.pread(self._file.fileno(), n * one, ALIGN + first * one))
+            x = torch.frombuffer(data, dtype=self._kind).reshape(n, patches, d_in).to(self._device)
+            stored = encode(x, "int8", frame)
+            kept = decode(stored["features"], stored["scale"], frame)
+            self._moments.append(Moments.of(kept, lost(x, kept)))
+            scales.append(stored["scale"].cpu())
+            self._write(stored["features"])
+        self._file.truncate()
+        for tensor in (torch.cat(scales), frame.shift, frame.spread):
+            self._write(tensor)
 
     def _write(self, tensor: Tensor) -> None:
         data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -88,11 +107,9 @@ class ShardFile:
 
     def finish(self) -> tuple[Shard, Moments]:
         """Write the header, sync, and give the file its name; what the manifest says of it and its moments."""
-        if self._frame is not None:
-            self._write(torch.cat(self._scales))
-            self._write(self._frame.shift)
-            self._write(self._frame.spread)
         try:
+            if self.dtype == "int8":
+                self._to_int8()
             start = header(self.images, *self.shape, self.dtype)
             if os.pwrite(self._file.fileno(), start, 0) < len(start):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -118,6 +135,13 @@ class ShardFile:
             f"Writing {self.path} failed: {cause(error)}. Free space or set paths.stores to another disk; finished "
             "shards are kept and the same command goes on from them."
         )
+
+
+def lost(x: Tensor, kept: Tensor) -> Tensor:
+    """Summed squared difference [d] between features ``x`` [n, P, d] and what is ``kept`` of them."""
+    if kept.dtype == x.dtype:
+        return torch.zeros(x.shape[-1])
+    return (x.float() - kept).square_().sum((0, 1))
 
 
 def edge_checksum(fd: int, start: int, end: int) -> int:

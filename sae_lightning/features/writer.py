@@ -26,7 +26,7 @@ from sae_lightning.features.manifest import MANIFEST, SCHEMA, Manifest, Shard, S
 from sae_lightning.features.moments import Moments, merge
 from sae_lightning.features.record import RECORDS, Record, read_record, record_path, shard_name, write_record
 from sae_lightning.features.shard import ShardFile, data_sha256, sync_folder
-from sae_lightning.locks import Lock
+from sae_lightning.locks import Lock, kind
 
 VERSIONS = ("torch", "timm", "transformers", "safetensors")
 PLAN, CLAIMS = "plan.json", "claims"
@@ -63,6 +63,8 @@ class StoreWriter:
                 if self.sealed:
                     tidy(self.folder)
                     return
+                for name in (PLAN, STATISTICS, TABLE, MANIFEST):  # written by who holds this lock
+                    remove_half_files(self.folder, name)
                 if not path.is_file():
                     write_plan(self.folder, self.fingerprint, self.dtype, self.images_per_shard)
                 text = path.read_text()
@@ -95,7 +97,9 @@ class StoreWriter:
         return lock
 
     def begin(self, index: int) -> ShardFile:
-        """A new shard ``index`` to append to; hold its claim."""
+        """A new shard ``index`` to append to; hold its claim. What killed processes left of it is removed."""
+        remove_half_files(self.folder, shard_name(index))
+        remove_half_files(self.folder / RECORDS, record_path(self.folder, index).name)
         return ShardFile(self.folder / shard_name(index), self.dtype)
 
     def finish(
@@ -121,6 +125,12 @@ class StoreWriter:
                 f"Writing {record_path(self.folder, index)} failed: {cause(error)}. Free space or set paths.stores to "
                 "another disk; finished shards are kept and the same command goes on from them."
             ) from error
+
+    def finished(self) -> set[int] | None:
+        """All finished shards, in one look at the folder; None once the store is sealed."""
+        if self.sealed:
+            return None
+        return {int(path.stem) for path in (self.folder / RECORDS).glob("[0-9]*.json")}
 
     def count(self) -> int:
         """Finished shards before the first missing one."""
@@ -170,13 +180,14 @@ class StoreWriter:
             write_atomically(self.folder / TABLE, table.getvalue())
             files = {n: data_sha256(self.folder / n, 0) for n in (STATISTICS, TABLE)}
             mean_length, spread = float(moments.mean.norm()), float(deviation.norm())
+            rounding, rounding_worst = moments.rounding
             about = self.about | {"class_names": class_names}
             Manifest(
                 **about, fingerprint=self.fingerprint, n_images=len(labels), n_patches=n_patches, d_in=d_in,
                 dtype=self.dtype, images_per_shard=self.images_per_shard,
                 std=(moments.variance / (moments.count * d_in)) ** 0.5,
                 mean_norm=moments.norms / moments.count, severity=mean_length / max(spread, 1e-12),
-                rounding=moments.lost / max(moments.variance, 1e-12), shards=[r.shard for r in records], files=files,
+                rounding=rounding, rounding_worst=rounding_worst, shards=[r.shard for r in records], files=files,
                 skipped_images=sum(len(r.skipped) for r in records), versions={n: version(n) for n in VERSIONS},
             ).write(self.folder)  # fmt: skip
             sync_folder(self.folder)
@@ -212,6 +223,13 @@ def leftovers(folder: Path) -> list[Path]:
     """What the making of a store has left in its folder: plan, claims, and half files of killed processes."""
     half = [path for place in (folder, folder / RECORDS) for path in place.glob(".*.*-*")]
     return half + [path for path in (folder / PLAN, folder / CLAIMS) if path.exists()]
+
+
+def remove_half_files(folder: Path, name: str) -> None:
+    """Remove what killed processes have left where they wrote ``folder / name``; nothing where there are no locks."""
+    if kind() != "none":
+        for half in folder.glob(f".{name}.*-*"):
+            half.unlink(missing_ok=True)
 
 
 def tidy(folder: Path) -> None:

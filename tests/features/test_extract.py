@@ -96,6 +96,7 @@ def test_a_store_under_a_wrong_name_is_refused(ten, tmp_path):
         ("extract.part=half", r"extract\.part=half must look like"),
         ("extract.unreadable=ignore", r"extract\.unreadable=ignore; choose one of refuse, skip"),
         ("extract.images_per_shard=-1", r"images_per_shard=-1 must be at least 1"),
+        ("extract.images_per_shard=0", r"images_per_shard=0 must be at least 1"),
         ("features=words", "Unknown kind of tap 'words'"),
         ("features=embedding", r"mae \(tiny\) has no projection"),
         ("features=text", r"mae \(tiny\) has no text tower"),
@@ -279,7 +280,9 @@ def test_an_extraction_that_was_begun_keeps_its_images_per_shard(ten, tmp_path):
     folder = extract_split(cfg)[PATCH]
     kept = times(folder)
     assert len(kept) == 1
-    extract_split(picture_config(ten, tmp_path, "extract.images_per_shard=7"))
+    with pytest.raises(StoreError, match=r"begun with 4 images a shard, not extract\.images_per_shard=7; leave that"):
+        extract_split(picture_config(ten, tmp_path, "extract.images_per_shard=7"))
+    extract_split(picture_config(ten, tmp_path, "extract.images_per_shard=null"))
     assert [shard.images for shard in FeatureStore.open(folder).manifest.shards] == [4, 4, 2]
     assert kept.items() <= times(folder).items()
 

@@ -394,7 +394,7 @@ def test_extracting_again_makes_table_and_statistics_anew_without_encoding(name,
     with pytest.raises(StoreError, match=rf"{name}.*Run extract\.py again"):
         ensure_store(cfg, "train")
     capsys.readouterr()
-    extract_split(picture_config(tmp_path / "p", tmp_path, "extract.images_per_shard=3"))
+    extract_split(picture_config(tmp_path / "p", tmp_path, "extract.images_per_shard=null"))
     assert "images in" not in capsys.readouterr().out
     assert content(folder) == expected
     assert times(folder) == before
@@ -633,7 +633,7 @@ def test_an_sae_is_not_scored_on_a_store_of_another_width(tmp_path, stores):
 def test_stores_that_were_begun_differently_are_finished_one_by_one(tmp_path):
     cfg = picture_config(make_pictures(tmp_path / "p", 10), tmp_path, "extract.part=0/2")
     extract_split(cfg, [PATCH])
-    other = picture_config(tmp_path / "p", tmp_path, "extract.images_per_shard=5")
+    other = picture_config(tmp_path / "p", tmp_path, "extract.images_per_shard=null", "extract.batch_size=5")
     with pytest.raises(StoreError, match=r"begun with \[4, 5\] images a shard; finish each by itself"):
         extract_split(other, [PATCH, Tap("cls", 4)])
     for tap in (PATCH, Tap("cls", 4)):

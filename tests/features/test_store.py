@@ -1,6 +1,7 @@
 """The store's round trip, its statistics, its parts, and its refusal of everything broken."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from sae_lightning.features.ensure import warn_of_loss
 from sae_lightning.features.moments import Moments, merge
 from sae_lightning.features.store import FeatureStore, StoreError
+from sae_lightning.features.upkeep import merge_stores
 from tests.conftest import fill_store, write_store
 
 
@@ -82,6 +85,47 @@ def test_int8_loses_little_even_beside_massive_dimensions(tmp_path):
     assert float(naive.max()) > 0.1
     assert (store.folder / "shard-00000.safetensors").stat().st_size < 4096 + 0.6 * 64 * 4 * 64 * 2
     store.verify()
+
+
+@pytest.mark.parametrize("when", ["in the first batch", "later", "in a few tokens"])
+def test_int8_scales_by_the_whole_shard_and_measures_every_dimension(when, tmp_path):
+    """A massive dimension that first appears after the first batch (of 33) cost the others four fifths."""
+    x = torch.randn(400, 4, 64)
+    massive = {"in the first batch": slice(0, 30), "later": slice(50, None), "in a few tokens": slice(390, 394)}[when]
+    x[massive, :, 7] += 3000
+    store = fill_store(tmp_path / "s", x, 400, dtype="int8")
+    lost = (x - store.features(slice(None)).float()).double().square().sum((0, 1))
+    varies = (x - x.mean((0, 1))).double().square().sum((0, 1))
+    share = lost / varies
+    assert float(share.max()) < (0.02 if when == "in a few tokens" else 2e-3)
+    assert store.manifest.rounding_worst == pytest.approx(float(share.max()), rel=1e-3)
+    assert store.manifest.rounding == pytest.approx(float(lost.sum() / varies.sum()), rel=1e-3)
+    store.verify()
+
+
+def test_a_loss_of_one_dimension_that_the_sum_hides_is_said(tmp_path, capsys):
+    x = torch.randn(100, 4, 64)
+    x[..., 7] = 40000 * torch.rand(100, 4)
+    x[..., 9] += 3000
+    store = fill_store(tmp_path / "s", x, dtype="bfloat16")
+    assert store.manifest.rounding < 1e-4
+    assert store.manifest.rounding_worst > 0.5
+    warn_of_loss(store.folder, store.manifest)
+    assert re.search(r"lost 0\.00% of .* one dimension's \d\d\.\d\d%.*extract\.dtype=float16", capsys.readouterr().out)
+
+
+def test_a_store_from_before_losses_were_kept_by_dimension_opens_and_merges(tmp_path):
+    store = write_store(tmp_path / "s", 10, 1)
+    path = store.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["rounding_worst"]
+    path.write_text(json.dumps(manifest))
+    for record in (store.folder / "records").glob("*.json"):
+        content = json.loads(record.read_text())
+        content["moments"]["lost"] = sum(content["moments"]["lost"])
+        record.write_text(json.dumps(content))
+    merged = merge_stores([store.folder], tmp_path / "merged")
+    assert merged.manifest.rounding == pytest.approx(manifest["rounding"])
 
 
 def test_labels_ids_and_description_come_back(stores):
