@@ -42,11 +42,11 @@ class BufferPool:
     """Two buffers: batches are taken from one while the other is filled.
 
     Another is made only while the consumer waits for a window and still holds batches of both. One thread fills at a
-    time.
+    time. ``device`` is the GPU that batches in pinned memory are copied to.
     """
 
-    def __init__(self, nbytes: int, pinned: bool) -> None:
-        self.nbytes, self.pinned = nbytes, pinned
+    def __init__(self, nbytes: int, pinned: bool, device: torch.device | None = None) -> None:
+        self.nbytes, self.pinned, self.device = nbytes, pinned, device
         self._returns: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
         self._free: list[Buffer] = []
         self._out = 0
@@ -63,7 +63,8 @@ class BufferPool:
         if not self._free:
             self._free.append(Buffer(self.nbytes, self.pinned, self._returns))
         elif self.pinned:
-            torch.cuda.synchronize()  # copies to the device may still be on their way
+            # copies may still be on their way; the device is named, for a new thread's own is always GPU 0
+            torch.cuda.synchronize(self.device)
         buffer = self._free.pop()
         self._out += 1
         buffer.owed, buffer.returned = 1, 0

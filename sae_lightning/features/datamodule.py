@@ -46,12 +46,14 @@ class FeatureDataModule(L.LightningDataModule):
         return time.monotonic() if self.seat is None else self.seat.clock()
 
     def train_dataloader(self) -> FeatureLoader | SharedLoader:
-        loader = FeatureLoader(self.train, self.batch_size, rank=rank(), world=world_size(), **self.options)
+        device = None if self.trainer is None else self.trainer.strategy.root_device
+        options: dict[str, Any] = {"rank": rank(), "world": world_size(), "device": device, **self.options}
+        loader = FeatureLoader(self.train, self.batch_size, **options)
         if self.seat is None:
             self._loader = loader
         else:
-            assert self.trainer is not None
-            self._loader = SharedLoader(loader, self.seat, self.trainer.strategy.root_device)
+            assert device is not None
+            self._loader = SharedLoader(loader, self.seat, device)
         if self._start is not None:
             self._loader.seek(*self._start)
         return self._loader

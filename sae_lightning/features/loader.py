@@ -30,13 +30,14 @@ class FeatureLoader:
     ``buffer_mb`` (MiB, over all ranks) bounds the memory: two windows of half of it each, which a batch is a view of.
     ``block_mb`` are read at a time, by ``readers`` threads. Each ``iter`` is one epoch, which then counts up;
     ``seek`` chooses the next. Deterministic in seed, epoch and the settings of the order, whatever the number of
-    ranks and readers. Raises ValueError for settings that do not fit the store.
+    ranks and readers. ``device`` is where batches go, by default the present GPU, if there is one; on the way to a GPU
+    they lie in ``pinned`` memory, unless told otherwise. Raises ValueError for settings that do not fit the store.
     """
 
     def __init__(
         self, store: FeatureStore, batch_size: int, *, seed: int = 42, unit: str = "tokens", buffer_mb: float = 1024,
         block_mb: float = 4, lanes: int = 8, readers: int = 4, rank: int = 0, world: int = 1,
-        pinned: bool | None = None,
+        pinned: bool | None = None, device: torch.device | None = None,
     ) -> None:  # fmt: skip
         if unit not in UNITS:
             raise ValueError(f"Unknown stream.unit={unit}; choose one of {', '.join(UNITS)}.")
@@ -62,7 +63,10 @@ class FeatureLoader:
         rows = self.order.per_lane * len(self.lanes)
         self.shape = (rows, store.d_in) if unit == "tokens" else (rows, store.n_patches, store.d_in)
         self._batch_bytes = rows * self.row_bytes
-        self._pool = BufferPool(window * self._batch_bytes, torch.cuda.is_available() if pinned is None else pinned)
+        if device is None and pinned is not False and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+        on_gpu = device is not None and device.type == "cuda"
+        self._pool = BufferPool(window * self._batch_bytes, on_gpu if pinned is None else pinned, device)
         self._next = (0, 0)  # epoch, step
         self.wait_seconds = 0.0
 

@@ -14,7 +14,13 @@ from sae_lightning.kernels import selection
 from sae_lightning.saes.base import SAE
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.input_norm import input_norm
-from sae_lightning.saes.ranks import kth_largest, kth_largest_over_ranks, world_size
+from sae_lightning.saes.ranks import (
+    kth_largest,
+    kth_largest_over_ranks,
+    kth_positive_over_ranks,
+    sum_over_ranks,
+    world_size,
+)
 
 INFINITE = float("inf")
 NOT_OURS = -1.0  # no threshold of training's
@@ -108,20 +114,24 @@ class BatchTopK(SAE):
         """Set ``threshold`` so that the held-out raw features have k active latents on average; returns it.
 
         ``batches`` gives [N, d_in] tensors, ``n_samples`` rows in all, each time that it is iterated (a list, say).
-        Exact over all of them; holds about k values a sample in memory. Raises ValueError when another number of
-        rows comes, or with k a batch.
+        Exact over all of them; holds about k values a sample in memory. Under DDP all ranks call it, each with its
+        share of the batches, and get the threshold of all. Computed where the weights are. Raises ValueError when
+        another number of rows comes, or with k a batch.
         """
         if self.k_per == "batch":
             raise ValueError("calibrate needs k a sample (k_per=sample); with k a batch use the running threshold.")
         budget = round(self.k * n_samples) + 1
         for share in (0.8, 0.4, 0.0):
-            kept = self._values_above(batches, n_samples, share * self.threshold.clamp_min(0), budget)
-            if len(kept) == budget or float(self.threshold) <= 0:
+            kept, seen = self._values_above(batches, share * self.threshold.clamp_min(0), budget)
+            if not 0 < seen == n_samples:
+                raise ValueError(f"calibrate was promised {n_samples} held-out samples (at least one) and got {seen}.")
+            cut = kth_positive_over_ranks(kept, budget)
+            if float(cut) > 0 or float(self.threshold) <= 0:
                 break
-        return self._set(kept.min() if len(kept) == budget else kept.new_zeros(()))
+        return self._set(cut)
 
-    def _values_above(self, batches: Iterable[Tensor], n_samples: int, floor: Tensor, budget: int) -> Tensor:
-        """The largest pre-activations above ``floor`` over all batches, at most ``budget`` of them."""
+    def _values_above(self, batches: Iterable[Tensor], floor: Tensor, budget: int) -> tuple[Tensor, int]:
+        """This rank's largest pre-activations above ``floor``, at most ``budget``, and all ranks' samples."""
         kept, seen = self.W_enc.new_empty(0), 0
         for features in batches:
             x = self.normalizer.normalize(features.reshape(-1, self.d_in).to(self.W_enc.device))
@@ -131,9 +141,7 @@ class BatchTopK(SAE):
             if len(kept) > budget:
                 kept = kept.topk(budget, sorted=False).values
                 floor = kept.min()
-        if seen != n_samples or seen == 0:
-            raise ValueError(f"calibrate was promised {n_samples} held-out samples (at least one) and got {seen}.")
-        return kept
+        return kept, int(sum_over_ranks(torch.tensor(seen, device=kept.device)))
 
     def use_lowest(self) -> float:
         """Set ``threshold`` to the running minimum of training's cuts; returns it."""

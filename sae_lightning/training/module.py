@@ -137,7 +137,7 @@ class SAEModule(L.LightningModule):
         record: dict[str, Any] = {
             "train/loss": loss,
             "train/explained_variance": 1 - fvu,
-            "train/l0": run.codes.nnz / len(x),
+            "train/l0": run.codes.nnz / len(x),  # a number of the host
             "train/dead_share": (self.sae.tokens_since_fired >= self.dead_after).float().mean(),
         }
         record |= {f"loss/{name}": term.detach() for name, term in terms.items()}
@@ -145,8 +145,11 @@ class SAEModule(L.LightningModule):
             record["train/threshold"] = self.sae.threshold
         if self.target_l0 is not None:
             record["train/sparsity_weight"] = self.loss["sparsity"] * self.control
-        self.log_dict({k: torch.as_tensor(v, dtype=torch.float32) for k, v in record.items()}, sync_dist=True)
-        bar = {"ev": record["train/explained_variance"], "l0": torch.tensor(record["train/l0"], dtype=torch.float32)}
+        # on the device, for NCCL takes nothing else, and in one tensor: one operation of all ranks for all of them
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=x.device) for v in record.values()])
+        means = dict(zip(record, mean_over_ranks(values).unbind(), strict=True))
+        self.log_dict(means)
+        bar = {"ev": means["train/explained_variance"], "l0": torch.tensor(record["train/l0"], dtype=torch.float32)}
         self.log_dict(bar, prog_bar=True, logger=False)
 
     def validation_step(self, features: Tensor, batch_idx: int) -> None:

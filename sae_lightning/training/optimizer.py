@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sae_lightning.kernels import native
 from sae_lightning.saes import SAE
@@ -20,7 +20,8 @@ class UnitRowAdam(torch.optim.AdamW):
     Parameter groups with ``unit`` have the gradient's part along each row removed, which the constraint would
     undo, and their rows scaled to unit norm after the step. ``clip`` bounds the global norm of the remaining
     gradient. In float32 on the CPU each row is read and written once (``native.adam``); elsewhere PyTorch's
-    fused or foreach AdamW does the step. State and ``state_dict`` are AdamW's own.
+    fused or foreach AdamW does the step. State and ``state_dict`` are AdamW's own. Where a ``GradScaler`` leaves the
+    scale of the loss to the optimiser, as it does to fused ones, gradients are unscaled first: the norm is theirs.
     """
 
     def __init__(
@@ -51,10 +52,13 @@ class UnitRowAdam(torch.optim.AdamW):
         params: list[tuple[Any, dict[str, Any]]] = [
             (p, group) for group in self.param_groups for p in group["params"] if p.grad is not None
         ]
+        bad = self._unscale([p.grad for p, _ in params])
         own = bool(params) and all(
             native.available(p, p.grad) and p.is_contiguous() and p.grad.is_contiguous() for p, _ in params
         )
         if own:
+            if bad is not None and bool(bad):
+                return loss
             scale = self._clip_scale([native.squared_norm(p.grad, p if group["unit"] else None) for p, group in params])
             for p, group in params:
                 self._native_step(p, group, scale)
@@ -69,8 +73,20 @@ class UnitRowAdam(torch.optim.AdamW):
         super().step()
         for p, group in params:
             if group["unit"]:
-                p.div_(p.norm(dim=1, keepdim=True).clamp_min(1e-8))
+                norm = p.norm(dim=1, keepdim=True).clamp_min(1e-8)
+                p.div_(norm if bad is None else torch.where(bad > 0, 1.0, norm))
         return loss
+
+    def _unscale(self, gradients: list[Tensor]) -> Tensor | None:
+        """Undo the scale that a ``GradScaler`` has left; its count of gradients that are not finite, with one.
+
+        On the device: where it is not 0, AdamW's kernel leaves weights and state as they are.
+        """
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if scale is not None and gradients:
+            torch._foreach_mul_(gradients, scale.double().reciprocal().to(gradients[0].dtype))
+            self.grad_scale = None  # the kernel would divide once more
+        return getattr(self, "found_inf", None)
 
     def _clip_scale(self, squares: list[float]) -> float:
         self.grad_norm = sum(squares) ** 0.5

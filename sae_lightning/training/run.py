@@ -25,6 +25,7 @@ from sae_lightning.kernels.build import lend_cache
 from sae_lightning.locks import held
 from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
 from sae_lightning.saes.artefact import read_cfg, write_json
+from sae_lightning.saes.ranks import rank, world_size
 from sae_lightning.training.checkpoints import (
     CheckpointFiles,
     OwnCheckpoint,
@@ -159,7 +160,7 @@ def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
     trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    calibrate(cfg, module, stores["val"])
+    calibrate(cfg, module, stores["val"], trainer.strategy.root_device)
     trainer.validate(module, data, verbose=False)
     if trainer.is_global_zero:
         scores = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
@@ -231,8 +232,11 @@ def build_callbacks(cfg: DictConfig, folder: Path) -> list[L.Callback]:
     return list(made.values())
 
 
-def calibrate(cfg: DictConfig, module: SAEModule, store: FeatureStore) -> None:
-    """Set BatchTopK's inference threshold: on the val split (ViSAEBench Table 1), or as training's cuts leave it."""
+def calibrate(cfg: DictConfig, module: SAEModule, store: FeatureStore, device: torch.device) -> None:
+    """Set BatchTopK's inference threshold: on the val split (ViSAEBench Table 1), or as training's cuts leave it.
+
+    Each rank takes its share of the split, on the ``device`` that it trained on and from which ``fit`` took the module.
+    """
     sae, choice = module.sae, cfg.sae.get("threshold")
     if not isinstance(sae, BatchTopK):
         return
@@ -241,7 +245,8 @@ def calibrate(cfg: DictConfig, module: SAEModule, store: FeatureStore) -> None:
     elif choice == "running_minimum":
         sae.use_lowest()
     else:
-        sae.calibrate(InOrder(store, 8192), store.n_tokens)
+        module.to(device)
+        sae.calibrate(InOrder(store, 8192, rank(), world_size()), store.n_tokens)
 
 
 def record(cfg: DictConfig, stores: dict[str, FeatureStore]) -> dict[str, Any]:

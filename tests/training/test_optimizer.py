@@ -208,6 +208,48 @@ def test_only_the_decoder_has_unit_rows_and_every_parameter_is_in_one_group():
         assert {group["betas"] for group in optimizer.param_groups} == {(0.7, 0.8)}
 
 
+def scaled_steps(scale: float | None, steps: int = 10, bad_at: int = -1) -> tuple[ReLU, list[float]]:
+    """A fused optimiser, as on a GPU, after steps whose loss a ``GradScaler`` scales as Lightning's plugin does."""
+    sae, norms = build(cls=ReLU), []
+    optimizer = build_optimizer(sae, lr=0.01, fused=True)
+    optimizer.clip = 0.05
+    scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(64, D_IN, generator=generator)
+        optimizer.zero_grad()
+        scaler.scale((sae.run(x).reconstruction - x).square().mean()).backward()
+        if step == bad_at:
+            sae.W_enc.grad[2, 3] = torch.inf
+        assert optimizer._step_supports_amp_scaling  # so that Lightning leaves the scale to it
+        scaler.step(optimizer)
+        scaler.update()
+        norms.append(optimizer.grad_norm)
+    return sae, norms
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("power", [16, 28])
+def test_the_scale_of_the_loss_changes_neither_norm_nor_step(power, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda *tensors: False)
+    plain, norms = scaled_steps(None)
+    scaled, others = scaled_steps(2.0**power)
+    assert others == pytest.approx(norms, rel=1e-4)
+    assert max(norms) > 0.05  # which is clipped
+    for p, q in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_step_with_infinite_gradients_is_left_out(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda *tensors: False)
+    before, _ = scaled_steps(2.0**16, 7)
+    after, _ = scaled_steps(2.0**16, 8, bad_at=7)
+    assert all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
+
+
 def test_unknown_optimisers_are_refused():
     with pytest.raises(ValueError, match=r"Unknown optimizer\.name=sgd; choose one of adam, adamw"):
         build_optimizer(build(), "sgd")
