@@ -72,13 +72,14 @@ def split_folders(root: Path) -> list[str]:
     or nothing else. A train among other folders is a class, as in CIFAR-100."""
     folders, _ = level(root)
     present = [name for name in folders if split_of_name(name)]
-    splits = by_split(present)
-    if "train" in splits and (len(splits) > 1 or len(folders) == 1):
+    splits = by_split(folders)
+    kinds = {*splits, *map(split_of_name, present)}
+    if "train" in splits and (len(kinds) > 1 or len(folders) == 1):
         others = [name for name in folders if name not in splits.values() and has_picture(root / name)]
         if others:
             tell(f"{root} has folders of splits, so its pictures in {', '.join(others[:10])} are passed over.")
         return [*splits.values()]
-    if folders and len(present) == len(folders):
+    if folders and len(present) == len(folders) and "train" not in kinds:
         raise DataError(
             f"{root} has {' and '.join(present)} but no train; add it, or point data.path into one of them."
         )

@@ -13,7 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sae_lightning.data.errors import DataError
-from sae_lightning.data.labels import as_text, class_name, positions, sorted_names, tell_unseen, without_withheld
+from sae_lightning.data.labels import (
+    as_text,
+    class_name,
+    positions,
+    sorted_names,
+    tell_blank,
+    tell_unseen,
+    without_withheld,
+)
 
 
 def declared_names(kind: Any) -> list[str]:
@@ -79,6 +87,7 @@ def common_labels(
             f"{missing} of {len(texts[source])} images of split '{source}' of '{where}' have no label, as in a "
             f"challenge's test split (first: row {row}); take {instead} in its place, or data.label_column=none."
         )
+    tell_blank(where, found[train].present)
     if source != train:
         tell_unseen(where, source, found[source].present, found[train].present)
     return positions(texts[source], names), names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,8 +154,9 @@ def _with_split_folders(builder: Any, path: Path) -> Any:
     """The builder, told which folders of pictures are splits where it does not know their names (Train, Val)."""
     import datasets
 
-    found = by_split(level(path)[0])
-    if "train" not in found or len(found) < 2 or len(builder.config.data_files) >= len(found):
+    folders = level(path)[0]
+    found = by_split(folders)
+    if len(builder.config.data_files) >= len(found) or not ("train" in found or len(found) == len(folders)):
         return builder
     for split, folder in found.items():
         tell(
@@ -167,20 +168,37 @@ def _with_split_folders(builder: Any, path: Path) -> Any:
 
 
 def _without_litter(builder: Any, path: Path) -> Any:
-    """The builder without what systems leave in folders, such as thumbnails in @eaDir; says what else is left out."""
+    """The builder without what systems leave in folders, such as thumbnails in @eaDir; says what else is left out.
+
+    And with labels where train has a single class: the library gives none to splits before it has met a second one.
+    """
     import datasets
 
     taken = {*builder.EXTENSIONS, *ARCHIVES}
     names = (entry.name for _, entry in walk(path) if entry.name not in builder.METADATA_FILENAMES)
     tell_left_out(path, Counter(suffix_of(name) for name in names if f".{suffix_of(name)}" not in taken))
-    files = {str(split): list(map(str, held)) for split, held in builder.config.data_files.items()}
-    kept = {split: [file for file in held if LITTER.isdisjoint(Path(file).parts)] for split, held in files.items()}
-    return builder if kept == files else datasets.load_dataset_builder(builder.name, data_files=kept)
+    files = {str(split): [Path(file) for file in held] for split, held in builder.config.data_files.items()}
+    kept = {split: [file for file in held if LITTER.isdisjoint(file.parts)] for split, held in files.items()}
+    folders = [{file.parent for file in held if file.suffix.lower() in builder.EXTENSIONS} for held in kept.values()]
+    every = set().union(*folders)
+    classes, depths = {folder.name for folder in every}, {len(folder.parts) for folder in every}
+    described = any(file.name in builder.METADATA_FILENAMES for held in kept.values() for file in held)
+    unmet = len({folder.name for folder in folders[0]}) == 1 < len(classes) and len(depths) == 1 and not described
+    if kept == files and (not unmet or _are_splits(classes)):
+        return builder
+    names_of = {split: list(map(str, held)) for split, held in kept.items()}
+    return datasets.load_dataset_builder(builder.name, data_files=names_of, drop_labels=False if unmet else None)
+
+
+def _are_splits(names: Iterable[str]) -> bool:
+    """Whether all ``names`` are those of splits, so that they are no classes."""
+    names = set(names)
+    return all(map(split_of_name, names)) or set(by_split(names).values()) == names
 
 
 def _without_split_labels(splits: dict[str, Any]) -> dict[str, Any]:
     """Without a column of labels whose classes are the names of splits: the pictures lie in train/ and test/ alone."""
     names = {name for data in splits.values() for name in getattr((data.features or {}).get("label"), "names", ())}
-    if not names or not all(map(split_of_name, names)):
+    if not names or not _are_splits(names):
         return splits
     return {s: data.remove_columns("label") for s, data in splits.items()}

@@ -67,6 +67,12 @@ def without_withheld(labels: pa.Array, of_train: Iterable[str]) -> pa.Array:
     return pc.if_else(pc.is_in(labels, none), pa.scalar(None, pa.string()), labels) if len(none) else labels
 
 
+def tell_blank(where: str, of_train: Iterable[str]) -> None:
+    """Say that some labels of train are empty: a class like any other, but hardly a meant one."""
+    if any(not label.strip() for label in of_train):
+        tell(f"Some labels in the train split of '{where}' are empty; they are taken for a class of their own.")
+
+
 def tell_unseen(where: str, split: str, labels: Iterable[str], of_train: Iterable[str]) -> None:
     """Say which classes of ``split`` train lacks."""
     unseen = sorted_names(set(labels) - set(of_train))

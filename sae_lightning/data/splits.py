@@ -16,19 +16,41 @@ BESIDE = ("set", "data", "images", "imgs", "split")  # words that a split's name
 
 
 def split_of_name(name: str) -> str | None:
-    """The split that a folder or a data set's split is called by: Train, training, val_images …; None for others."""
-    words = [word for word in re.split(r"[\s_.-]+", name.casefold()) if word and word not in BESIDE]
-    word = words[0].removesuffix("set") if len(words) == 1 else ""
-    return next((split for split in SPLITS if word in USUAL[split] + OTHER[split]), None)
+    """The split that a folder or a data set's split is called by: Train, training, val_images, train2017; else None."""
+    split, rest = _split_and_rest(name)
+    return None if rest else split
+
+
+def _split_and_rest(name: str) -> tuple[str | None, tuple[str, ...]]:
+    """The split that one of the name's words means, and its other words but for numbers and such as ``images``."""
+    words = [word.rstrip("0123456789") for word in re.split(r"[\s_.-]+", name.casefold())]
+    words = [word for word in words if word and word not in BESIDE]
+    for place, word in enumerate(words):
+        split = next((s for s in SPLITS if word.removesuffix("set") in USUAL[s] + OTHER[s]), None)
+        if split is not None:
+            return split, (*words[:place], *words[place + 1 :])
+    return None, tuple(words)
 
 
 def by_split(names: Iterable[str]) -> dict[str, str]:
-    """The splits that ``names`` call, each with its name: the usual one, or else the only other one."""
+    """The splits that ``names`` call, each with its name: the usual one, or else the only other one.
+
+    Where none calls train so, also names that differ by the split alone: seg_train, seg_test.
+    """
     names = list(names)
+    found = _by_split(names, ())
+    if "train" in found:
+        return found
+    rests = dict.fromkeys(rest for split, rest in map(_split_and_rest, names) if split == "train")
+    alike = [pair for pair in (_by_split(names, rest) for rest in rests) if "train" in pair and len(pair) > 1]
+    return alike[0] if len(alike) == 1 else found
+
+
+def _by_split(names: Sequence[str], rest: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for split in SPLITS:
-        usual = [name for name in USUAL[split] if name in names]
-        others = [name for name in names if split_of_name(name) == split]
+        usual = [name for name in USUAL[split] if name in names and not rest]
+        others = [name for name in names if _split_and_rest(name) == (split, rest)]
         if usual or len(others) == 1:
             found[split] = (usual or others)[0]
     return found

@@ -15,7 +15,15 @@ import pyarrow.compute as pc
 
 from sae_lightning.data.errors import DataError, tell
 from sae_lightning.data.images import ImageData
-from sae_lightning.data.labels import UNLABELLED, class_name, positions, sorted_names, tell_unseen, without_withheld
+from sae_lightning.data.labels import (
+    UNLABELLED,
+    class_name,
+    positions,
+    sorted_names,
+    tell_blank,
+    tell_unseen,
+    without_withheld,
+)
 from sae_lightning.data.patterns import files_of, fixed_folder
 from sae_lightning.data.scan import level
 from sae_lightning.data.splits import SPLITS, USUAL, by_split, cut, train_share
@@ -46,6 +54,7 @@ def load_webdataset(cfg: dict[str, Any], split: str) -> ImageData:
     index = indices[own]
     given = class_list(cfg.get("classes"))
     of_train = _different(indices["train"].table["label"])
+    tell_blank(cfg["name"], of_train)
     texts = {s: without_withheld(i.table["label"].combine_chunks(), of_train) for s, i in indices.items()}
     names = given or sorted_names(set().union(*map(_different, texts.values()))) or [UNLABELLED]
     labels = label_positions(index, texts[own], names, given is not None, path)

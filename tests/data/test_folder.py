@@ -76,6 +76,9 @@ def test_pictures_without_class_folders_are_one_class(tmp_path):
         (("training", "testing"), [16, 4, 20]),
         (("TRAIN", "VALID", "TEST"), [20, 20, 20]),
         (("train_images", "test-images", "notes"), [16, 4, 20]),
+        (("train2017", "val2017"), [16, 20, 4]),
+        (("01_train", "02_test1", "02_test2"), [12, 4, 4]),  # which of two is not clear
+        (("seg_train", "seg_test"), [16, 4, 20]),
     ],
 )
 def test_less_usual_names_of_splits_are_taken_and_said(tmp_path, folders, expected):
@@ -134,9 +137,12 @@ def test_small_classes_have_an_image_in_each_split(tmp_path):
     assert [np.bincount(p.labels).tolist() for p in parts.values()] == [[2] * 3, [1] * 3, [1] * 3]
 
 
-def test_a_class_may_be_called_train(tmp_path):
-    root = write_pictures(tmp_path, *(f"{c}/{i}.png" for c in ("train", "bus") for i in range(5)))
-    assert load_images(folder_cfg(root), "train").class_names == ["bus", "train"]
+@pytest.mark.parametrize(
+    "classes", [("bus", "train"), ("test_tube", "train_station"), ("train", "training"), ("val_x",)]
+)
+def test_a_class_may_be_called_train(tmp_path, classes):
+    root = write_pictures(tmp_path, *(f"{c}/{i}.png" for c in classes for i in range(5)))
+    assert load_images(folder_cfg(root), "train").class_names == list(classes)
 
 
 def test_nesting_odd_suffixes_links_and_hidden_files(tmp_path):

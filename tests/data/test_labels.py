@@ -179,6 +179,12 @@ def test_a_withheld_label_is_none_where_train_has_no_such_class(tmp_path, kind, 
         assert named(root, "test", streaming=streaming) == expected
 
 
+def test_empty_labels_of_train_are_said_to_be_a_class(tmp_path):
+    root = parquet(tmp_path, label=pa.array(["cat", "", "dog"]))
+    with pytest.warns(DataWarning, match="Some labels in the train split of .* are empty"):
+        assert named(root, "train", **ALONE) == ["cat", "", "dog"]
+
+
 def test_a_split_without_the_column_of_train_is_refused(tmp_path):
     datasets.DatasetDict(train=made(2, label=(LABEL, [0, 1])), test=made(2)).save_to_disk(tmp_path / "x")
     with pytest.raises(DataError, match=r"'test' of 'x' has no column 'label'.*data\.splits\.test=train"):
@@ -190,10 +196,32 @@ def pictures_in(root, *folders, each=5):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("folders", [("train", "test"), ("train", "validation", "test"), ("Train", "Test")])
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("train", "test"),
+        ("train", "validation", "test"),
+        ("Train", "Test"),
+        ("train2017", "test2017"),
+        ("x_train", "x_test"),
+    ],
+)
 def test_folders_of_splits_with_bare_pictures_are_unlabelled(tmp_path, folders, streaming):
     root = pictures_in(tmp_path, *folders)
     assert named(root, "train", streaming=streaming) == named(root, "test", streaming=streaming) == ["unlabelled"] * 5
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_single_class_in_train_is_a_class(tmp_path, streaming):
+    root = pictures_in(tmp_path, "train/cat", "test/cat", "test/dog", each=2)
+    assert named(root, "train", streaming=streaming) == ["cat"] * 2
+    assert sorted(named(root, "test", streaming=streaming)) == ["cat", "cat", "dog", "dog"]
+
+
+def test_folders_of_splits_without_train_are_not_taken_for_it(tmp_path):
+    root = pictures_in(tmp_path, "Val/cat", "Test/cat")
+    with pytest.raises(DataError, match=r"no split 'train'; it has \['validation', 'test'\]"):
+        named(root, "test")
 
 
 def test_folders_of_splits_in_capitals_are_said_and_kept_apart(tmp_path):
