@@ -30,6 +30,7 @@ from sae_lightning.kernels.build import lend_cache
 from sae_lightning.locks import held
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.training.checkpoints import CheckpointFiles, last_checkpoint, mend_checkpoint, remove_checkpoints
+from sae_lightning.training.full_disk import names_full_disk
 from sae_lightning.training.history import History
 from sae_lightning.training.launch import environment, know_rank, launch_ranks, n_ranks, wants_ranks
 from sae_lightning.training.loggers import check_loggers, checkpoint_step, close_loggers, open_loggers, settle
@@ -114,6 +115,7 @@ def check_splits(cfg: DictConfig, train: ImageData, held_out: ImageData) -> None
     EpochBatches(len(train), cfg.batch_size, cfg.seed, world=n_ranks(cfg))
 
 
+@names_full_disk
 def fit(cfg: DictConfig, folder: Path) -> None:
     """Train in this process (one of several ranks, or the only one); writes the artefact and ``trained.json``."""
     quiet()

@@ -33,6 +33,7 @@ from sae_lightning.training.checkpoints import (
     mend_checkpoint,
     remove_checkpoints,
 )
+from sae_lightning.training.full_disk import names_full_disk
 from sae_lightning.training.history import History
 from sae_lightning.training.identity import callbacks_on, run_hash, run_name, uses_k
 from sae_lightning.training.launch import environment, know_rank, launch_ranks, wants_ranks
@@ -116,6 +117,7 @@ def check(cfg: DictConfig) -> None:
         )
 
 
+@names_full_disk
 def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
     """Train in this process (one of several ranks, or the only one) and write the artefact.
 
