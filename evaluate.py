@@ -1,75 +1,32 @@
 """Score finished runs on the held-out test split: ``python evaluate.py [metrics=visaebench] [runs=PATTERN]``."""
 
-import json
-from pathlib import Path
+from __future__ import annotations
 
-import hydra
-from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
-from sae_lightning.benchmark.run import evaluate
-from sae_lightning.benchmark.summary import SCORES
-from sae_lightning.benchmark.table import read_rows
-from sae_lightning.benchmark.visaebench import HEADLINES, headline
-from sae_lightning.commands.start import started
-from sae_lightning.saes.artefact import read_cfg
-from sae_lightning.tracking import publish
+from sae_lightning.commands.entry import command
 
-COLUMNS = {
-    "explained_variance": "expl. var.", "r2": "R²", "fvu": "FVU", "l0": "L0", "dead_share": "dead", "cosine": "cosine",
-    "decoder_cosine": "|cos| dec.", "decoder_nearest_cosine": "nearest dec.", "monoscore": "MonoScore",
-    "purity": "purity", "weighted_purity": "weighted", "top_purity": "top-9",
-}  # fmt: skip
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
+@command("evaluate")
 def main(cfg: DictConfig) -> None:
-    runs = evaluate(started(cfg))
+    from sae_lightning.benchmark.printed import print_scores
+    from sae_lightning.benchmark.run import evaluate, scored
+    from sae_lightning.benchmark.suite import PartError
+    from sae_lightning.tracking import publish
+
+    failed: PartError | None = None
+    try:
+        evaluate(cfg)
+    except PartError as error:  # the others have scores
+        failed = error
+    runs = scored(cfg)
     publish(runs, cfg)
-    console = Console(width=max(200, Console().width))
-    console.print(core_table(runs, cfg.split))
-    if cfg.metrics.get("sparse_probing") is not None:
-        console.print(visaebench_table(runs, cfg.split))
-    judges = {(s["title"], s["baseline"]) for s in (read_scores(run)["similarity"] for run in runs)}
-    for title, baseline in sorted(judges):
-        console.print(f"MonoScore by {title}; all pairs of images: {baseline:.3f}.", highlight=False)
-
-
-def core_table(runs: list[Path], split: str) -> Table:
-    """The core metrics of each run."""
-    table = _table(f"Scores on the {split} split", ["k of d_in", *COLUMNS.values()])
-    for run in runs:
-        made, metrics = read_cfg(run), read_scores(run)["metrics"]
-        k = "–" if made["k"] is None else f"{made['k']:g}"
-        values = [f"{metrics[name]:.3f}" if name in metrics else "–" for name in COLUMNS]
-        table.add_row(run.name, made["backbone"], f"{k} of {made['d_in']}", *values)
-    return table
-
-
-def visaebench_table(runs: list[Path], split: str) -> Table:
-    """M1–M7 of each run."""
-    table = _table(f"ViSAEBench on the {split} split", [h.title for h in HEADLINES])
-    for run in runs:
-        rows = [row for row in read_rows(run) if row["split"] == split]
-        table.add_row(run.name, read_cfg(run)["backbone"], *(_shown(headline(rows, h)) for h in HEADLINES))
-    return table
-
-
-def read_scores(run: Path) -> dict:
-    """scores.json of a run."""
-    return json.loads((run / SCORES).read_text())
-
-
-def _shown(value: float) -> str:
-    return "–" if value != value else f"{value:.3f}"
-
-
-def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title)
-    for column in ("run", "backbone", *columns):
-        table.add_column(column, justify="left" if column in ("run", "backbone") else "right", no_wrap=True)
-    return table
+    print_scores(runs, cfg)
+    if failed is not None:
+        raise failed
 
 
 if __name__ == "__main__":

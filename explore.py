@@ -3,20 +3,27 @@
 Applications: naming, search, bias, stability, steering, agreement, explorer; conf/app/ holds their options.
 """
 
-import hydra
-from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
+from __future__ import annotations
 
-from sae_lightning.apps.explore import explore
-from sae_lightning.apps.result import Result
-from sae_lightning.commands.start import started
+from typing import TYPE_CHECKING
+
+from sae_lightning.commands.entry import command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from rich.table import Table
+
+    from sae_lightning.apps.result import Result
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="explore")
+@command("explore")
 def main(cfg: DictConfig) -> None:
+    from rich.console import Console
+
+    from sae_lightning.apps.explore import explore
+
     console = Console()
-    for result in explore(started(cfg)):
+    for result in explore(cfg):
         if result.headlines:
             console.print(table_of(result))
         console.print(f"Page: {result.page}", highlight=False)
@@ -24,6 +31,8 @@ def main(cfg: DictConfig) -> None:
 
 def table_of(result: Result) -> Table:
     """The headline figures beside their baselines."""
+    from rich.table import Table
+
     table = Table(title=result.title)
     for column in ("", "value", "95 % interval", "baseline", "of"):
         table.add_column(column, justify="left" if column in ("", "of") else "right")

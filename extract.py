@@ -1,20 +1,25 @@
 """Extract feature stores: ``python extract.py backbone=dinov2 features=[patch,cls] layers=[3,11]``."""
 
-import hydra
-from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
+from __future__ import annotations
 
-from sae_lightning.commands.start import started
-from sae_lightning.data import load_images
-from sae_lightning.features.ensure import extract_stores, plain, taps_of
-from sae_lightning.features.manifest import MANIFEST
-from sae_lightning.features.store import FeatureStore
+from typing import TYPE_CHECKING
+
+from sae_lightning.commands.entry import command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="extract")
+@command("extract")
 def main(cfg: DictConfig) -> None:
-    cfg = started(cfg)
+    from rich.console import Console
+    from rich.table import Table
+
+    from sae_lightning.data import load_images
+    from sae_lightning.features.ensure import extract_stores, plain, taps_of
+    from sae_lightning.features.manifest import MANIFEST
+    from sae_lightning.features.store import FeatureStore
+
     table = Table(title="Feature stores")
     for column in ("store", "images", "patches", "d_in", "std", "γ = ‖μ‖/‖σ‖", "size"):
         table.add_column(column, justify="left" if column == "store" else "right", overflow="fold")

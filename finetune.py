@@ -1,19 +1,24 @@
 """Fine-tune classifiers with MonoLoss: ``python finetune.py -m mono_weight=0,0.03,0.05,0.07,0.1``."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from sae_lightning.commands.entry import command
 
-from sae_lightning.commands.start import started
-from sae_lightning.finetuning.run import finetune
-from sae_lightning.training.closing_table import point_to
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="finetune")
+@command("finetune")
 def main(cfg: DictConfig) -> None:
-    folder = finetune(started(cfg))
+    from hydra.core.hydra_config import HydraConfig
+
+    from sae_lightning.finetuning.run import finetune
+    from sae_lightning.training.closing_table import point_to
+
+    folder = finetune(cfg)
     point_to(Path(HydraConfig.get().runtime.output_dir), [folder])
 
 

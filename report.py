@@ -3,25 +3,31 @@
 ``python report.py grid=PATTERN`` writes ViSAEBench's analyses over a grid of runs instead.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hydra
-from omegaconf import DictConfig
+from sae_lightning.commands.entry import command
 
-from sae_lightning.benchmark.evaluate import finished_runs
-from sae_lightning.commands.start import started
-from sae_lightning.report.grid import build_grid
-from sae_lightning.report.page import build
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="report")
+@command("report")
 def main(cfg: DictConfig) -> None:
-    reports = Path(started(cfg).paths.reports)
+    from sae_lightning.benchmark.evaluate import finished_runs
+    from sae_lightning.report.grid import build_grid
+    from sae_lightning.report.page import build
+    from sae_lightning.settings.places import check_file
+
+    out = Path(cfg.out or Path(cfg.paths.reports) / ("grid.html" if cfg.grid else "report.html"))
+    check_file(out, "out")
     found = finished_runs(cfg.grid or cfg.runs, Path(cfg.paths.runs))
     if cfg.grid:
-        out = build_grid(found, Path(cfg.out or reports / "grid.html"))
+        build_grid(found, out)
     else:
-        out = build(found, Path(cfg.out or reports / "report.html"), cfg.detailed, cfg.detailed_seeds, cfg.grids)
+        build(found, out, cfg.detailed, cfg.detailed_seeds, cfg.grids)
     print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB); open it in a browser.")
 
 

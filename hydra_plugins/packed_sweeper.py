@@ -1,4 +1,4 @@
-"""Hydra's own sweeper, but that runs of a sweep which read the same features become one job."""
+"""Hydra's own sweeper, but that settings are checked first, and runs which read the same features become one job."""
 
 from __future__ import annotations
 
@@ -9,10 +9,47 @@ from typing import Any
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 
-class PackedSweeper(BasicSweeper):
+class CheckedSweeper(BasicSweeper):
+    """Hydra's own sweeper, but that the settings of all jobs are checked before the first one starts."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.command = getattr(task_function, "command", None)
+
+    def get_job_batch(self) -> Sequence[Sequence[str]]:
+        batch = super().get_job_batch()
+        self.composed(batch)
+        return batch
+
+    def composed(self, batch: Sequence[Sequence[str]]) -> list[DictConfig]:
+        """The configs of all jobs with absolute paths, without Hydra's section; SettingsError with all mistakes."""
+        from sae_lightning.commands.paths import located
+        from sae_lightning.settings import SettingsError, mistakes
+        from sae_lightning.settings.places import check_places
+
+        assert self.hydra_context is not None
+        assert self.config is not None
+        loader, here = self.hydra_context.config_loader, Path(self.config.hydra.runtime.cwd)
+        cfgs, found = [], dict[str, None]()
+        for overrides in batch:
+            whole = loader.load_sweep_config(self.config, list(overrides))
+            cfgs.append(_of_the_job(whole))
+            if self.command is not None:
+                found |= dict.fromkeys(mistakes(self.command, cfgs[-1], whole.hydra))
+        if found:
+            raise SettingsError(list(found))
+        for cfg in cfgs:
+            located(cfg, here)
+            if self.command is not None:
+                check_places(self.command, cfg)
+        return cfgs
+
+
+class PackedSweeper(CheckedSweeper):
     """Groups the runs of a sweep as ``pack`` of the config says, and notes in ``paths.runs`` what was planned.
 
     A job of several runs gets the overrides of the first, and ``pack.file`` with the configs of all, as Hydra has
@@ -23,7 +60,11 @@ class PackedSweeper(BasicSweeper):
         """All jobs; where one has failed, which the others do not mind, the closing table is shown all the same."""
         try:
             return super().sweep(arguments)
-        except Exception:
+        except Exception as error:
+            from sae_lightning.settings import SettingsError
+
+            if isinstance(error, SettingsError):
+                raise
             from sae_lightning.training.closing_table import ClosingTable
 
             if self.config is not None:
@@ -31,18 +72,13 @@ class PackedSweeper(BasicSweeper):
             raise
 
     def get_job_batch(self) -> Sequence[Sequence[str]]:
-        from sae_lightning.commands.paths import located
-        from sae_lightning.training.packing import grouped
+        batch = [list(overrides) for overrides in BasicSweeper.get_job_batch(self)]
+        assert self.config is not None
+        cfgs = self.composed(batch)
+        from sae_lightning.training.packing import grouped  # after the check, which answers at once
         from sae_lightning.training.plan import note_plan
 
-        batch = [list(overrides) for overrides in super().get_job_batch()]
-        assert self.hydra_context is not None
-        assert self.config is not None
-        loader, here = self.hydra_context.config_loader, Path(self.config.hydra.runtime.cwd)
-        cfgs = [
-            located(_of_the_job(loader.load_sweep_config(self.config, overrides)), here) for overrides in batch
-        ]  # fmt: skip
-        sweep = here / self.config.hydra.sweep.dir
+        sweep = Path(self.config.hydra.runtime.cwd) / self.config.hydra.sweep.dir
         note_plan(cfgs, batch, sweep)
         alone = isinstance(self.launcher, BasicLauncher)
         return [self._job(batch, cfgs, members, sweep) for members in grouped(cfgs, alone)]

@@ -13,6 +13,7 @@ from sae_lightning.benchmark.parts import parts_of
 from sae_lightning.data import SOURCES
 from sae_lightning.saes import VARIANTS
 from sae_lightning.saes.losses import TERMS
+from sae_lightning.settings import mistakes
 from sae_lightning.training.identity import run_name
 from sae_lightning.training.loggers import KINDS
 
@@ -39,6 +40,7 @@ def test_every_choice_composes_and_resolves(path):
     needed += ["backbone.published.model=some/model"] if name in ("timm", "transformers") else []
     root = "finetune" if group == "finetune_model" else "config"
     cfg = load(f"{group}={name}", *needed, root=root)
+    assert mistakes("finetune" if root == "finetune" else "train", cfg) == []  # settings/table.py knows every key
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert plain["data"]["source"] in (*SOURCES, "store")
     assert set(plain["logger"]) <= set(KINDS)
@@ -56,7 +58,9 @@ def test_every_root_composes(root):
 @pytest.mark.parametrize("name", METRICS)
 def test_every_choice_of_metrics_names_parts_and_usable_data_sets(name):
     run = load()
-    parts = parts_of(load(f"metrics={name}", root="evaluate").metrics)
+    cfg = load(f"metrics={name}", root="evaluate")
+    assert mistakes("evaluate", cfg) == []
+    parts = parts_of(cfg.metrics)
     assert parts[0].name == "core"
     for part in parts:
         if "data" in part.options:
@@ -69,14 +73,18 @@ def test_every_choice_of_metrics_names_parts_and_usable_data_sets(name):
 def test_every_application_has_its_options_and_its_code():
     assert sorted(EACH + TOGETHER) == APPS
     for name in APPS:
-        assert load(f"app={name}", root="explore").app.name == name
+        cfg = load(f"app={name}", root="explore")
+        assert cfg.app.name == name
+        assert mistakes("explore", cfg) == []
         assert callable(import_module(f"sae_lightning.apps.{name}.app").run)
 
 
 @pytest.mark.parametrize("name", VLMS)
 @pytest.mark.parametrize("app", ["steering", "explorer"])
 def test_every_vision_language_model_fits_where_one_is_asked_for(app, name):
-    vlm = load(f"app={app}", f"vlm@app.vlm={name}", root="explore").app.vlm
+    cfg = load(f"app={app}", f"vlm@app.vlm={name}", root="explore")
+    assert mistakes("explore", cfg) == []
+    vlm = cfg.app.vlm
     assert OmegaConf.to_container(vlm, resolve=True, throw_on_missing=True)["name"] == name
 
 

@@ -66,7 +66,7 @@ def _row(run: Path, split: str) -> dict[str, Any]:
         raise ArtefactError(
             f"{run / 'cfg.json'} holds no config: that SAE was not trained here. Leave it out of the grid."
         )
-    scores = [r for r in read_rows(run) if r["split"] == split]
+    scores = [r for r in read_rows(run, strict=True) if r["split"] == split]
     config = cfg["config"]
     settings = {
         "run": run.name, "data": cfg["data"], "backbone": config["backbone"]["name"], "title": cfg["backbone"],

@@ -10,12 +10,12 @@ from sae_lightning.backbones.base import Backbone
 from sae_lightning.backbones.bundled import load_tiny, tiny_identity
 from sae_lightning.backbones.errors import BackboneError
 from sae_lightning.backbones.layers import default_layer
-from sae_lightning.backbones.names import folder_name
 from sae_lightning.backbones.settings import check_size, published
 from sae_lightning.backbones.taps import KINDS, Tap
 from sae_lightning.backbones.timm_models import load_timm
 from sae_lightning.backbones.transformers_models import load_transformers
 from sae_lightning.backbones.weights import digest
+from sae_lightning.settings.resolvers import folder_name
 
 
 def load_backbone(cfg: Mapping[str, Any]) -> Backbone:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,14 +9,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from sae_lightning.benchmark.latents import BAND_IMAGES, LATENTS, TOP_IMAGES
+from sae_lightning.benchmark.latents import BAND_IMAGES, LATENTS, TOP_IMAGES, tensor_names
 from sae_lightning.benchmark.scoring_pass import Gather, ScoringPass
 from sae_lightning.benchmark.similarity import Judge, Similarity
 from sae_lightning.benchmark.streaming import stream
 from sae_lightning.benchmark.summary import SCHEMA, SCORES, write_summary
 from sae_lightning.features.ensure import ensure_store
 from sae_lightning.features.store import FeatureStore
-from sae_lightning.saes.artefact import read_cfg
+from sae_lightning.saes.artefact import ArtefactError, read_cfg, read_json
 
 FILES = (SCORES, LATENTS, TOP_IMAGES, BAND_IMAGES)  # what scoring leaves in the run's folder
 
@@ -63,11 +62,14 @@ def stored_scores(
     where ``similarity`` is given, judged by it.
     """
     path = run / SCORES
-    if not all((run / name).is_file() for name in FILES):
+    if not path.is_file() or not all(tensor_names(run / name) for name in FILES if name != SCORES):
         return None
-    if path.stat().st_mtime < (run / "sae.safetensors").stat().st_mtime:
+    if not (run / "sae.safetensors").is_file() or path.stat().st_mtime < (run / "sae.safetensors").stat().st_mtime:
         return None
-    scores = json.loads(path.read_text())
+    try:
+        scores = read_json(path, "score the run again")
+    except ArtefactError:
+        return None
     if scores.get("schema") != SCHEMA or scores["split"] != split or not set(names) <= set(scores["metrics"]):
         return None
     if similarity is not None and scores["similarity"]["key"] != similarity.key(read_cfg(run)["config"]):
@@ -80,8 +82,13 @@ def finished_runs(patterns: str | Iterable[str], folder: Path) -> list[Path]:
 
     Raises FileNotFoundError with a sentence when there is none.
     """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    found = {p for pattern in patterns for p in folder.glob(pattern) if (p / "result.json").is_file()}
+    patterns = [str(patterns)] if isinstance(patterns, str | int | float) else [str(pattern) for pattern in patterns]
+    try:
+        found = {p for pattern in patterns for p in folder.glob(pattern) if (p / "result.json").is_file()}
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"{', '.join(patterns)} is no pattern of names below {folder} ({error}); name runs as in batchtopk-*."
+        ) from error
     if not found:
         raise FileNotFoundError(f"No finished run in {folder} matches {', '.join(patterns)}; train one with train.py.")
     return sorted(found)

@@ -23,11 +23,13 @@ from sae_lightning.benchmark.table import scores_of
 from sae_lightning.data import DataError
 from sae_lightning.features.ensure import ensure_store, store_fingerprint
 from sae_lightning.features.store import FeatureStore, file_sha256
+from sae_lightning.saes import SAE, ArtefactError
 from sae_lightning.saes.artefact import read_cfg
 
 PARTIAL = "evaluation.partial"
 OWN = Similarity()
 SETS = ("cross_domain", "segmentation")  # parts of the metrics that name data sets
+NEEDED = ("data", "backbone", "extract")  # sections of the config that a run was trained with
 VERSION = 2  # of all parts; a change of one's figures raises it
 
 
@@ -57,7 +59,15 @@ class Job:
 
     def __init__(self, run: Path, settings: Settings) -> None:
         self.run, self.settings = run, settings
-        self.config = OmegaConf.create(read_cfg(run)["config"])
+        SAE.load(run)  # says what is wrong with it before anything is computed
+        config = read_cfg(run).get("config")
+        lacking = [name for name in NEEDED if not isinstance((config or {}).get(name), dict)]
+        if lacking:
+            raise ArtefactError(
+                f"{run / 'cfg.json'} does not say how the SAE was trained (it lacks {', '.join(lacking)} of the "
+                "config), so its features are not known; leave it out, or train it here."
+            )
+        self.config = OmegaConf.create(config)
         self.sae_digest = file_sha256(run / "sae.safetensors")
         self.parts = [part for part in settings.parts if part.applies(self.config)]
         self._stores: dict[str, FeatureStore] = {}

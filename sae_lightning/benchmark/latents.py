@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_lightning.benchmark.bands import bands, ranked, spread_ranks
 from sae_lightning.benchmark.image_codes import ImageCodes
 from sae_lightning.benchmark.top_images import TopImages
 from sae_lightning.features.store import FeatureStore
-from sae_lightning.saes import SAE
+from sae_lightning.saes import SAE, ArtefactError
+from sae_lightning.saes.artefact import write_tensors
 
 LATENTS, TOP_IMAGES, BAND_IMAGES = "latents.safetensors", "top_images.safetensors", "bands.safetensors"
 
@@ -85,25 +84,24 @@ def put_tensors(path: Path, tensors: dict[str, Tensor], anew: bool = False) -> N
     write_tensors(path, held | tensors)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, so that a reader sees the old one or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-    os.replace(partial, path)
-
-
 def tensor_names(path: Path) -> set[str]:
-    """The names of a safetensors file's tensors; none where there is no file."""
-    if not path.is_file():
+    """The names of a safetensors file's tensors; none where there is no file, or a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError):
         return set()
-    with safe_open(path, "pt") as file:
-        return set(file.keys())
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata."""
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    """The tensors of a safetensors file and its metadata; ArtefactError where it is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(
+            f"{path} cannot be read ({error}); make it anew: python evaluate.py runs={path.parent.name}."
+        ) from error
 
 
 def _ids(store: FeatureStore, images: Tensor) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from sae_lightning.benchmark.evaluate import finished_runs
+from sae_lightning.benchmark.evaluate import finished_runs, stored_scores
 from sae_lightning.benchmark.job import Settings
 from sae_lightning.benchmark.ranks import Ranks, ranks
 from sae_lightning.benchmark.similarity import similarity_of
@@ -41,6 +41,12 @@ def evaluate(cfg: DictConfig) -> list[Path]:
     with ranks() as here:
         evaluate_runs(runs, settings_of(cfg, here), here)
     return runs
+
+
+def scored(cfg: DictConfig) -> list[Path]:
+    """The runs that ``cfg.runs`` names and that have scores on ``cfg.split``."""
+    runs = finished_runs(cfg.runs, Path(cfg.paths.runs))
+    return [run for run in runs if stored_scores(run, cfg.split, []) is not None]
 
 
 def _evaluate_rank(cfg: DictConfig, _: Path) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -31,6 +32,8 @@ from sae_lightning.benchmark.table import Score, put_scores
 from sae_lightning.locks import held
 
 ALONE = Ranks()
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class PartError(ValueError):
@@ -68,30 +71,55 @@ class _Work:
 def evaluate_runs(runs: Sequence[Path], settings: Settings, ranks: Ranks = ALONE) -> None:
     """Compute and write what is missing of all ``runs``; see above. All ``ranks`` call it alike.
 
-    Raises StoreError, DataError or BackboneError with a sentence before anything is computed where a store that some
-    part needs can be neither found nor extracted. A part that cannot be computed of one run says why and leaves the
-    others alone; PartError names these parts at the end.
+    A run that cannot be read, or whose stores can be neither found nor extracted, and a part that cannot be computed
+    of a run, says why and leaves the others alone; PartError names these at the end. Where no run is left the first
+    one's error is raised (ArtefactError, StoreError, DataError or BackboneError), before anything is computed.
     """
-    jobs = [Job(run, settings) for run in runs]
+    assert settings.parts or not runs  # ValueError for parts that are unknown, which is no run's fault
+    jobs, failed = _each(runs, lambda run: Job(run, settings), lambda run: run, ranks.first)
     with ExitStack() as locks:
         for job in sorted(jobs, key=lambda job: job.run.name) if ranks.first else ():
             locks.enter_context(scoring_lock(job.run))
-        found = [job.missing() for job in tqdm(jobs, "Looking at runs", unit="run", leave=False)] if ranks.first else []
-        missing = ranks.share([[part.name for part in parts] for parts in found])
-        todo = [
-            (job, [part for part in job.parts if part.name in names])
-            for job, names in zip(jobs, missing, strict=True) if names
-        ]  # fmt: skip
-        failed: list[str] = []
+        found: list[tuple[str, list[str]]] = []
+        if ranks.first:
+            bar = tqdm(jobs, "Looking at runs", unit="run", leave=False)
+            found, cannot = _each(bar, lambda job: (job.run.name, [p.name for p in job.missing()]), lambda job: job.run)
+            failed += cannot
+        missing = dict(ranks.share(found))
+        jobs = [job for job in jobs if job.run.name in missing]
+        wanted = [(job, missing[job.run.name]) for job in jobs if missing[job.run.name]]
+        todo = [(job, [part for part in job.parts if part.name in names]) for job, names in wanted]
         for group in _groups(todo):
             shared: dict[str, Any] = {}
             for chunk in _chunks(group, settings, ranks):
                 failed += _score_chunk(chunk, settings, shared, ranks)
         ranks.barrier()
         if ranks.first and settings.metrics.get("stability"):
-            score_stability(runs, settings.split, settings.again)
+            score_stability([job.run for job in jobs], settings.split, settings.again)
     if failed:
-        raise PartError(f"{len(failed)} parts could not be computed, as said above: {', '.join(failed)}.")
+        what = "runs or parts of them" if any(" of " not in name for name in failed) else "parts"
+        raise PartError(f"{len(failed)} {what} could not be computed, as said above: {', '.join(failed)}.")
+
+
+def _each(
+    items: Iterable[T], do: Callable[[T], R], run_of: Callable[[T], Path], say: bool = True
+) -> tuple[list[R], list[str]]:
+    """What ``do`` gives of each item, and the names of the runs for which it cannot, which say why.
+
+    Raises the first error where it can for none.
+    """
+    done, failed, errors = [], [], []
+    for item in items:
+        try:
+            done.append(do(item))
+        except (ValueError, OSError) as error:
+            errors.append(error)
+            failed.append(run_of(item).name)
+            if say:
+                tqdm.write(f"{run_of(item).name} is left out. {error}", file=sys.stderr)
+    if errors and not done:
+        raise errors[0]
+    return done, failed
 
 
 def _groups(todo: Sequence[tuple[Job, list[Part]]]) -> Iterator[list[tuple[Job, list[Part]]]]:

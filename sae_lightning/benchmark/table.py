@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sae_lightning.saes.artefact import ArtefactError
+
 TABLE = "scores.parquet"
 SCHEMA = pa.schema(
     [
@@ -31,13 +33,25 @@ class Score(NamedTuple):
     why: str = ""
 
 
-def read_rows(run: Path) -> list[dict[str, Any]]:
-    """All rows of a run's table; none where there is no table, or one that cannot be read (it is then made anew)."""
+def read_rows(run: Path, strict: bool = False) -> list[dict[str, Any]]:
+    """All rows of a run's table; none where there is no table, or one that cannot be read (it is then made anew).
+
+    With ``strict`` ArtefactError for one that cannot be read.
+    """
     try:
         table = pq.read_table(run / TABLE)
-    except (FileNotFoundError, pa.ArrowInvalid):
+        if table.schema.names != SCHEMA.names:
+            raise pa.ArrowInvalid("it has other columns")
+        return table.to_pylist()
+    except FileNotFoundError:
         return []
-    return table.to_pylist() if table.schema.names == SCHEMA.names else []
+    except (pa.ArrowException, OSError) as error:
+        if strict:
+            raise ArtefactError(
+                f"{run / TABLE} cannot be read ({error}); make it anew: python evaluate.py runs={run.name}, with the "
+                "metrics that it had."
+            ) from error
+        return []
 
 
 def scores_of(run: Path, part: str, split: str, key: str) -> list[Score] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -72,7 +72,9 @@ def _ls(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     console, worst = _console(), 0
-    folders = [f for given in args.folder for f in ([given] if (given / MANIFEST).is_file() else find_stores(given))]
+    folders = [
+        f for given in _no_locks(args.folder) for f in ([given] if (given / MANIFEST).is_file() else find_stores(given))
+    ]
     if not folders:
         raise StoreError(f"There is no store in {', '.join(map(str, args.folder))}.")
     with Progress(console=console, transient=True) as progress:
@@ -101,7 +103,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _stats(args: argparse.Namespace) -> int:
     console = _console()
-    for folder in args.folder:
+    for folder in _no_locks(args.folder):
         store = FeatureStore.open(folder)
         m = store.manifest
         table = Table(title=str(folder), show_header=False)
@@ -123,6 +125,11 @@ def _stats(args: argparse.Namespace) -> int:
     return 0
 
 
+def _no_locks(paths: Sequence[Path]) -> list[Path]:
+    """``paths`` without the lock files beside stores, which a shell's ``train-*`` also names."""
+    return [path for path in paths if path.suffix != ".lock" or path.is_dir()]
+
+
 def _outliers(store: FeatureStore) -> str:
     ratio = (store.mean / store.deviation.clamp_min(1e-12)).abs()
     top = ratio.topk(min(5, store.d_in))
@@ -137,7 +144,7 @@ def _classes(store: FeatureStore) -> str:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    store = merge_stores(args.folder, args.into)
+    store = merge_stores(_no_locks(args.folder), args.into)
     print(f"{args.into}: {len(store):,} images in {len(store.manifest.shards)} shards.")
     return 0
 

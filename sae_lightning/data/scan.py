@@ -90,17 +90,21 @@ def tell_left_out(root: str | Path, counts: Mapping[str, int]) -> None:
 def level(folder: Path) -> tuple[list[str], bool]:
     """Names of the sub-folders, sorted, without hidden ones and litter, and whether pictures lie in ``folder`` itself.
 
-    Stops at the first picture, so that a flat folder of a million costs nothing.
+    Stops at the first picture, so that a flat folder of a million costs nothing. DataError for what cannot be read,
+    such as a link that leads to itself.
     """
     names = []
-    with os.scandir(folder) as found:
-        for entry in found:
-            if _passed(entry.name):
-                continue
-            if entry.is_dir():
-                names.append(entry.name)
-            elif suffix_of(entry.name) in SUFFIXES:
-                return [], True
+    try:
+        with os.scandir(folder) as found:
+            for entry in found:
+                if _passed(entry.name):
+                    continue
+                if entry.is_dir():
+                    names.append(entry.name)
+                elif suffix_of(entry.name) in SUFFIXES:
+                    return [], True
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}); repair or remove it.") from error
     return sorted(names), False
 
 

@@ -7,9 +7,14 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TypeVar
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
+TYPES: dict[str, tuple[type, ...]] = {  # of the fields below, as they are annotated
+    "int": (int,), "float": (int, float), "str": (str,), "list[str]": (list,), "dict[str, str]": (dict,),
+}  # fmt: skip
+T = TypeVar("T")
 
 
 class StoreError(ValueError):
@@ -91,10 +96,19 @@ class Manifest:
         if missing:
             raise StoreError(f"{path} lacks {sorted(missing)}; delete {folder} and extract again.")
         try:
-            shards = [Shard(**shard) for shard in content.pop("shards")]
-            return cls(**content | {"shards": shards, "grid": tuple(content["grid"])})
+            shards = [_typed(Shard(**shard)) for shard in content.pop("shards")]
+            return _typed(cls(**content | {"shards": shards, "grid": tuple(content["grid"])}))
         except TypeError as error:
             raise StoreError(f"{path} is not a manifest ({error}); delete {folder} and extract again.") from error
+
+
+def _typed(made: T) -> T:
+    """``made`` itself; TypeError for a field whose value is of another type than it says."""
+    for f in fields(made):  # type: ignore[arg-type]
+        value, kinds = getattr(made, f.name), TYPES.get(str(f.type))
+        if kinds is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise TypeError(f"{f.name} is {value!r}, not of the type {f.type}")
+    return made
 
 
 def partial_name(path: Path) -> Path:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sae_lightning.finetuning.build import build
 from sae_lightning.finetuning.classifier import Classifier
 from sae_lightning.finetuning.errors import FinetuneError
 from sae_lightning.finetuning.preprocess import Preprocess
-from sae_lightning.saes.artefact import unwrapped, write_json
+from sae_lightning.saes.artefact import unwrapped, write_json, write_tensors
 
 SCHEMA = 1
 WEIGHTS = "model.safetensors"
@@ -39,9 +38,7 @@ def save(
         "preprocess": preprocess.to_dict(),
     }  # fmt: skip
     write_json(folder / "cfg.json", made | record)
-    partial = folder / f"{WEIGHTS}.partial"
-    save_file({name: t.detach().cpu().contiguous() for name, t in classifier.state_dict().items()}, partial)
-    os.replace(partial, folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, dict(classifier.state_dict()))
 
 
 def load(folder: Path) -> Loaded:

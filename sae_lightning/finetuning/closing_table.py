@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sae_lightning.finetuning.run import is_finished
 from sae_lightning.training.closing_table import ClosingTable
 
 COLUMNS = {
@@ -29,6 +28,8 @@ def print_table(folders: list[Path], console: Console | None = None) -> None:
     """One row a finished run: λ, accuracy, and how monosemantic the layer's units are, on the held-out split."""
     if not folders:
         return
+    from sae_lightning.finetuning.run import is_finished  # not at the top: Hydra imports this before anything runs
+
     table = Table(title="Fine-tuned models (scores on the held-out split)")
     titles = [title for title, _ in COLUMNS.values()]
     for column in ("run", "λ", *titles, "s an epoch"):

@@ -21,21 +21,21 @@ from sae_lightning.finetuning.clock import EpochClock
 from sae_lightning.finetuning.datamodule import PictureDataModule, workers
 from sae_lightning.finetuning.errors import FinetuneError
 from sae_lightning.finetuning.identity import run_name
-from sae_lightning.finetuning.module import FinetuneModule, check_schedule
+from sae_lightning.finetuning.module import FinetuneModule
 from sae_lightning.finetuning.pictures import EpochBatches
-from sae_lightning.finetuning.preprocess import check_augment
 from sae_lightning.finetuning.scores import predict, scores
 from sae_lightning.finetuning.similarity import align, similarity_store
 from sae_lightning.kernels.build import lend_cache
 from sae_lightning.locks import held
 from sae_lightning.saes.artefact import write_json
+from sae_lightning.settings import check_settings
 from sae_lightning.training.checkpoints import CheckpointFiles, last_checkpoint, mend_checkpoint, remove_checkpoints
 from sae_lightning.training.full_disk import names_full_disk
 from sae_lightning.training.history import History
 from sae_lightning.training.launch import environment, know_rank, launch_ranks, n_ranks, wants_ranks
-from sae_lightning.training.loggers import check_loggers, checkpoint_step, close_loggers, open_loggers, settle
+from sae_lightning.training.loggers import checkpoint_step, close_loggers, open_loggers, settle
 from sae_lightning.training.preempt import StopWhenAsked, heeding
-from sae_lightning.training.run import build_callbacks, checkpoints, quiet
+from sae_lightning.training.run import build_callbacks, check_gpus, checkpoints, quiet
 
 TRAINED = "trained.json"
 PRODUCTS = ("result.json", WEIGHTS, "cfg.json")  # without which a run is not finished
@@ -59,6 +59,8 @@ def finetune(cfg: DictConfig) -> Path:
             return folder
         train, held_out = load_split(cfg, "train"), load_split(cfg, cfg.held_out)
         check_splits(cfg, train, held_out)
+        if not (folder / TRAINED).is_file():  # a layer that does not exist is found out before anything is extracted
+            build(plain(cfg.model), len(train.class_names), cfg.layer, cfg.added_layer, cfg.seed)
         for images in (train, held_out):  # once, before every rank opens them
             align(similarity_store(cfg, images.split), images)
         damaged = [folder / name for name in (*PRODUCTS, TRAINED)]
@@ -77,22 +79,10 @@ def is_finished(folder: Path) -> bool:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse settings that cannot work, in a sentence."""
-    for name in ("epochs", "batch_size", "seed"):
-        if int(cfg[name]) != cfg[name] or cfg[name] < (0 if name == "seed" else 1):
-            raise FinetuneError(f"{name}={cfg[name]} must be a whole number of at least {0 if name == 'seed' else 1}.")
-    if not cfg.mono_weight >= 0:
-        raise FinetuneError(f"mono_weight={cfg.mono_weight} must be 0 (plain cross entropy) or positive.")
-    if cfg.data.source == "store":
-        raise FinetuneError("data=store holds features only; fine-tuning needs pictures, such as data=folder.")
-    if cfg.trainer.num_nodes > 1:
-        raise FinetuneError(f"Fine-tuning works on one node; set trainer.num_nodes=1 (it is {cfg.trainer.num_nodes}).")
-    check_loggers(cfg)
-    check_augment(cfg.augment)
-    check_schedule(plain(cfg.schedule))
-    gpus, devices = torch.cuda.device_count(), cfg.trainer.devices
-    if str(cfg.trainer.accelerator) in ("gpu", "cuda") and isinstance(devices, int) and devices > gpus:
-        raise FinetuneError(f"trainer.devices={devices} but {gpus} GPUs are visible; lower it or use accelerator=cpu.")
+    """ValueError in a sentence for settings that cannot work (``settings/``), here or anywhere."""
+    check_settings("finetune", cfg)
+    check_gpus(cfg)
+    build_callbacks(cfg)
 
 
 def load_split(cfg: DictConfig, split: str) -> ImageData:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lightning.interop import (
@@ -29,7 +28,7 @@ from sae_lightning.interop import (
     widths,
 )
 from sae_lightning.saes import SAE, Normalizer
-from sae_lightning.saes.artefact import write_json
+from sae_lightning.saes.artefact import write_json, write_tensors
 
 FORMAT = "6.54.0"  # the version of SAELens whose layout this is
 PLAIN = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
@@ -60,7 +59,7 @@ def save(sae: SAE, folder: str | Path) -> None:
     weights = fold(sae, unit_norm=True)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(rename(weights, NAMES[architecture]), folder / "sae_weights.safetensors")
+    write_tensors(folder / "sae_weights.safetensors", rename(weights, NAMES[architecture]))
     cfg = {"architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu"}
     norm = "none" if sae.input_norm == "none" else "constant_norm_rescale"
     cfg |= {"apply_b_dec_to_input": True, "normalize_activations": norm, "reshape_activations": "none"}

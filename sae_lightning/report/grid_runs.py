@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from sae_lightning.analysis.grid import read_grid
 from sae_lightning.benchmark.evaluate import SCORES
 from sae_lightning.benchmark.table import read_rows
 from sae_lightning.report.grid_figures import ORDER, colours
+from sae_lightning.saes.artefact import read_json
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,12 @@ def load(runs: Sequence[Path]) -> Grid:
     scored = [run for run in runs if (run / SCORES).is_file()]
     if not scored:
         raise FileNotFoundError(f"None of {len(runs)} runs has scores; make them with evaluate.py metrics=visaebench.")
-    splits = sorted({json.loads((run / SCORES).read_text())["split"] for run in scored})
+    anew = "make it anew: python evaluate.py runs={}"
+    splits = sorted({read_json(run / SCORES, anew.format(run.name))["split"] for run in scored})
     if len(splits) > 1:
         raise ValueError(f"The runs were scored on different splits ({', '.join(splits)}); evaluate them on one.")
     frame = in_order(read_grid(scored, splits[0]))
-    found = [row for run in scored for row in read_rows(run) if row["split"] == splits[0]]
+    found = [row for run in scored for row in read_rows(run, strict=True) if row["split"] == splits[0]]
     rows = pd.DataFrame(found, columns=["run", "metric", "setting", "value"])
     return Grid(frame, main_family(frame), rows, splits[0], colours(frame))
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from sae_lightning import __version__
 from sae_lightning.benchmark.evaluate import FILES, SCORES
-from sae_lightning.benchmark.latents import LATENTS, TOP_IMAGES, read_tensors
+from sae_lightning.benchmark.latents import LATENTS, TOP_IMAGES, read_tensors, tensor_names
 from sae_lightning.data import ImageData, load_images
 from sae_lightning.features.ensure import fingerprint, tap_of
 from sae_lightning.features.store import StoreError
@@ -33,7 +33,7 @@ from sae_lightning.report.pairs import (
 from sae_lightning.report.profiles import group_profile, profiles
 from sae_lightning.report.strips import heat, overlay, strip, thumbnail
 from sae_lightning.report.visaebench_tables import NOTHING, Scored, by_backbone, number, scored_runs
-from sae_lightning.saes.artefact import read_cfg, write_text
+from sae_lightning.saes.artefact import ArtefactError, read_cfg, read_json, write_text
 from sae_lightning.training.identity import monoloss_of
 
 GROUPS = {
@@ -51,8 +51,8 @@ AUDITED = 8  # backbones whose latents of high, mean and low Moran's I are set s
 def load_run(folder: Path) -> dict[str, Any]:
     """What the page shows of one evaluated run."""
     cfg = read_cfg(folder)
-    scores = json.loads((folder / SCORES).read_text())
-    result = json.loads((folder / "result.json").read_text())
+    scores = read_json(folder / SCORES, f"make it anew: python evaluate.py runs={folder.name}")
+    result = read_json(folder / "result.json", "train the run again")
     k = "–" if cfg["k"] is None else f"{cfg['k']:g} of {cfg['d_in']}"
     kind = "" if cfg["features"] == "patch" else cfg["features"]
     features = " ".join(filter(None, (kind, "" if cfg["layer"] is None else f"L{cfg['layer']}")))
@@ -174,6 +174,11 @@ def load_runs(folders: list[Path]) -> list[dict[str, Any]]:
     if old:
         raise FileNotFoundError(
             f"These runs were scored without MonoScore and purity: {', '.join(old)}. Evaluate them again: evaluate.py."
+        )
+    damaged = [f.name for f in folders if not all(tensor_names(f / name) for name in FILES if name != SCORES)]
+    if damaged:
+        raise ArtefactError(
+            f"Files with latents of these runs are damaged: {', '.join(damaged)}. Evaluate them again: evaluate.py."
         )
     runs = [load_run(folder) for folder in folders]
     labels = [run["label"] for run in runs]

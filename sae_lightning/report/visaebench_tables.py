@@ -121,7 +121,11 @@ MAIN = [
 
 def scored_runs(runs: Sequence[Mapping[str, Any]]) -> list[Scored]:
     """The runs that have more than core scores, those of one backbone together, by variant, expansion, k and seed."""
-    found = [Scored(run, [row for row in read_rows(run["folder"]) if row["split"] == run["split"]]) for run in runs]
+    tables = [read_rows(run["folder"], strict=True) for run in runs]
+    found = [
+        Scored(run, [row for row in rows if row["split"] == run["split"]])
+        for run, rows in zip(runs, tables, strict=True)
+    ]
     found = [sae for sae in found if any(row["part"] != CORE for row in sae.rows)]
     backbones = list(dict.fromkeys(sae.backbone for sae in found))
 

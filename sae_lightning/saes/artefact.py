@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from sae_lightning.saes.base import SAE
@@ -34,9 +35,14 @@ def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write_text(path: Path, text: str) -> None:
     """A file, so that a reader, also after a power cut, sees the old one or the whole new one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same with bytes; the file has the mode that the umask gives."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -47,15 +53,31 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file written in the same way, which colleagues can read: safetensors' own are the user's alone."""
+    write_bytes(path, serialized({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file; ArtefactError says what is wrong, and the ``remedy``."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read ({(error.strerror or str(error)).lower()}); {remedy}.") from error
+    except ValueError as error:
+        raise ArtefactError(f"{path} is not valid JSON ({error}); {remedy}.") from error
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path} holds no object; {remedy}.")
+    return content
+
+
 def save(sae: SAE, folder: Path, record: dict[str, Any]) -> None:
     """Write the weights, then ``cfg.json`` with what rebuilds the SAE and with ``record``."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    tensors = dict(sae.state_dict())
     if sae.tied:
         del tensors["W_enc"]
-    partial = folder / "sae.safetensors.partial"
-    save_file(tensors, partial, metadata={"variant": sae.variant})
-    os.replace(partial, folder / "sae.safetensors")
+    write_tensors(folder / "sae.safetensors", tensors, {"variant": sae.variant})
     made = {"schema": SCHEMA, "variant": sae.variant, "d_in": sae.d_in, "d_sae": sae.d_sae, "sae": sae.settings()}
     write_json(folder / "cfg.json", made | record)
 
@@ -65,10 +87,7 @@ def read_cfg(folder: Path) -> dict[str, Any]:
     path = folder / "cfg.json"
     if not path.is_file():
         raise ArtefactError(f"There is no cfg.json in {folder}; expected a run folder with a finished SAE.")
-    try:
-        cfg = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ArtefactError(f"{path} is not valid JSON ({error}); train the run again.") from error
+    cfg = read_json(path, "train the run again")
     if cfg.get("schema") not in (1, SCHEMA):
         raise ArtefactError(f"{path} has schema {cfg.get('schema')}; this version reads schemas 1 and {SCHEMA}.")
     return cfg
@@ -79,6 +98,9 @@ def load(folder: Path) -> SAE:
     from sae_lightning.saes import VARIANTS
 
     cfg = read_cfg(folder)
+    lacking = {"variant", "d_in", "d_sae", "sae"} - set(cfg)
+    if lacking:
+        raise ArtefactError(f"{folder / 'cfg.json'} lacks {', '.join(sorted(lacking))}; it is no SAE of this package.")
     if cfg["variant"] not in VARIANTS:
         raise ArtefactError(f"{folder} holds a '{cfg['variant']}' SAE; known variants: {', '.join(sorted(VARIANTS))}.")
     weights = folder / "sae.safetensors"

@@ -15,9 +15,6 @@ from omegaconf import DictConfig, flag_override
 from rich.console import Console
 from rich.table import Table
 
-from sae_lightning.saes.artefact import ArtefactError
-from sae_lightning.training.run import is_finished, load_record
-
 POINTER = "run_folders"  # written by train.py into Hydra's job folder; launchers share only the file system
 COMMAND = "SAE_LIGHTNING_COMMAND"  # environment of jobs: whose they are, as two sweeps may have one folder
 
@@ -71,6 +68,9 @@ def print_table(folders: list[Path], console: Console | None = None) -> None:
     """One row a finished run: what it is, how well it reconstructs the val split, how long it took."""
     if not folders:
         return
+    from sae_lightning.saes.artefact import ArtefactError  # not at the top: Hydra imports this before anything runs
+    from sae_lightning.training.run import is_finished, load_record
+
     table = Table(title="Runs (scores on the val split)")
     for column in ("run", "backbone", "k of d_in", "d_sae", "expl. var.", "L0", "dead", "time"):
         table.add_column(column, justify="left" if column in ("run", "backbone") else "right", no_wrap=True)

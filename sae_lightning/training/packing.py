@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.saes.artefact import write_text
 
-WHEN = ("auto", "always", "never")
 SECTIONS = ("data", "backbone", "features", "extract", "subset", "seed", "batch_size", "stream", "paths", "pack")
 TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "strategy")
 
@@ -29,12 +28,10 @@ def grouped(cfgs: Sequence[DictConfig], in_turn: bool) -> list[list[int]]:
     """Indices of ``cfgs``, those of a group being one job; ``in_turn`` says that jobs run one after another here.
 
     Groups and their members come in the order of ``cfgs``. A run with a profiler, which watches its whole process, is
-    alone. ValueError for an unknown ``pack.when``.
+    alone.
     """
     groups: dict[str, list[int]] = {}
     for i, cfg in enumerate(cfgs):
-        if cfg.pack.when not in WHEN:
-            raise ValueError(f"Unknown pack.when={cfg.pack.when}; choose one of {', '.join(WHEN)}.")
         alone = cfg.pack.when == "never" or cfg.trainer.num_nodes > 1 or cfg.trainer.get("profiler") is not None
         packed = not alone and (cfg.pack.when == "always" or in_turn)
         groups.setdefault(stream_key(cfg) if packed else str(i), []).append(i)

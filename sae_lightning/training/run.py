@@ -26,6 +26,7 @@ from sae_lightning.locks import held
 from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
 from sae_lightning.saes.artefact import read_cfg, write_json
 from sae_lightning.saes.ranks import rank, world_size
+from sae_lightning.settings import check_settings
 from sae_lightning.training.checkpoints import (
     CheckpointFiles,
     OwnCheckpoint,
@@ -37,15 +38,14 @@ from sae_lightning.training.full_disk import names_full_disk
 from sae_lightning.training.history import History
 from sae_lightning.training.identity import callbacks_on, run_hash, run_name, uses_k
 from sae_lightning.training.launch import environment, know_rank, launch_ranks, wants_ranks
-from sae_lightning.training.loggers import check_loggers, checkpoint_step, close_loggers, open_loggers, settle
+from sae_lightning.training.loggers import checkpoint_step, close_loggers, open_loggers, settle
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.nodes import check_tasks, leading, node
 from sae_lightning.training.preempt import StopWhenAsked, heeding
 from sae_lightning.training.progress import Throughput
 from sae_lightning.training.resample import Resample
-from sae_lightning.training.start import B_PRE, dead_at_start, prepare, warnings_for
+from sae_lightning.training.start import dead_at_start, prepare, warnings_for
 
-THRESHOLDS = ("calibrated", "running_minimum", "running_average")
 PRODUCTS = ("result.json", "sae.safetensors", "cfg.json")  # without which a run is not finished
 VERSIONS = ("torch", "lightning", "timm", "transformers", "numpy")
 
@@ -90,30 +90,20 @@ def is_finished(folder: Path) -> bool:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse settings that cannot work, in a sentence."""
-    if cfg.sae.name not in VARIANTS:
-        raise ValueError(f"Unknown sae.name={cfg.sae.name}; choose one of {', '.join(sorted(VARIANTS))}.")
-    for name in ("expansion" if cfg.d_sae is None else "d_sae", "batch_size", "seed"):
-        if int(cfg[name]) != cfg[name] or cfg[name] < (0 if name == "seed" else 1):
-            raise ValueError(f"{name}={cfg[name]} must be a whole number of at least {0 if name == 'seed' else 1}.")
-    if uses_k(cfg.sae) and cfg.k <= 0:
-        raise ValueError(f"k={cfg.k} must be positive: it is the number of active latents a token.")
-    choices = {"normalize": ("standard", "none"), "init.b_pre": B_PRE}
-    if cfg.sae.name.startswith(("batchtopk", "matryoshka")) and "threshold" in cfg.sae:
-        choices["sae.threshold"] = THRESHOLDS
-    for name, known in choices.items():
-        if OmegaConf.select(cfg, name) not in known:
-            raise ValueError(f"Unknown {name}={OmegaConf.select(cfg, name)}; choose one of {', '.join(known)}.")
-    if cfg.sae.get("threshold") == "calibrated" and cfg.sae.settings.get("k_per") == "batch":
+    """ValueError in a sentence for settings that cannot work (``settings/``), here or anywhere."""
+    check_settings("train", cfg)
+    check_gpus(cfg)
+    build_callbacks(cfg)
+
+
+def check_gpus(cfg: DictConfig) -> None:
+    """ValueError where ``trainer.devices`` asks for more GPUs than there are."""
+    devices, available = cfg.trainer.devices, torch.cuda.device_count()
+    wanted = str(cfg.trainer.accelerator) in ("gpu", "cuda")
+    count = devices if isinstance(devices, int) else 0 if isinstance(devices, str) else len(devices)
+    if wanted and (count > available or not available):
         raise ValueError(
-            "sae.threshold=calibrated needs k a sample; with k_per=batch set sae.threshold=running_average."
-        )
-    check_loggers(cfg)
-    devices, accelerator = cfg.trainer.devices, str(cfg.trainer.accelerator)
-    available = torch.cuda.device_count()
-    if accelerator in ("gpu", "cuda") and isinstance(devices, int) and devices > available:
-        raise ValueError(
-            f"trainer.devices={devices} but {available} GPUs are visible; lower it or set accelerator=cpu."
+            f"trainer.devices={devices} but {available} GPUs are visible; lower it or set trainer.accelerator=cpu."
         )
 
 

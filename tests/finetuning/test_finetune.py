@@ -152,8 +152,8 @@ def test_the_same_code_fine_tunes_clip_with_adapters(settings):
         (["data.path=/no/such/folder"], "There is no folder"),
         (["+logger.paper={}"], "logger.paper"),
         (["similarity_store.train=/no/such/store"], "/no/such/store"),
-        (["features=patch"], "vectors an image"),
-        (["trainer.accelerator=gpu", "trainer.devices=64"], "GPUs are visible"),
+        (["features=patch"], "Unknown features=patch"),
+        (["trainer.accelerator=gpu", "trainer.devices=4"], "GPUs are visible"),
     ],
 )
 def test_impossible_settings_fail_with_a_sentence(overrides, sentence, settings):

@@ -89,8 +89,8 @@ def test_finished_ones_are_skipped_and_bad_ones_named(config, capsys):
         train_packed([config(f"k={k}") for k in (4, 8, -3, 400)])
     said = capsys.readouterr()
     assert f"{done.name}: finished before, skipped" in said.out
-    assert "k=-3 must be positive" in said.err
-    assert "got k=400" in said.err
+    assert "k=-3 must be a number above 0" in said.err
+    assert "k=400 must not be above the number of latents" in said.err
     assert "Traceback" not in said.err
     assert len(list(done.parent.glob("*-k8-*/result.json"))) == 1
 

@@ -108,11 +108,6 @@ def test_at_most_so_many_members_in_parts_of_equal_size(config):
     assert [i for group in grouped(cfgs, True) for i in group] == list(range(10))
 
 
-def test_an_unknown_choice_says_what_to_choose(config):
-    with pytest.raises(ValueError, match=r"pack\.when=sometimes; choose one of auto, always, never"):
-        grouped([config("pack.when=sometimes")], True)
-
-
 def test_the_weights_are_what_training_holds(config):
     cfg = config("expansion=4")
     folder = train(cfg)

@@ -1,4 +1,4 @@
-"""Names of backbones that follow from a model's id."""
+"""Functions that configs call, such as names of backbones that follow from a model's id."""
 
 from __future__ import annotations
 
