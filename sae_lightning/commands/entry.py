@@ -74,11 +74,11 @@ def run(task: Work, name: str, config_name: str) -> None:
         with told(name, end=True):
             return step()
 
-    utils.run_and_report = original if _full() else report
+    utils.run_and_report = original if _full() else report  # type: ignore[assignment]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
     finally:
-        utils.run_and_report = original
+        utils.run_and_report = original  # type: ignore[assignment]
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def check(cfg: DictConfig) -> None:
     """ValueError in a sentence for settings that cannot work (``settings/``), here or anywhere."""
     check_settings("finetune", cfg)
     check_gpus(cfg)
-    build_callbacks(cfg)
+    build_callbacks(cfg, Path(cfg.paths.runs))
 
 
 def load_split(cfg: DictConfig, split: str) -> ImageData:

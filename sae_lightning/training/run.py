@@ -93,7 +93,7 @@ def check(cfg: DictConfig) -> None:
     """ValueError in a sentence for settings that cannot work (``settings/``), here or anywhere."""
     check_settings("train", cfg)
     check_gpus(cfg)
-    build_callbacks(cfg)
+    build_callbacks(cfg, Path(cfg.paths.runs))
 
 
 def check_gpus(cfg: DictConfig) -> None:
