@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from sae_lightning.data.errors import DataError, brief
 from sae_lightning.data.levels import AS_FILED, Reading, Samples, picture_of, say_channels
 from sae_lightning.data.png import SIGNATURE, is_deep, png_samples, without_metadata
+from sae_lightning.data.remarks import remark
 from sae_lightning.data.tiff import is_tiff, pillow_knows, tiff_samples
 
 Source = bytes | str | Path | Image.Image  # encoded bytes, a path, an address that fsspec opens, or a picture
@@ -85,6 +86,8 @@ def _opened(source: bytes | Path, reading: Reading, image_id: str) -> Image.Imag
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with Image.open(file) as picture:
+            if picture.format != "JPEG" and getattr(picture, "is_animated", False):
+                remark("frames", f"Of pictures with several frames or pages (first: '{image_id}') the first is read.")
             if picture.format == "TIFF" and not (reading == AS_FILED and pillow_knows(picture)):
                 return _made(tiff_samples(io.BytesIO(_bytes(source)), picture), reading, image_id)
             if is_deep(picture):

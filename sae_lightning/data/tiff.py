@@ -14,7 +14,7 @@ HEADS = (b"MM\x00\x2a", b"II\x2a\x00", b"MM\x00\x2b", b"II\x2b\x00")  # the last
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, MASK, CMYK = range(6)
 COLOURS = {WHITE_IS_ZERO: None, BLACK_IS_ZERO: None, RGB: 3, PALETTE: 3, MASK: None, CMYK: None}
 INTEGERS, SIGNED, FLOATS, UNKNOWN = 1, 2, 3, 4  # sample formats
-BITS, PHOTOMETRIC, PLANES, FORMAT = 258, 262, 284, 339  # tags
+BITS, CHANNELS, FORMAT = 258, 277, 339  # tags
 ALPHA = (1, 2)  # kinds of extra samples
 
 
@@ -24,10 +24,10 @@ def is_tiff(head: bytes) -> bool:
 
 
 def pillow_knows(picture: Image.Image) -> bool:
-    """Whether Pillow reads this TIFF as it is meant: up to 8 bits, unsigned, its channels side by side."""
+    """Whether Pillow reads this TIFF as it is meant: up to 8 bits, unsigned, and all of its channels."""
     tags = picture.tag_v2  # type: ignore[attr-defined]
     plain = all(kind in (INTEGERS, UNKNOWN) for kind in tags.get(FORMAT, (INTEGERS,)))
-    return plain and max(tags.get(BITS, (1,))) <= 8
+    return plain and max(tags.get(BITS, (1,))) <= 8 and tags.get(CHANNELS, 1) == len(picture.getbands())
 
 
 def tiff_samples(file: BinaryIO | Path, picture: Image.Image | None) -> Samples | Image.Image:
@@ -65,7 +65,8 @@ def tiff_samples(file: BinaryIO | Path, picture: Image.Image | None) -> Samples 
         else:
             values = np.moveaxis(values, 0, -1) if page.axes.startswith("S") else values
         if page.photometric == PALETTE and page.colormap is not None:
-            return Samples(np.moveaxis(page.colormap[:, values], 0, -1), 16, 3)
+            places = values[..., 0] if values.ndim == 3 else values
+            return Samples(np.moveaxis(page.colormap[:, places], 0, -1), 16, 3)
         values = values.reshape(*values.shape[:2], -1)
         values = values.astype(np.uint8) if values.dtype == bool else values
         if page.photometric == CMYK:

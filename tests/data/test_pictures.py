@@ -184,6 +184,8 @@ def test_what_is_white_can_be_said():
         (tiff(of("f4", 5e6)), "32-bit floats (first: 'x') are read with 0 as black and 5e+06 as white, by the pic"),
         (tiff(of("u1", 255)), "with 1 channel (first: 'x') are read as grey, given as three equal channels;"),
         (saved(COLOUR.convert("RGBA"), "PNG"), "with 4 channels (first: 'x') are read as red, green and blue, and 1"),
+        (tiff(np.zeros((8, 8, 2), "u1"), photometric="minisblack", planarconfig="contig"), "with 2 channels (first"),
+        (tiff(np.zeros((8, 8, 5), "u1"), photometric="rgb"), "with 5 channels (first: 'x') are read as red, green"),
         (saved(COLOUR.convert("LA"), "PNG"), "with 2 channels (first: 'x') are read as grey, given as three equal"),
     ],
 )  # fmt: skip
@@ -191,6 +193,15 @@ def test_what_is_made_of_unusual_pictures_is_said_once(source, sentence, capsys)
     for _ in range(2):
         to_rgb(source, "x")
     assert capsys.readouterr().out.count(sentence) == 1
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "PNG", "WEBP", "AVIF"])
+def test_of_several_frames_the_first_is_read_and_said(kind, capsys):
+    first, second = (Image.new("RGB", (32, 24), colour) for colour in ("red", "blue"))
+    data = saved(first, kind, save_all=True, append_images=[second])
+    assert np.abs(seen(data) - [1, 0, 0]).max() < 0.05
+    to_rgb(data, "y")
+    assert capsys.readouterr().out.count("several frames or pages (first: 'x') the first is read") == 1
 
 
 def test_clipping_nearly_all_is_a_warning(capsys):
