@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +22,18 @@ from sae_lightning.data.scan import size_and_time
 from sae_lightning.data.tar_samples import Keys, samples
 from sae_lightning.kernels.build import CacheError, cache_folder
 
-FORMAT = 3
+FORMAT = 4
 FAULTS = b"faults"  # of the table, by tar
+PASSED_OVER = b"passed over"  # what may be the label of samples that have none, with how many have it
 SCHEMA = pa.schema(
     {"tar": pa.int32(), "offset": pa.int64(), "size": pa.int64(), "key": pa.string(), "label": pa.string(),
-     "caption": pa.string(), "passed_over": pa.string()}
+     "caption": pa.string()}
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TarIndex:
-    """``table`` has a row a sample: tar (place in ``tars``), offset and size of the picture, key, label, caption,
-    and what was passed over where there is no label.
+    """``table`` has a row a sample: tar (place in ``tars``), offset and size of the picture, key, label, caption.
 
     ``marks`` [n_tars, 2] int64 are the tars' sizes and times in ns.
     """
@@ -40,6 +41,11 @@ class TarIndex:
     tars: list[Path]
     marks: np.ndarray
     table: pa.Table
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """What may hold the label of samples that have none, with the number of those that have it."""
+        return json.loads((self.table.schema.metadata or {}).get(PASSED_OVER, b"{}"))
 
 
 def index_tars(tars: Sequence[Path], keys: Keys, cut_short: bool = False) -> TarIndex:
@@ -81,19 +87,19 @@ def _told(index: TarIndex) -> TarIndex:
 
 def _build(tars: Sequence[Path], keys: Keys, cut_short: bool) -> pa.Table:
     parts, faults = [], {}
+    passed_over: Counter[str] = Counter()
     for number, tar in enumerate(tqdm(tars, desc="Indexing", unit="tar", leave=False, disable=len(tars) < 10)):
         found, fault = samples(tar, keys, cut_short)
         if fault is not None:
             faults[number] = fault
+        passed_over.update(name for sample in found for name in sample.passed_over)
         columns = [[getattr(sample, name) for sample in found] for name in SCHEMA.names[1:]]
         parts.append(pa.table([[number] * len(found), *columns], schema=SCHEMA))
     table = pa.concat_tables(parts)
-    if not faults:
-        return table
-    if table["label"].null_count < len(table):  # where others have a label, those that lost theirs are left out
+    if faults and table["label"].null_count < len(table):  # where others have one, those that lost theirs are left out
         lost = pc.and_(pc.is_in(table["tar"], pa.array(list(faults), pa.int32())), pc.is_null(table["label"]))
         table = table.filter(pc.invert(lost))
-    return table.replace_schema_metadata({FAULTS: json.dumps(faults)})
+    return table.replace_schema_metadata({FAULTS: json.dumps(faults), PASSED_OVER: json.dumps(passed_over)})
 
 
 def _keep(table: pa.Table, file: Path) -> None:

@@ -20,7 +20,7 @@ LISTED = 8  # keys of a .json that are listed where none is the label
 class Sample:
     """A picture in a tar: where its bytes are, and what the members beside it say; ``key`` is their common name.
 
-    ``passed_over`` names, one a line, what may hold the label of a sample that has none: members, and keys of a .json.
+    ``passed_over`` names what may hold the label of a sample that has none: members, and keys of a .json.
     """
 
     key: str
@@ -28,7 +28,7 @@ class Sample:
     size: int = 0
     label: str | None = None
     caption: str | None = None
-    passed_over: str | None = None
+    passed_over: tuple[str, ...] = ()
     texts: dict[str, str] = field(default_factory=dict)  # members that can be read, by suffix
     others: list[str] = field(default_factory=list)  # suffixes of those that cannot
 
@@ -107,7 +107,7 @@ def split_name(name: str) -> tuple[str, str]:
 def _text(suffix: str, path: Path, member: Member, window: Window, keys: Keys) -> str | None:
     """What the member says; DataError, but None for a .txt or .json of another name, which may be anything."""
     try:
-        return window.read(member.offset, member.size).decode("utf-8").strip()
+        return window.read(member.offset, member.size).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         if suffix in ("txt", "json") or _holds_label(suffix, keys.member):
             raise _unreadable(member.name, path, error) from error
@@ -139,9 +139,9 @@ def _describe(sample: Sample, path: Path, keys: Keys) -> None:
         if sample.caption is None and held[suffix].get(keys.caption) is not None:
             sample.caption = str(held[suffix][keys.caption])
     if sample.label is None:
-        names = [f".{suffix}" for suffix in sample.others]
+        names = [f".{suffix}" for suffix in (*sample.others, *captions)]
         names += [f"key '{key}' of .{s}" for s in held for key in list(held[s])[:LISTED] if key != keys.caption]
-        sample.passed_over = "\n".join(names) or None
+        sample.passed_over = tuple(names)
     sample.others = []
 
 

@@ -59,12 +59,12 @@ def load_webdataset(cfg: dict[str, Any], split: str) -> ImageData:
     names = given or sorted_names(set().union(*map(_different, texts.values()))) or [UNLABELLED]
     labels = label_positions(index, texts[own], names, given is not None, path)
     if names == [UNLABELLED] and given is None:
-        passed_over = _passed_over(index)
-        if passed_over:
-            tell(
-                f"'{cfg['name']}' has no labels in {path}; passed over: {passed_over}. Name a member with "
-                "data.label_suffix, or a key of .json with data.label_key."
-            )
+        others = _passed_over(index)
+        tell(
+            f"'{cfg['name']}' has no labels in {path}; "
+            f"{f'passed over: {others}' if others else 'nothing lies beside the pictures'}. Name a member with "
+            "data.label_suffix, or a key of .json with data.label_key."
+        )
     elif own != "train":
         tell_unseen(cfg["name"], split, _different(texts[own]), of_train)
     images = _images(cfg["name"], split, index, labels, names, fixed_folder(path))
@@ -117,7 +117,7 @@ def class_list(classes: str | Sequence[str] | None) -> list[str] | None:
     names: Sequence[str] = classes
     if isinstance(classes, str):
         try:
-            names = Path(classes).expanduser().read_text(encoding="utf-8").splitlines()
+            names = Path(classes).expanduser().read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"data.classes={classes} cannot be read ({error}); it must be a text file with a class a line."
@@ -134,9 +134,8 @@ def _different(labels: pa.ChunkedArray | pa.Array) -> list[str]:
 
 def _passed_over(index: TarIndex) -> str:
     """What may hold the labels that are missing, each with the number of samples that have it."""
-    lines = pc.list_flatten(pc.split_pattern(index.table["passed_over"].drop_null(), "\n"))
-    counts = sorted(pc.value_counts(lines).to_pylist(), key=lambda found: -found["counts"])
-    return ", ".join(f"{found['values']} in {found['counts']} samples" for found in counts[:10])
+    most = sorted(index.passed_over.items(), key=lambda found: -found[1])[:10]
+    return ", ".join(f"{name} in {count} samples" for name, count in most)
 
 
 def label_positions(index: TarIndex, column: pa.Array, names: Sequence[str], given: bool, path: Path) -> np.ndarray:

@@ -100,6 +100,7 @@ def labels_in(path, member, *contents, picture="png"):
         ("v2.cls", (b"2", b"10"), {"picture": "v2.png"}),
         ("label.cls", (b"2", b"10"), {"picture": "image.png"}),
         ("cls.txt", (b"2", b"10"), {}),
+        ("cls", (b"\xef\xbb\xbf2", b"10\r\n"), {}),  # a byte order mark, as Windows writes it
         ("v2.json", (b'{"label": 2}', b'{"label": 10.0}'), {}),
         ("label", (b"2", b"10"), {"label_suffix": "label"}),
         ("txt", (b"2", b"10"), {"label_suffix": ".txt"}),
@@ -119,6 +120,7 @@ def test_the_last_suffix_decides_what_a_member_is(tmp_path, member, contents, ch
     [
         ("label", b"2", r"passed over: \.label in 3 samples\. Name a member with data\.label_suffix"),
         ("index", b"2", r"passed over: \.index in 3 samples"),
+        ("label.txt", b"2", r"passed over: \.label\.txt in 3 samples"),
         (
             "json",
             b'{"class": 1, "caption": "x"}',
