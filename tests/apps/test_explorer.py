@@ -14,6 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
+from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.testclient import TestClient
 
 from sae_lightning.apps.explorer.app import application, listen, run, server_of
@@ -416,8 +417,14 @@ def browser() -> str | None:
 
 @pytest.fixture(scope="module")
 def address(runs):
-    """The whole application on a free port, in a thread."""
-    app = application(runs, app_config())
+    """The whole application on a free port."""
+    with served(application(runs, app_config())) as where:
+        yield where
+
+
+@contextmanager
+def served(app):
+    """``app`` on a free port, in a thread."""
     with listen("127.0.0.1", 0) as listening:
         server = server_of(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -431,11 +438,7 @@ def address(runs):
 @pytest.mark.skipif(browser() is None, reason="no chromium here")
 @pytest.mark.parametrize("fragment", ["", "#picture=image:4&overlay=0", "#run=1&sort=latent&order=asc&least=0"])
 def test_a_browser_shows_the_latents(address, shelf, tmp_path, fragment):
-    dumped = subprocess.run(
-        [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom",
-         "--window-size=1400,1000", "--virtual-time-budget=5000", address + fragment],
-        capture_output=True, text=True, timeout=120, check=True,
-    ).stdout  # fmt: skip
+    dumped = seen(address + fragment, tmp_path)
     rows = [int(n) for n in re.findall(r'data-latent="(\d+)"', dumped)]
     query = "order=desc&least=5" if "run=1" not in fragment else "sort=latent&order=asc&least=0"
     book = shelf[1 if "run=1" in fragment else 0]
@@ -449,3 +452,49 @@ def test_a_browser_shows_the_latents(address, shelf, tmp_path, fragment):
     else:
         assert "its strongest pictures" in dumped
     assert json.dumps(book.opened.label)[1:-1].split("·")[0].split("\\")[0] in dumped
+
+
+def seen(address: str, folder) -> str:
+    """The page as the browser has it after a while."""
+    return subprocess.run(
+        [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", "--dump-dom",
+         "--window-size=1400,1000", "--virtual-time-budget=20000", address],
+        capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+
+
+def proxy(app, prefix: str, login: bool = False):
+    """What a notebook hub does: ``app`` below ``prefix`` and nothing elsewhere; with ``login`` no data either."""
+
+    async def answer(scope, receive, send):
+        inner = scope["path"].removeprefix(prefix)
+        if inner == scope["path"]:
+            await PlainTextResponse("the hub", 404)(scope, receive, send)
+        elif login and inner.startswith("/api"):
+            await HTMLResponse("<h1>Log in</h1>")(scope, receive, send)
+        else:
+            await app({**scope, "path": inner or "/", "raw_path": (inner or "/").encode()}, receive, send)
+
+    return answer
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser() is None, reason="no chromium here")
+def test_a_browser_shows_the_latents_below_the_prefix_of_a_proxy(runs, tmp_path):
+    with served(proxy(application(runs, app_config()), "/user/me/proxy/8765")) as address:
+        dumped = seen(f"{address}user/me/proxy/8765#picture=image:4", tmp_path)  # no slash at its end
+    assert len(re.findall(r'data-latent="(\d+)"', dumped)) >= 10
+    assert "Nearest pictures" in dumped
+    assert 'src="/user/me/proxy/8765/api/runs/0/images/4/over/' in dumped
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser() is None, reason="no chromium here")
+def test_an_error_stays_on_the_page_instead_of_what_is_waited_for(runs, tmp_path):
+    with served(proxy(application(runs, app_config()), "/p", login=True)) as address:
+        dumped = seen(f"{address}p/", tmp_path)
+    assert "Loading" not in dumped.partition("<script>")[0]
+    assert re.search(
+        r'<main[^>]*><p class="soft failed">http://\S+/p/api/runs answered with status 200, but not', dumped
+    )
+    assert re.search(r'id="toast" role="alert">http', dumped)  # not hidden again
