@@ -108,7 +108,7 @@ def test_workers_threads_and_packs_keep_to_them(config, monkeypatch):
     monkeypatch.setattr("sae_lightning.training.memory.free_memory", lambda: 10 * GIB)
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    assert Settings().workers(224) == 2
+    assert [Settings(sharing=n).workers(224) for n in (1, 2, 8)] == [2, 1, 1]
     assert workers(224, None) == 2
     assert workers_of(config(), 12) == 3
     assert free_bytes(config()) == int(SHARE * 10 * GIB)

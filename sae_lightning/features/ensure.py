@@ -246,7 +246,7 @@ def _spawn(cfg: DictConfig, images: Images, taps: Sequence[Tap], devices: int) -
 
 def _extract_share(cfg: DictConfig, split: str, device: str, taps: Sequence[Tap]) -> None:
     """What one of several processes does."""
-    cfg.extract.device = device
+    cfg.extract.device, cfg.extract.sharing = device, cfg.extract.devices
     try:
         images = load_images(plain(cfg.data), split)
         _extract(cfg, images, {tap: store_folder(cfg, images, tap, fingerprint(cfg, images, tap)) for tap in taps})

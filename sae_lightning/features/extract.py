@@ -39,6 +39,7 @@ class Settings:
     precision: str = "32"
     unreadable: str = "refuse"
     part: str | None = None
+    sharing: int = 1  # processes here that extract the same at once, and share the cores
 
     def __post_init__(self) -> None:
         if str(self.precision) not in PRECISIONS:
@@ -71,7 +72,7 @@ class Settings:
         """Processes that decode; none for small pictures, whose decoding costs less than starting one."""
         if self.num_workers is not None:
             return self.num_workers
-        return 0 if image_size <= 64 else max(1, cores() - 1)
+        return 0 if image_size <= 64 else max(1, cores() // self.sharing - 1)
 
 
 @dataclass

@@ -32,10 +32,10 @@ class ClosingTable(Callback):
             config.hydra.overrides.hydra.append(f"++hydra.job.env_set.{COMMAND}={config.hydra.job.env_set[COMMAND]}")
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
-        self.show(run_folders(Path(config.hydra.run.dir), config.hydra.job.env_set[COMMAND]))
+        self.show(run_folders(Path(config.hydra.run.dir), config.hydra.job.env_set.get(COMMAND) or ""))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        self.show(run_folders(Path(config.hydra.sweep.dir), config.hydra.job.env_set[COMMAND]))
+        self.show(run_folders(Path(config.hydra.sweep.dir), config.hydra.job.env_set.get(COMMAND) or ""))
 
     def show(self, folders: list[Path]) -> None:
         """Print the table of these runs."""

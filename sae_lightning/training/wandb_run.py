@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 STEP = "trainer/global_step"
 PROJECT, PATIENCE, FINISH = "sae-lightning", 5, 60  # where neither the config nor W&B's own settings say it
 OFFLINE = ("offline", "dryrun")
-_open: dict[str, Path] = {}  # by their ids, the trainings of this process that have a run
+_open: set[str] = set()  # ids of the runs of this process
+_named: dict[str, Path] = {}  # the training that had an id first
 _starting = threading.Lock()  # trainings that share a process open their runs in threads
 
 
@@ -78,7 +79,7 @@ def _settings(options: Mapping[str, Any], own: Mapping[str, Any], folder: Path, 
         "run_id": options["suffix"] and run_id, "run_name": options["suffix"] and run_id,
     }  # fmt: skip
     made = ours | dict(own) | {name: value for name, value in given.items() if value not in (None, "")}
-    if _open.get(made["run_id"], folder) != folder:  # WANDB_RUN_ID is for one training, the first
+    if _named.setdefault(made["run_id"], folder) != folder:  # WANDB_RUN_ID is for one training, the first
         made["run_id"] = run_id
     return made | {"run_tags": tuple(dict.fromkeys((*tags, *own.get("run_tags", ()), *options["tags"])))}
 
@@ -94,7 +95,7 @@ def _init(
         made.update_from_dict({"resume": "allow" if mode == "online" else None} | dict(settings) | {"mode": mode})
         with _starting:
             run = wandb.init(config=dict(config), reinit="create_new", settings=made)
-            _open[settings["run_id"]] = folder
+            _open.add(settings["run_id"])
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
     except Exception as error:  # whatever it is, it is no reason not to train
@@ -111,7 +112,7 @@ def _release(run_id: str) -> None:
     import wandb
 
     with _starting:
-        _open.pop(run_id, None)
+        _open.discard(run_id)
         if not _open:
             with contextlib.suppress(Exception, SystemExit):
                 wandb.teardown()
@@ -173,7 +174,7 @@ def finish(run: Run | None, exit_code: int = 0) -> None:
     if run is not None:
         try:
             run.finish(exit_code)
-            _open.pop(run.id, None)
+            _open.discard(run.id)
         except Exception as error:
             sync = f"`wandb sync {run.settings.sync_dir}`"
             print(f"W&B did not finish ({_first_line(error)}); send the rest: {sync}.", flush=True)

@@ -274,7 +274,7 @@ def test_w_and_b_s_own_settings_win_over_ours_and_given_ones_over_both(
 ):  # fmt: skip
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    monkeypatch.setitem(wandb_run._open, "taken", Path("/another/run"))
+    monkeypatch.setitem(wandb_run._named, "taken", Path("/another/run"))
     own = wandb_service.own_settings("/nowhere")
     assert wandb_run._settings(options(**given), own, Path("/runs/run-1"), ["clip"])[name] == expected
 
