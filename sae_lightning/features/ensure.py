@@ -86,8 +86,8 @@ def ensure_store(cfg: DictConfig, split: str, kind: str | None = None) -> Featur
 
 
 def _numbered_as_train(cfg: DictConfig, images: Images, tap: Tap, store: FeatureStore) -> FeatureStore:
-    """The store of a stream whose end told its classes, with the numbers that these have in train's store."""
-    if images.class_names is not None or images.split == "train":
+    """The store of a stream, its classes with the numbers that they have in train's, whose end may have told them."""
+    if not isinstance(images, ImageStream) or images.split == "train":
         return store
     train = load_images(plain(cfg.data), "train")
     folder = store_folder(cfg, train, tap, fingerprint(cfg, train, tap))

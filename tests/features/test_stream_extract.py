@@ -123,13 +123,15 @@ def test_a_job_that_wants_the_store_of_a_stream_makes_it(whole, named, tmp_path)
 
 
 def test_a_class_has_one_number_in_the_stores_of_all_splits_of_a_stream(tmp_path):
-    """Texts, which only the end tells: as whole numbers they are in numerical order, and train's order holds."""
-    labels = {"train": ["10", "9", "2"], "test": ["9", "11"]}
-    for split, texts in labels.items():
+    """Train's are texts, which only the end tells: whole numbers in numerical order; test's own order gives way."""
+    declared = datasets.ClassLabel(names=["11", "10", "9"])
+    labels = {"train": (datasets.Value("string"), ["10", "9", "2"]), "test": (declared, ["9", "11"])}
+    splits = {}
+    for split, (kind, texts) in labels.items():
         pictures = [{"bytes": png(i, 32), "path": None} for i in range(len(texts))]
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
-        data = datasets.Dataset.from_dict({"image": pictures, "label": texts}, features)
-        data.to_parquet(tmp_path / "data" / f"{split}.parquet")
+        features = datasets.Features({"image": datasets.Image(), "label": kind})
+        splits[split] = datasets.Dataset.from_dict({"image": pictures, "label": texts}, features)
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
     cfg = made(
         tmp_path, "data=hf", f"data.id={tmp_path / 'data'}", "data.streaming=true", "data.splits.val=train",
         "data.held_out=0.0", "backbone=clip", "backbone.size=tiny", "extract.device=cpu",
