@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 
 from sae_lightning.data.errors import DataError, brief, tell
 
+PARQUET = (".parquet", ".geoparquet", ".pq", ".gpq")
 AT_ONCE = 512  # rows that are read at once; the library takes as many as the first row group has, which may be none
 
 
@@ -23,6 +25,9 @@ def with_rows(files: Mapping[str, Sequence[str]], where: str) -> dict[str, list[
     first: tuple[str, list[str]] | None = None
     for split, names in files.items():
         for file in names:
+            if not _is_plain(file):
+                kept.setdefault(split, []).append(file)
+                continue
             about = _footer(file)
             if about.metadata.num_rows == 0:
                 empty.append(file)
@@ -42,6 +47,11 @@ def with_rows(files: Mapping[str, Sequence[str]], where: str) -> dict[str, list[
     return kept
 
 
+def _is_plain(file: str) -> bool:
+    """Whether this is a parquet file itself, and no archive with some, which the library unpacks."""
+    return file.endswith(PARQUET) and os.path.isfile(file)
+
+
 def _footer(file: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
@@ -54,7 +64,7 @@ def _footer(file: str) -> pq.ParquetFile:
 def check_rows(files: Mapping[str, Sequence[str]]) -> None:
     """DataError naming the first of ``files`` that cannot be read to its end, or has columns of other types."""
     first: tuple[str, pa.Schema] | None = None
-    for file in (file for names in files.values() for file in names):
+    for file in (file for names in files.values() for file in names if _is_plain(file)):
         about = _footer(file)
         try:
             for _ in about.iter_batches(AT_ONCE):
