@@ -159,7 +159,10 @@ def _extract(cfg: DictConfig, images: Images, folders: dict[Tap, Path]) -> None:
         print(f"{summary.images} images in {summary.seconds:.0f} s, {busy}.", flush=True)
     for folder in folders.values():
         if (folder / MANIFEST).is_file():
-            warn_of_loss(folder, Manifest.read(folder))
+            manifest = Manifest.read(folder)
+            if manifest.skipped_images:
+                print(f"{folder}: {manifest.skipped_images} unreadable pictures were left out.", flush=True)
+            warn_of_loss(folder, manifest)
 
 
 def warn_of_loss(folder: Path, manifest: Manifest) -> None:

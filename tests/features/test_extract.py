@@ -183,7 +183,7 @@ def test_an_unreadable_picture_is_refused_by_name(workers, tmp_path):
     assert not list(tmp_path.rglob("manifest.json"))
 
 
-def test_unreadable_pictures_are_left_out_and_counted_on_request(tmp_path):
+def test_unreadable_pictures_are_left_out_and_counted_on_request(tmp_path, capsys):
     pictures = make_pictures(tmp_path / "p", 10)
     cfg = picture_config(pictures, tmp_path, "extract.unreadable=skip", "data.shuffle=false")
     ids = load_images(plain(cfg.data), "train").image_ids
@@ -192,6 +192,7 @@ def test_unreadable_pictures_are_left_out_and_counted_on_request(tmp_path):
     bad = {break_picture(pictures, 7), break_picture(pictures, 4)}
     store = FeatureStore.open(extract_split(cfg)[PATCH], verify=True)
     assert store.manifest.skipped_images == 2
+    assert "2 unreadable pictures were left out." in capsys.readouterr().out
     assert store.image_ids == [i for i in ids if i not in bad]
     assert sum(shard.images for shard in store.manifest.shards) == len(store) == 8
     for i, image_id in enumerate(store.image_ids):
