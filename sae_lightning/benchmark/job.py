@@ -61,7 +61,10 @@ class Job:
         self.run, self.settings = run, settings
         SAE.load(run)  # says what is wrong with it before anything is computed
         config = read_cfg(run).get("config")
-        lacking = [name for name in NEEDED if not isinstance((config or {}).get(name), dict)]
+        config = config if isinstance(config, dict) else {}
+        lacking = [name for name in NEEDED if not isinstance(config.get(name), dict)]
+        if isinstance(config.get("data"), dict) and config["data"].get("source") == "store":
+            lacking = [name for name in lacking if name != "extract"]  # nothing is extracted
         if lacking:
             raise ArtefactError(
                 f"{run / 'cfg.json'} does not say how the SAE was trained (it lacks {', '.join(lacking)} of the "

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_lightning.data.labels import class_name
+from sae_lightning.data.labels import UNLABELLED, class_name
 from sae_lightning.data.splits import split_indices
 from sae_lightning.features.codec import DELIVERED, Frame, decode, header, layout
 from sae_lightning.features.manifest import Manifest, StoreError
@@ -187,9 +187,12 @@ class FeatureStore:
         return part
 
     def numbered_as(self, class_names: Sequence[str]) -> FeatureStore:
-        """The same images with labels that index ``class_names``, after which come the classes that these lack."""
+        """The same images with labels that index ``class_names``, after which come the classes that these lack.
+
+        Where either has no classes, there is nothing to number.
+        """
         names = list(dict.fromkeys([*class_names, *self.class_names]))
-        if names == self.class_names:
+        if names == self.class_names or [UNLABELLED] in (list(class_names), self.class_names):
             return self
         numbers = np.array([names.index(name) for name in self.class_names], dtype=np.int64)
         part = copy.copy(self)
