@@ -29,7 +29,7 @@ from sae_lightning.saes.artefact import read_cfg
 PARTIAL = "evaluation.partial"
 OWN = Similarity()
 SETS = ("cross_domain", "segmentation")  # parts of the metrics that name data sets
-NEEDED = ("data", "backbone", "extract")  # sections of the config that a run was trained with
+NEEDED = ("data", "backbone")  # sections of the config that a run was trained with
 VERSION = 2  # of all parts; a change of one's figures raises it
 
 

@@ -11,12 +11,13 @@ import torch
 from omegaconf import OmegaConf
 
 from sae_lightning.benchmark import job, part_scores, streaming, suite
-from sae_lightning.benchmark.evaluate import score
+from sae_lightning.benchmark.evaluate import score, stored_scores
 from sae_lightning.benchmark.job import PARTIAL, Settings
-from sae_lightning.benchmark.latents import LATENTS, read_tensors
+from sae_lightning.benchmark.latents import LATENTS, TOP_IMAGES, read_tensors
 from sae_lightning.benchmark.ranks import Ranks
 from sae_lightning.benchmark.suite import PartError, evaluate_runs, scoring_lock
-from sae_lightning.benchmark.table import read_rows, value_of
+from sae_lightning.benchmark.summary import SCORES
+from sae_lightning.benchmark.table import TABLE, read_rows, value_of
 from sae_lightning.data import DataError
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
@@ -91,6 +92,66 @@ def computed(monkeypatch):
     monkeypatch.setattr(suite.Part, "scores", counted)
     monkeypatch.setattr(FeatureStore, "features", read)
     return seen
+
+
+def half_deleted(run):
+    (run / "sae.safetensors").unlink()
+
+
+def cut_off(run):
+    whole = (run / "sae.safetensors").read_bytes()
+    (run / "sae.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def foreign(run):
+    (run / "cfg.json").write_text(json.dumps({"schema": 2, "architecture": "standard"}))
+
+
+def without_its_config(run):
+    made = json.loads((run / "cfg.json").read_text())
+    (run / "cfg.json").write_text(json.dumps({key: value for key, value in made.items() if key != "config"}))
+
+
+def no_json(run):
+    (run / "cfg.json").write_text("{")
+
+
+def without_its_store(run):
+    made = json.loads((run / "cfg.json").read_text())
+    made["config"]["data"]["test"] = "/no/such/store"
+    (run / "cfg.json").write_text(json.dumps(made))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (half_deleted, "There is no sae.safetensors in"), (cut_off, "truncated"), (foreign, "lacks d_in, d_sae"),
+        (without_its_config, "does not say how the SAE was trained"), (no_json, "is not valid JSON"),
+        (without_its_store, "no feature store /no/such/store"),
+    ],
+)  # fmt: skip
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_scored(damage, said, folders, capsys):
+    damage(folders[0])
+    core = settings(metrics={"core": METRICS["core"]})
+    with pytest.raises(PartError, match=r"1 runs or parts of them could not be computed, as said above: topk-a"):
+        evaluate_runs(folders, core)
+    err = capsys.readouterr().err
+    assert "topk-a is left out. " in err
+    assert said in err
+    assert [bool(read_rows(run)) for run in folders] == [False, True, True]
+    with pytest.raises(ValueError, match=said):  # alone, it is the error
+        evaluate_runs(folders[:1], core)
+
+
+def test_damaged_scores_are_made_anew(folders):
+    core = settings(metrics={"core": METRICS["core"]})
+    evaluate_runs(folders[:1], core)
+    for name in (SCORES, TOP_IMAGES, TABLE):
+        whole = (folders[0] / name).read_bytes()
+        (folders[0] / name).write_bytes(whole[: len(whole) // 2])
+        evaluate_runs(folders[:1], core)
+        assert stored_scores(folders[0], "test", []) is not None
+        assert read_rows(folders[0], strict=True)
 
 
 def test_all_parts_land_in_one_table(folders, stores):

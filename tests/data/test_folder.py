@@ -258,3 +258,11 @@ def test_a_link_to_nothing_is_named(tmp_path):
     (class_folders(tmp_path) / "cat" / "lost.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(DataError, match=r"lost\.png cannot be read"):
         load_images(folder_cfg(tmp_path), "train")
+
+
+@pytest.mark.parametrize("place", ["", "cat"])
+def test_a_link_that_leads_to_itself_is_named(place, tmp_path):
+    loop = class_folders(tmp_path) / place / "loop"
+    loop.symlink_to("loop")
+    with pytest.raises(DataError, match=rf"{loop} cannot be read \(Too many levels of symbolic links\)"):
+        load_images(folder_cfg(tmp_path), "train")

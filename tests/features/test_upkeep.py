@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from sae_lightning.commands.main import main
+from sae_lightning.features.manifest import MANIFEST, Manifest
 from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.features.upkeep import find_stores, mend, merge_stores
 from sae_lightning.features.writer import StoreWriter
@@ -289,6 +290,21 @@ def test_stats_describe_a_store(root, capsys):
     status, _, err = said(capsys, "store", "stats", root / "half")
     assert status == 1
     assert "did not finish" in err
+
+
+def test_lock_files_beside_stores_are_passed_over(root, capsys):
+    (root / "demo" / "good.lock").touch()
+    stores = [root / "demo" / "good", root / "demo" / "good.lock"]
+    for verb in ("stats", "verify"):
+        assert said(capsys, "store", verb, *stores)[0] == 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("n_images", "many"), ("d_in", "128"), ("std", None)])
+def test_a_manifest_with_a_value_of_another_type_is_named(name, value, root):
+    path = root / "demo" / "good" / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(StoreError, match=rf"{path} is not a manifest \({name} is .*not of the type"):
+        Manifest.read(path.parent)
 
 
 def test_merge_by_command(tmp_path, capsys):

@@ -8,8 +8,10 @@ import torch
 from omegaconf import OmegaConf
 
 from sae_lightning.benchmark.evaluate import evaluate_run
-from sae_lightning.benchmark.latents import BAND_IMAGES, LATENTS, read_tensors, write_tensors
+from sae_lightning.benchmark.latents import BAND_IMAGES, LATENTS, TOP_IMAGES, read_tensors, write_tensors
 from sae_lightning.benchmark.similarity import Similarity
+from sae_lightning.benchmark.summary import SCORES
+from sae_lightning.benchmark.table import TABLE
 from sae_lightning.report.bands import common_ranks
 from sae_lightning.report.page import build
 from sae_lightning.report.profiles import POINTS, profile
@@ -38,6 +40,15 @@ def test_the_page_is_self_contained_and_names_every_run(config, tmp_path):
     few = build(runs, tmp_path / "few.html", detailed=1).read_text()
     assert few.count('<div class="card">') < page.count('<div class="card">')
     assert "Of 1 of the 2 runs" in few
+    for name, damaged in ((TOP_IMAGES, "latents of these runs are damaged"), (SCORES, "is not valid JSON.*anew")):
+        whole = (runs[0] / name).read_bytes()
+        (runs[0] / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=damaged):
+            build(runs, tmp_path / "page.html")
+        (runs[0] / name).write_bytes(whole)
+    (runs[0] / TABLE).write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=rf"{TABLE} cannot be read .*evaluate\.py runs={runs[0].name}"):
+        build(runs, tmp_path / "page.html")
     (runs[1] / LATENTS).unlink()
     with pytest.raises(FileNotFoundError, match=rf"without MonoScore and purity: {runs[1].name}\. Evaluate them again"):
         build(runs, tmp_path / "page.html")
