@@ -38,14 +38,19 @@ def cache_folder() -> Path:
 def lend_cache(folder: Path) -> None:
     """Where this user has no home folder to write to, as in many containers, let caches be in ``folder``.
 
-    That is, of all libraries which heed XDG_CACHE_HOME, in this process and those that it starts.
+    That is, of all libraries which heed XDG_CACHE_HOME, in this process and those that it starts. Where the machine
+    knows no home folder at all, without which some libraries (W&B's) fail, that is one.
     """
-    if os.environ.get("SAE_LIGHTNING_CACHE") or os.environ.get("XDG_CACHE_HOME"):
-        return
+    lent = str(folder.absolute() / ".cache")
+    if not (os.environ.get("SAE_LIGHTNING_CACHE") or os.environ.get("XDG_CACHE_HOME")):
+        try:
+            _make_writable(cache_folder())
+        except CacheError:
+            os.environ["XDG_CACHE_HOME"] = lent
     try:
-        _make_writable(cache_folder())
-    except CacheError:
-        os.environ["XDG_CACHE_HOME"] = str(folder.absolute() / ".cache")
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = lent
 
 
 def _make_writable(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import pwd
 import re
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,7 @@ def test_without_a_home_folder_to_write_the_run_s_is_used(home, nobody, monkeypa
     lend_cache(tmp_path)
     assert cache_folder() == tmp_path / ".cache" / "sae_lightning"
     assert os.environ["XDG_CACHE_HOME"] == str(tmp_path / ".cache")  # also for what this process starts
+    assert str(Path.home()) == (home or str(tmp_path / ".cache"))
     monkeypatch.setenv("XDG_CACHE_HOME", "/chosen")
     lend_cache(tmp_path)
     assert str(cache_folder()) == "/chosen/sae_lightning"
@@ -81,5 +83,6 @@ def test_a_folder_in_which_nothing_can_be_executed_is_named(monkeypatch, tmp_pat
 def test_tars_are_indexed_without_a_cache(nobody, monkeypatch):
     with pytest.raises(CacheError):
         cache_folder()
-    monkeypatch.setattr(tar_index, "_build", lambda tars, keys: "table")
+    monkeypatch.setattr(tar_index, "_build", lambda *_: "table")
+    monkeypatch.setattr(tar_index, "_told", lambda index: index)
     assert tar_index.index_tars([], Keys("label", "caption")).table == "table"
