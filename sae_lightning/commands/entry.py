@@ -108,13 +108,16 @@ def _full() -> bool:
 def as_typed(argument: str, name: str) -> str:
     """``argument`` in quotes of Hydra's where it is a text (a pattern, a path) that Hydra's grammar does not take.
 
-    So ``runs='batchtopk-[cd]*'`` works as the shell gives it.
+    So ``runs='batchtopk-[cd]*'`` works as the shell gives it. Options of the Trainer may always be given with a plus,
+    which Hydra wants only where conf does not name it.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     from sae_lightning.settings.check import takes_text
 
+    if argument.startswith("+trainer."):
+        argument = f"+{argument}"
     found = re.fullmatch(r"(\+{0,2}([\w.]+)=)(.*)", argument, re.DOTALL)
     if found is None or not takes_text(found[2], name):
         return argument

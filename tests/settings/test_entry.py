@@ -131,6 +131,8 @@ def test_patterns_and_paths_work_as_typed(command, word, value):
 def test_what_is_no_text_stays_as_it_is():
     assert as_typed("k=[8", "train") == "k=[8"
     assert as_typed("-m", "train") == "-m"
+    assert as_typed("+trainer.accumulate_grad_batches=2", "train") == "++trainer.accumulate_grad_batches=2"
+    assert as_typed("+k=8", "train") == "+k=8"
 
 
 # --- help --------------------------------------------------------------------------------------------------

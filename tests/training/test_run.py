@@ -100,7 +100,7 @@ def test_impossible_settings_fail_with_a_sentence(overrides, sentence, config):
 
 
 def test_a_step_of_several_batches_is_one_row(config):
-    accumulate = "+trainer.accumulate_grad_batches=3"
+    accumulate = "trainer.accumulate_grad_batches=3"
     folder = train(config(accumulate, "trainer.log_every_n_steps=1", "trainer.max_epochs=2", "resample.every=2"))
     with (folder / "history.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
