@@ -42,7 +42,7 @@ FLAGS = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.sampled_from(KINDS), FLAGS, st.tuples(st.integers(17, 60), st.integers(17, 60)), st.integers(0, 9))
 def test_pixels_are_those_of_the_processor_for_all_flags(kind, flags, shape, seed):
     shorter = flags.pop("shorter")

@@ -312,7 +312,7 @@ def test_tars_that_are_cut_off_are_refused_or_read_as_far_as_they_go(tmp_path):
     data = path.read_bytes()
     expected = {tuple(whole(tmp_path).image_ids)}
     end = max(data.rfind(b"picture 5"), 0) // 512 * 512 + 512
-    for at in sorted({*range(0, end + 1, 256), 1, end - 1, len(data) // 2 // 512 * 512 - 100}):
+    for at in sorted({*range(0, end + 1, 512), 1, 700, end - 1, len(data) // 2 // 512 * 512 - 100}):
         path.write_bytes(data[:at])
         with pytest.raises(DataError, match=r"shard-001\.tar (ends|is) .*extract\.unreadable=skip"):
             whole(tmp_path)
