@@ -122,6 +122,16 @@ def test_a_run_killed_while_it_is_scored_is_not_trained_again(settings, monkeypa
     assert json.loads((finetune(cfg) / "result.json").read_text())["status"] == "finished"
 
 
+def test_checkpoints_of_the_user_s_own_are_kept_and_a_single_process_logs(settings, monkeypatch):
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)  # as Lightning has it after an import with RANK=1
+    own = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, monitor: val/accuracy, filename: best}"
+    folder = finetune(settings("epochs=1", "data.limit=16", "logger=csv", f"+callbacks.best={own}"))
+    assert [path.relative_to(folder).as_posix() for path in folder.rglob("*.ckpt")] == ["checkpoints/best/best.ckpt"]
+    assert (folder / "csv" / "metrics.csv").is_file()
+
+
 def test_the_same_code_fine_tunes_clip_with_adapters(settings):
     choice = ["model.name=clip", "model.library=transformers", "model.model=org/clip", "model.image_size=null"]
     cfg = settings("finetune_model=clip_vit_b32", *choice, "epochs=1", "validate=null")
