@@ -33,6 +33,7 @@ from sae_lightning.apps.agreement.scores import latent_scores
 from sae_lightning.apps.codes import top_images
 from sae_lightning.benchmark.similarity import Similarity
 from tests.conftest import CONF, fill_store
+from tests.processes import HANG
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -315,7 +316,7 @@ def browse(page, folder, script):
     driven.write_text(page.read_text().replace("</body>", f"<script>{script} {out}</script></body>"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
                "--virtual-time-budget=2000", "--dump-dom", driven.as_uri()]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=True).stdout
 
 
 def exported(dom):

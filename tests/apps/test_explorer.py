@@ -30,6 +30,7 @@ from sae_lightning.features.ensure import ensure_store
 from sae_lightning.saes import Normalizer, TopK
 from sae_lightning.training.run import record
 from tests.conftest import CONF
+from tests.processes import HANG
 
 SITE = "http://127.0.0.1:8000"
 
@@ -431,7 +432,7 @@ def served(app):
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
         server.should_exit = True
-        thread.join(10)
+        thread.join(HANG)
 
 
 @pytest.mark.slow
@@ -459,7 +460,7 @@ def seen(address: str, folder) -> str:
     return subprocess.run(
         [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", "--dump-dom",
          "--window-size=1400,1000", "--virtual-time-budget=20000", address],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=HANG, check=True,
     ).stdout  # fmt: skip
 
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -15,6 +13,7 @@ from sae_lightning.benchmark.evaluate import score, stored_scores
 from sae_lightning.benchmark.job import PARTIAL, Settings
 from sae_lightning.benchmark.latents import LATENTS, TOP_IMAGES, read_tensors
 from sae_lightning.benchmark.ranks import Ranks
+from sae_lightning.benchmark.run import evaluate
 from sae_lightning.benchmark.suite import PartError, evaluate_runs, scoring_lock
 from sae_lightning.benchmark.summary import SCORES
 from sae_lightning.benchmark.table import TABLE, read_rows, value_of
@@ -455,12 +454,7 @@ def test_several_processes_give_the_same_scores(folders, tmp_path):
     })  # fmt: skip
     for run in folders:
         (run / "result.json").write_text("{}")
-    OmegaConf.save(cfg, tmp_path / "config.yaml")
-    code = (
-        "import sys; from omegaconf import OmegaConf; from sae_lightning.benchmark.run import evaluate; "
-        "evaluate(OmegaConf.load(sys.argv[1]))"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "config.yaml")], check=True, timeout=120)
+    evaluate(cfg)
     for run, values in zip(folders, expected, strict=True):
         assert table(run).keys() == values.keys()
         for key, value in table(run).items():

@@ -33,12 +33,12 @@ from sae_lightning.features.extract import Settings, Summary, extract
 from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.features.writer import StoreWriter
 from tests.conftest import CONF
+from tests.processes import HANG, PROCESSES, wait_for
 
 PATCH = Tap("patch", 4)
 
 # Processes are forked off a server that has imported everything and computed nothing, so that one costs 50 ms.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-PROCESSES = multiprocessing.get_context("forkserver")
 
 
 class Job:
@@ -56,9 +56,9 @@ class Job:
         self.process.join()
         return self.process.exitcode == -signal.SIGKILL
 
-    def end(self, timeout: float = 120) -> int:
+    def end(self) -> int:
         """Its exit status; negative for a signal."""
-        self.process.join(timeout)
+        self.process.join(HANG)
         if self.process.exitcode is None:
             self.kill()
             raise AssertionError(f"still running: {self.said()}")
@@ -312,7 +312,7 @@ def kill_at_random(log: Path, counted: Path, rng: random.Random, work: Callable,
     """Start an extraction and kill it after a few batches, at any moment of one; False when it was done before."""
     so_far = encoded(counted) + rng.randrange(4, 24)
     job = Job(log, work, *args, before=partial(count_encoded, counted, seconds=0.05))
-    waits_for(lambda: encoded(counted) >= so_far or not job.process.is_alive())
+    wait_for(lambda: encoded(counted) >= so_far or not job.process.is_alive())
     if job.kill(after=rng.uniform(0, 0.1)):
         return True
     assert job.end() == 0, job.said()
@@ -322,14 +322,6 @@ def kill_at_random(log: Path, counted: Path, rng: random.Random, work: Callable,
 def encoded(path: Path) -> int:
     """Images that ``count_encoded`` counted."""
     return sum(map(int, path.read_text().split())) if path.exists() else 0
-
-
-def waits_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Return when ``condition()`` holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # --- trainings --------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from tests.features.jobs import (
     picture_config,
     times,
 )
+from tests.processes import wait_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,7 +141,7 @@ def test_several_extractions_share_the_work_and_encode_each_image_once(n, sixty,
         Job(tmp_path / f"log-{i}", extract_split, cfg, before=partial(jobs.count_encoded, log, 0.01, gate=gate))
         for i, log in enumerate(logs)
     ]
-    jobs.waits_for(lambda: all(log.with_suffix(".ready").exists() for log in logs))
+    wait_for(lambda: all(log.with_suffix(".ready").exists() for log in logs))
     gate.touch()
     assert [job.end() for job in running] == [0] * n, [job.said() for job in running]
     assert content(folder_of(tmp_path)) == sixty_whole
@@ -155,9 +156,9 @@ def test_others_take_over_the_shard_of_one_that_was_killed(sixty, sixty_whole, t
     victim = Job(
         tmp_path / "log", extract_split, cfg, before=partial(jobs.count_encoded, tmp_path / "victim.txt", stuck=2)
     )
-    jobs.waits_for((tmp_path / "victim.stuck").exists)
+    wait_for((tmp_path / "victim.stuck").exists)
     other = Job(tmp_path / "log-2", extract_split, cfg, before=partial(jobs.count_encoded, tmp_path / "other.txt"))
-    jobs.waits_for(lambda: len(finished(folder_of(tmp_path))) == 4)
+    wait_for(lambda: len(finished(folder_of(tmp_path))) == 4)
     time.sleep(1)
     assert other.process.is_alive(), "it waits for the shard that the victim holds"
     unopenable(folder_of(tmp_path))
@@ -217,9 +218,9 @@ def test_of_two_jobs_that_want_a_store_the_second_waits(sixty, tmp_path):
     cfg = picture_config(sixty, tmp_path)
     counted = partial(jobs.count_encoded, tmp_path / "encoded", gate=tmp_path / "gate")
     first = Job(tmp_path / "log-1", ensure_store, cfg, "train", before=counted)
-    jobs.waits_for((tmp_path / "encoded.ready").exists)
+    wait_for((tmp_path / "encoded.ready").exists)
     second = Job(tmp_path / "log-2", ensure_store, cfg, "train", before=counted)
-    jobs.waits_for(lambda: "Another job is extracting" in second.said())
+    wait_for(lambda: "Another job is extracting" in second.said())
     (tmp_path / "gate").touch()
     assert [first.end(), second.end()] == [0, 0], second.said()
     assert encoded(tmp_path / "encoded") == 60
@@ -458,7 +459,7 @@ def test_a_training_that_was_killed_ends_with_the_same_weights(whole_training, s
         job = Job(tmp_path / f"log-{attempt}", train, cfg)
         if attempt == 2:  # from outside, wherever it is then
             lines = len((tmp_path / "diary").read_text().splitlines())
-            jobs.waits_for(lambda lines=lines: len((tmp_path / "diary").read_text().splitlines()) > lines + 3)
+            wait_for(lambda lines=lines: len((tmp_path / "diary").read_text().splitlines()) > lines + 3)
             job.process.kill()
         if job.end() == 0:
             break

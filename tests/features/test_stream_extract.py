@@ -30,6 +30,7 @@ from tests.features.jobs import (
     made,
     times,
 )
+from tests.processes import wait_for
 
 FILES, ROWS = 3, 13
 
@@ -184,9 +185,9 @@ def test_a_second_process_waits_and_takes_over_when_the_first_is_killed(whole, n
     cfg = config(named, tmp_path)
     first = Job(tmp_path / "log-1", extract_split, cfg,
                 before=partial(jobs.count_encoded, tmp_path / "first.txt", stuck=5))  # fmt: skip
-    jobs.waits_for((tmp_path / "first.stuck").exists)
+    wait_for((tmp_path / "first.stuck").exists)
     second = Job(tmp_path / "log-2", extract_split, cfg, before=partial(jobs.count_encoded, tmp_path / "second.txt"))
-    jobs.waits_for(lambda: second.process.is_alive())
+    wait_for(lambda: second.process.is_alive())
     second.process.join(1.5)
     assert second.process.is_alive()
     assert encoded(tmp_path / "second.txt") == 0
@@ -286,7 +287,7 @@ def test_two_parts_at_once_one_of_them_killed(whole, named, tmp_path):
     configs = [config(named, tmp_path, f"extract.part={part}/2") for part in (0, 1)]
     stuck = [partial(jobs.count_encoded, tmp_path / f"{i}.txt", stuck=stuck) for i, stuck in enumerate((4, 0))]
     running = [Job(tmp_path / f"log-{i}", extract_split, configs[i], before=stuck[i]) for i in range(2)]
-    jobs.waits_for((tmp_path / "0.stuck").exists)
+    wait_for((tmp_path / "0.stuck").exists)
     assert running[0].kill()
     assert running[1].end() == 0, running[1].said()
     assert extract_split(configs[0])[PATCH]

@@ -1,13 +1,9 @@
 """The C file is compiled once, and nothing depends on it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import processes
+
 PROGRAM = """
 import torch
 from sae_lightning.kernels import native
@@ -21,10 +17,7 @@ print(native.available(x), f"{float(sae.W_enc.grad.norm()):.5f}")
 
 
 def run(tmp_path, **environment):
-    known = dict(os.environ, PYTHONPATH=str(ROOT), SAE_LIGHTNING_CACHE=str(tmp_path / "cache"))
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=known | environment, capture_output=True, text=True, check=True
-    )
+    done = processes.run("-c", PROGRAM, cwd=tmp_path, SAE_LIGHTNING_CACHE=str(tmp_path / "cache"), **environment)
     return done.stdout.split(), done.stderr
 
 

@@ -1,14 +1,12 @@
 """Which entries are selected: against the whole product in float64, in every way there is to compute them."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lightning.kernels import native, selection
+from tests.processes import run
 
 WAYS = ["float32 by bfloat16 candidates", "float32", "float32 without a compiler", "float64"]
 
@@ -272,9 +270,4 @@ print("done", flush=True)
 
 
 def test_a_feature_that_is_not_finite_does_not_hang_the_process(tmp_path):
-    with (tmp_path / "out").open("w") as out, subprocess.Popen([sys.executable, "-c", BROKEN], stdout=out) as process:
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    assert (tmp_path / "out").read_text().splitlines()[-1] == "done"
+    assert run("-c", BROKEN, cwd=tmp_path).stdout.splitlines()[-1] == "done"

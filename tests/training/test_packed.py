@@ -2,12 +2,8 @@
 
 import csv
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +13,8 @@ from safetensors.torch import load_file
 
 from sae_lightning.training.packed import PackError, members_of, train_packed
 from sae_lightning.training.run import train
+from tests.processes import Command, run, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 CRASH = "+callbacks.crash={_target_: tests.training.crash.Crash, epoch: 1}"
 MEMBERS = [
     ["sae=batchtopk", "loss.aux=0.03125"],
@@ -123,22 +119,18 @@ def test_a_signal_stops_all_at_checkpoints_and_they_go_on_to_the_same_weights(co
 def test_a_killed_sweep_goes_on_and_ends_with_the_same_weights(config, pictures, tmp_path):
     cfg = config()
     command = [
-        sys.executable, str(ROOT / "train.py"), "-m", "data=folder", f"data.path={pictures}", "backbone=deit",
+        "train.py", "-m", "data=folder", f"data.path={pictures}", "backbone=deit",
         "backbone.size=tiny", "k=4,8,12", "expansion=2", "batch_size=256", "trainer.accelerator=cpu",
         "trainer.max_epochs=12", "checkpoint.every_steps=10", "trainer.log_every_n_steps=2", "dead_after=1000",
         f"paths.stores={cfg.paths.stores}", f"paths.runs={cfg.paths.runs}", f"hydra.sweep.dir={tmp_path / 'sweep'}",
     ]  # fmt: skip
-    environment = dict(os.environ, OMP_NUM_THREADS="2")
     folder = Path(cfg.paths.runs)
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while len(list(folder.glob("*/checkpoints/last.ckpt"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.kill()
-        process.communicate(timeout=120)
-    assert process.returncode != 0
+    with Command(*command, cwd=tmp_path) as job:
+        wait_for(lambda: len(list(folder.glob("*/checkpoints/last.ckpt"))) == 3 or not job.running)
+        assert job.running
+        job.kill()
     assert not list(folder.glob("*/result.json"))
-    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    again = run(*command, cwd=tmp_path)
     assert again.stdout.count("resuming from its last checkpoint") == 3
     settings = ["trainer.max_epochs=12", "checkpoint.every_steps=10", f"paths.runs={tmp_path / 'alone'}"]
     for k in (4, 8, 12):
@@ -148,7 +140,6 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_weights(config, pictures,
 
 @pytest.mark.slow
 def test_two_ranks_with_a_pack_equal_two_ranks_alone(config, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     choices = [["k=4", "callbacks=monoloss"], ["sae=jumprelu"]]
     packed = train_packed([config(*choice, "trainer.devices=2") for choice in choices])
@@ -159,7 +150,6 @@ def test_two_ranks_with_a_pack_equal_two_ranks_alone(config, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_a_failing_rank_ends_the_pack_which_then_goes_on_with_one(config, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     crash = "+callbacks.crash={_target_: tests.training.crash.Crash, epoch: 1, rank: 1}"
     with pytest.raises(RuntimeError, match="the power went out"):
         train_packed([config("k=4", "trainer.devices=2"), config("k=8", "trainer.devices=2", crash)])

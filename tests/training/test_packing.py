@@ -22,8 +22,7 @@ from sae_lightning.training.packing import grouped
 from sae_lightning.training.plan import note_plan, state_of, states
 from sae_lightning.training.run import train
 from tests.conftest import CONF
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, run
 
 
 def jobs_of(*overrides):
@@ -160,6 +159,7 @@ def test_a_missing_folder_is_one_sentence(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_sweep_is_one_job_a_stream_and_goes_on_after_one_that_fails(config, pictures, tmp_path):
+    """Started by an interpreter of its own, as users do."""
     cfg = config()
     command = [
         sys.executable, str(ROOT / "train.py"), "-m", "data=folder", f"data.path={pictures}", "backbone=deit,mae",
@@ -185,13 +185,12 @@ def test_a_sweep_is_one_job_a_stream_and_goes_on_after_one_that_fails(config, pi
 def test_packs_can_be_submitted(config, pictures, tmp_path):
     cfg = config()
     command = [
-        sys.executable, str(ROOT / "train.py"), "-m", "data=folder", f"data.path={pictures}", "backbone=deit",
+        "train.py", "-m", "data=folder", f"data.path={pictures}", "backbone=deit",
         "backbone.size=tiny", "k=4,8,12", "expansion=2", "batch_size=256", "trainer.accelerator=cpu",
         "trainer.max_epochs=1", f"paths.stores={cfg.paths.stores}", f"paths.runs={cfg.paths.runs}",
         f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra/launcher=submitit_local", "pack.when=always", "pack.members=2",
     ]  # fmt: skip
-    environment = dict(os.environ, COLUMNS="160", OMP_NUM_THREADS="1")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    done = run(*command, cwd=tmp_path, COLUMNS="160", OMP_NUM_THREADS="1")
     results = sorted(Path(cfg.paths.runs).glob("*/result.json"))
     assert sorted(json.loads(path.read_text())["side_by_side"] for path in results) == [1, 2, 2]
     assert all(path.parent.name in done.stdout for path in results)

@@ -3,7 +3,6 @@
 import csv
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,15 +15,9 @@ from sae_lightning.saes import SAE
 from sae_lightning.training import preempt
 from sae_lightning.training.preempt import Preempted, give_way, heeding, working
 from sae_lightning.training.run import train
+from tests.processes import HANG, Command, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8  # an epoch: 32 pictures of 64 tokens in batches of 256
-
-
-@pytest.fixture(autouse=True)
-def _importable_tests(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.chdir(ROOT)
 
 
 def equal(one: Path, two: Path) -> bool:
@@ -83,7 +76,7 @@ def test_a_training_in_another_thread_hears_the_signal_of_the_main_thread():
         thread.start()
         ready.wait()
         os.kill(os.getpid(), signal.SIGUSR1)
-        thread.join(10)
+        thread.join(HANG)
     assert heard == [signal.SIGUSR1]
 
 
@@ -135,23 +128,17 @@ def test_ranks_end_with_a_killed_job_and_leave_a_checkpoint(config, tmp_path):
     cfg, pids = config(), tmp_path / "pids"
     pids.mkdir()
     command = [
-        sys.executable, "train.py", "data=folder", f"data.path={cfg.data.path}", "backbone=deit", "backbone.size=tiny",
+        "train.py", "data=folder", f"data.path={cfg.data.path}", "backbone=deit", "backbone.size=tiny",
         "k=8", "expansion=2", "batch_size=256", "trainer.accelerator=cpu", "dead_after=1000",
         "trainer.log_every_n_steps=2", f"paths.stores={cfg.paths.stores}", f"paths.runs={cfg.paths.runs}",
         "trainer.devices=2", f"hydra.run.dir={tmp_path / 'hydra'}", "trainer.max_epochs=500",
         f"+callbacks.signal={{_target_: tests.training.crash.Signal, at: 3, name: '', pids: {pids}}}",
     ]  # fmt: skip
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while len(ranks := [int(p.name) for p in pids.iterdir()]) < 2:
-        assert time.monotonic() < deadline
-        assert job.poll() is None
-        time.sleep(0.2)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
-    deadline = time.monotonic() + 60
-    while any(alive(pid) for pid in ranks):
-        assert time.monotonic() < deadline, "a rank outlived its job"
-        time.sleep(0.2)
+    with Command(*command, cwd=tmp_path) as job:
+        wait_for(lambda: len(list(pids.iterdir())) == 2 or not job.running)
+        ranks = [int(path.name) for path in pids.iterdir()]
+        assert len(ranks) == 2
+        job.kill()
+    wait_for(lambda: not any(alive(pid) for pid in ranks))
     (run,) = Path(cfg.paths.runs).iterdir()
     assert (run / "checkpoints" / "last.ckpt").is_file()

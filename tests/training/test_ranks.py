@@ -1,9 +1,6 @@
 """DDP on two CPU processes: equal to one process, inside a multirun too, and a crash ends the job."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,15 +9,9 @@ import torch
 from sae_lightning.saes import SAE
 from sae_lightning.training.launch import n_ranks
 from sae_lightning.training.run import train
+from tests.processes import run
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _importable_tests(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.chdir(ROOT)
 
 
 @pytest.mark.parametrize("variant", ["batchtopk", "jumprelu"])
@@ -52,19 +43,18 @@ def test_a_multirun_of_two_jobs_with_two_ranks_each(config, pictures, tmp_path):
     """Ranks must not start the sweep again, and the closing table shows both jobs; then both are skipped."""
     cfg = config()
     command = [
-        sys.executable, "train.py", "-m", "data=folder", f"data.path={pictures}", "backbone=deit", "backbone.size=tiny",
+        "train.py", "-m", "data=folder", f"data.path={pictures}", "backbone=deit", "backbone.size=tiny",
         "k=8", "expansion=2,4", "batch_size=256", "trainer.accelerator=cpu", "trainer.devices=2",
         "trainer.max_epochs=1", f"paths.stores={cfg.paths.stores}", f"paths.runs={cfg.paths.runs}",
         f"hydra.sweep.dir={tmp_path / 'sweep'}", "pack.when=never",
     ]  # fmt: skip
-    environment = dict(os.environ, COLUMNS="160")
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True)
+    first = run(*command, cwd=tmp_path, COLUMNS="160")
     runs = sorted(p.parent for p in Path(cfg.paths.runs).glob("*/cfg.json"))
     assert [json.loads((r / "result.json").read_text())["devices"] for r in runs] == [2, 2]
     assert all(r.name in first.stdout for r in runs)
     assert (first.stdout + first.stderr).count("Launching 2 jobs") == 1
     one_rank = [part for part in command if part != "trainer.devices=2"]
-    second = subprocess.run(one_rank, cwd=ROOT, capture_output=True, text=True, env=environment, check=True)
+    second = run(*one_rank, cwd=tmp_path, COLUMNS="160")
     assert second.stdout.count("finished before, skipped") == 2
     assert "8 of 128" in second.stdout
 

@@ -19,6 +19,7 @@ from sae_lightning.training import wandb_run, wandb_service
 from sae_lightning.training.loggers import settle, sweep_of
 from sae_lightning.training.wandb_run import WandbRun, finish, log_artefact, open_run
 from tests.conftest import CONF
+from tests.processes import HANG
 from tests.training.wandb_files import KEY, Service, offline_run, records
 
 ROOT = CONF.parent
@@ -147,7 +148,7 @@ def test_offline_attempts_are_synced_into_one_run(tmp_path):
     service = Service()
     environment = os.environ | {"WANDB_BASE_URL": service.url, "WANDB_API_KEY": KEY}
     command = [sys.executable, "-m", "wandb", "sync", *map(str, sorted(run.glob("wandb/offline-run-*")))]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=HANG)
     assert sorted(row["trainer/global_step"] for row in service.rows("run-1")) == list(range(6))
 
 
