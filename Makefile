@@ -9,7 +9,7 @@ RUNS   ?= runs/grid
 WORKERS ?= 2
 RUN    ?= *
 
-.PHONY: help install demo benchmark grid status monoloss apps explore test test-slurm check lint types format clean bench \
+.PHONY: help install demo benchmark grid status monoloss apps explore test test-fast test-slurm check lint types format clean bench \
 	bench-features bench-monoscore bench-evaluate bench-packed
 
 help:
@@ -20,7 +20,7 @@ help:
 	@echo "make monoloss  the same SAEs without and with MonoLoss, compared in reports/monoloss.html"
 	@echo "make apps      name, search, steer and match dictionaries, and look for bias: reports/apps.html"
 	@echo "make explore   browse the latents of trained SAEs in the web browser; RUN=folder or pattern"
-	@echo "make test      run all tests; make test-slurm: jobs under a real SLURM that it starts itself (root)"
+	@echo "make test      run all tests; test-fast: those that start no processes, in two minutes; test-slurm: jobs under a real SLURM that it starts itself (root)"
 	@echo "make bench     time training steps against other packages; bench-features: reading and extraction;"
 	@echo "               bench-monoscore: scoring, and steps with MonoLoss; bench-evaluate: the benchmark's pass;"
 	@echo "               bench-packed: twelve SAEs side by side against in turn"
@@ -94,8 +94,13 @@ explore: $(READY)
 	$(PY) explore.py app=explorer run='$(RUN)'
 
 # in WORKERS processes of one thread each; without them: pytest
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
 test: $(PEERS)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-fast: $(PEERS)
+	$(PYTEST) -m "not slow"
 
 test-slurm: $(READY)
 	$(PY) -m experiments.slurm.test

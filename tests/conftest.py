@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,16 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 preload("tests.data.test_images", "tests.features.jobs", "sae_lightning.training.packed", "datasets", "pandas")
 
 N_PATCHES, D_IN, CLASSES = 16, 12, 3
+
+
+def pytest_report_header() -> str:
+    """Which instructions this run's products used, as figures differ in their last digits between processors."""
+    known = torch.backends.cpu.get_cpu_capability()
+    limits = [
+        f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY") if name in os.environ
+    ]
+    amx, bf16 = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
+    return f"processor: {platform.machine()}, PyTorch uses {known}, AMX {amx}, bf16 {bf16} {' '.join(limits)}".rstrip()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

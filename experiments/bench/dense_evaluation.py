@@ -61,9 +61,16 @@ class Dense:
         return self.sae.normalizer.denormalize(_linear(codes, self.decoder, self.b_pre).float())
 
 
+def _by_one_dnn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has a product of this type on this processor; of bfloat16 it needs AVX-512 at least."""
+    if _one_dnn is None or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _linear(x: Tensor, W: Tensor, bias: Tensor) -> Tensor:
     """x Wᵀ + bias; oneDNN's product is the fastest of PyTorch's on the CPU in both types."""
-    if _one_dnn is None or not torch.backends.mkldnn.is_available():
+    if not _by_one_dnn(x.dtype):
         return torch.nn.functional.linear(x, W, bias)
     return _one_dnn(x, W, bias, "none", [], "")
 

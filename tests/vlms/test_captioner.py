@@ -17,6 +17,7 @@ from sae_lightning.vlms.concepts import concepts_in
 from sae_lightning.vlms.load import CAPTIONER
 from tests.backbones.models import backbone
 from tests.vlms.configs import noise, vlm
+from tests.vlms.ties import assert_same_captions
 
 STORED = json.loads((CAPTIONER / "captioner.json").read_text())
 
@@ -64,11 +65,19 @@ def test_larger_pictures_are_prepared_as_the_backbone_prepares_them(tiny):
 
 
 def test_it_says_what_it_said(tiny, demo):
-    assert tiny.captions(demo[: len(STORED["captions"])]) == STORED["captions"]
+    pictures = demo[: len(STORED["captions"])]
+    assert_same_captions(tiny, pictures, tiny.captions(pictures), STORED["captions"])
+
+
+def test_captions_that_differ_by_more_than_rounding_are_told_apart(tiny, demo):
+    said = tiny.captions(demo[:2])
+    with pytest.raises(AssertionError):
+        assert_same_captions(tiny, demo[:2], said, said[::-1])
 
 
 def test_batches_say_what_single_pictures_say(tiny, demo):
-    assert [tiny.captions([image])[0] for image in demo[:6]] == tiny.captions(demo[:6], batch_size=4)
+    alone = [tiny.captions([image])[0] for image in demo[:6]]
+    assert_same_captions(tiny, demo[:6], tiny.captions(demo[:6], batch_size=4), alone)
 
 
 def test_captions_name_the_classes_of_unseen_pictures(tiny, demo):
