@@ -60,7 +60,10 @@ def fill_store(
     folder: Path, features: torch.Tensor, images_per_shard: int = 50, fingerprint: str = "f" * 64,
     dtype: str = "float16", batch: int = 33, **changes,
 ) -> FeatureStore:  # fmt: skip
-    """A sealed store of ``features`` [n, P, d], image i of class i mod 3; ``changes`` replace its description."""
+    """A sealed store of ``features`` [n, P, d], image i of class i mod 3; ``changes`` replace its description.
+
+    Where these name other classes, i mod their number.
+    """
     about = {
         "data": "synthetic", "split": "train", "backbone": "none (synthetic)", "kind": "patch", "layer": 0,
         "grid": (4, 4), "class_names": [f"class {c}" for c in range(CLASSES)],
@@ -68,19 +71,21 @@ def fill_store(
     writer = StoreWriter(folder, fingerprint, about, images_per_shard, dtype)
     shards = range(0, len(features), images_per_shard)
     for index, start in enumerate(shards):
-        fill_shard(writer, index, features, start, batch)
+        fill_shard(writer, index, features, start, batch, len(about["class_names"] or range(CLASSES)))
     writer.seal(len(shards))
     return FeatureStore.open(folder)
 
 
-def fill_shard(writer: StoreWriter, index: int, features: torch.Tensor, start: int, batch: int = 33) -> None:
-    """Write one shard of ``features``, whose first image is ``start``."""
+def fill_shard(
+    writer: StoreWriter, index: int, features: torch.Tensor, start: int, batch: int = 33, classes: int = CLASSES
+) -> None:
+    """Write one shard of ``features``, whose first image is ``start``; image i is of class i mod ``classes``."""
     shard = writer.begin(index)
     images = range(start, min(len(features), start + writer.images_per_shard))
     ids = [f"image-{i}" for i in images]
     for at in range(0, len(images), batch):
         shard.append(features[images[at : at + batch]], ids[at : at + batch])
-    writer.finish(index, shard, ids, [i % CLASSES for i in images])
+    writer.finish(index, shard, ids, [i % classes for i in images])
 
 
 @pytest.fixture(scope="session")
