@@ -15,14 +15,17 @@ if TYPE_CHECKING:
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
+    from sae_lightning.features.ensure import looking_once
     from sae_lightning.training.closing_table import point_to
     from sae_lightning.training.identity import run_name
     from sae_lightning.training.packed import members_of, train_packed
-    from sae_lightning.training.run import train
+    from sae_lightning.training.run import is_a_try, train
 
     output = Path(HydraConfig.get().runtime.output_dir)
     members = members_of(cfg)
-    point_to(output, [Path(member.paths.runs) / run_name(member) for member in members])
+    with looking_once():
+        kept = [member for member in members if not is_a_try(member)]
+        point_to(output, [Path(member.paths.runs) / run_name(member) for member in kept])
     if len(members) == 1:
         train(members[0])
     else:

@@ -126,8 +126,8 @@ def test_the_settings_of_monoloss(sae):
             assert cfg.sae.settings.input_norm == "unit"
             assert cfg.features == ("pooled" if backbone == "vit_l16" else "embedding")
             without = load(*choice, "callbacks=default")
-            assert run_name(without).split("-")[3:] != run_name(cfg).split("-")[3:]
-            assert "monoloss" not in run_name(without)
+            assert run_name(without, {}).split("-")[3:] != run_name(cfg, {}).split("-")[3:]
+            assert "monoloss" not in run_name(without, {})
 
 
 @pytest.mark.parametrize("name", ["demo", "cifar10", "memory"])

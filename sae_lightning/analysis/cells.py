@@ -9,17 +9,20 @@ import pandas as pd
 
 CONFIGURATION = ["expansion", "k"]
 CELL = ["backbone", *CONFIGURATION]
-FAMILY = ["data", "features", "variant", "monoloss"]
+KIND = ["data", "features", "variant", "monoloss"]
+FAMILY = [*KIND, "recipe"]
 
 
 def main_family(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that a cross-backbone analysis compares: of the most frequent data, features, variant and MonoLoss
-    weight (the first of equals) those of the layer that each backbone has most runs of (the deepest of equals).
+    """The rows that a cross-backbone analysis compares: of the most frequent data, features, variant, MonoLoss weight
+    and other settings (the first of equals) those of the layer that each backbone has most runs of (the deepest of
+    equals). So runs of one cell differ by their seed alone.
     """
     if table.empty:
         return table
-    sizes = table.groupby(FAMILY, dropna=False, sort=False).size()
-    rows = table[(table[FAMILY] == list(sizes.idxmax())).all(axis=1)]  # type: ignore[arg-type]
+    family = [column for column in FAMILY if column in table]
+    sizes = table.groupby(family, dropna=False, sort=False).size()
+    rows = table[(table[family] == list(sizes.idxmax())).all(axis=1)]  # type: ignore[arg-type]
     return rows[rows["layer"].fillna(-1) == rows["backbone"].map(_usual_layers(rows))]
 
 

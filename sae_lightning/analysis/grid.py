@@ -12,7 +12,7 @@ import pandas as pd
 from sae_lightning.benchmark.table import read_rows, value_of
 from sae_lightning.benchmark.visaebench import HEADLINES, headline
 from sae_lightning.saes.artefact import ArtefactError, read_cfg
-from sae_lightning.training.identity import monoloss_of
+from sae_lightning.training.identity import monoloss_of, same_but
 
 
 class About(NamedTuple):
@@ -27,7 +27,11 @@ INPUTS = ("raw", "reconstruction", "codes")
 ENDS = tuple(f"/{name}" for name in INPUTS)
 SETTINGS = (
     "run", "data", "backbone", "title", "features", "layer", "variant", "monoloss", "expansion", "k", "seed", "d_in",
-    "d_sae", "l0", "dead_share",
+    "d_sae", "l0", "dead_share", "recipe",
+)  # fmt: skip
+OTHER_COLUMNS = (  # leaves of a run's identity that the table has as columns
+    "data.*", "backbone", "layer", "features", "sae.name", "callbacks.MonoLoss", "callbacks.MonoLoss.weight",
+    "expansion", "d_sae", "sae.settings.k", "sae.target_l0", "seed",
 )  # fmt: skip
 FLOATS = ("layer", "monoloss", "expansion", "k", "l0", "dead_share")
 # rows that are downstream tasks, as metric and setting; whose column they are, as groups of the match
@@ -44,9 +48,10 @@ def read_grid(runs: Sequence[Path], split: str = "test") -> pd.DataFrame:
     downstream task found in any run.
 
     ``backbone`` is the short name (``dinov2``), ``title`` that of the tables (``dinov2 (tiny)``). ``monoloss`` is the
-    weight, 0 without. TASK is ``retrieval`` (R@1), ``segmentation:DATA`` (mIoU), ``accuracy:DATA`` (linear probes on
-    another data set) or ``probing:DATA`` (sparse probing AUC at k = 128 on another data set, codes alone). NaN stands
-    where a run has no such score on ``split``. ArtefactError for a folder without a readable cfg.json.
+    weight, 0 without, and ``recipe`` is equal for runs whose other settings are equal. TASK is ``retrieval`` (R@1),
+    ``segmentation:DATA`` (mIoU), ``accuracy:DATA`` (linear probes on another data set) or ``probing:DATA`` (sparse
+    probing AUC at k = 128 on another data set, codes alone). NaN stands where a run has no such score on ``split``.
+    ArtefactError for a folder without a readable cfg.json.
     """
     rows = [_row(run, split) for run in runs]
     found = {name for row in rows for name in row} - {*SETTINGS, *METRICS}
@@ -73,7 +78,7 @@ def _row(run: Path, split: str) -> dict[str, Any]:
         "features": cfg["features"], "layer": cfg["layer"], "variant": cfg["variant"],
         "monoloss": monoloss_of(config)[0], "expansion": cfg["expansion"], "k": cfg["k"], "seed": cfg["seed"],
         "d_in": cfg["d_in"], "d_sae": cfg["d_sae"], "l0": value_of(scores, "l0"),
-        "dead_share": value_of(scores, "dead_share"),
+        "dead_share": value_of(scores, "dead_share"), "recipe": same_but(cfg, *OTHER_COLUMNS),
     }  # fmt: skip
     return settings | {h.title.split()[0]: headline(scores, h) for h in HEADLINES} | dict(_tasks(scores))
 

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from sae_lightning.benchmark.latents import LATENTS, read_tensors
@@ -16,7 +15,8 @@ from sae_lightning.features.store import file_sha256
 from sae_lightning.metrics.stability import stability
 from sae_lightning.saes import SAE
 from sae_lightning.saes.artefact import read_cfg
-from sae_lightning.training.identity import identity, short_hash
+from sae_lightning.training.identity import same_but
+from sae_lightning.training.leaves import short_hash
 
 PART = "stability"
 Dictionary = tuple[Tensor, Tensor, Tensor]  # decoder and encoder [d_sae, d_in], and which latents are alive
@@ -26,8 +26,7 @@ def same_but_seed(runs: Sequence[Path]) -> list[list[Path]]:
     """Those of ``runs`` that have siblings of other seeds, together."""
     groups: dict[str, list[Path]] = {}
     for run in runs:
-        settings = identity(OmegaConf.create(read_cfg(run)["config"])) | {"seed": None}
-        groups.setdefault(short_hash(settings), []).append(run)
+        groups.setdefault(same_but(read_cfg(run)), []).append(run)
     return [group for group in groups.values() if len(group) > 1]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sae_lightning.data.contents import Contents
 from sae_lightning.data.errors import DataError, tell
 from sae_lightning.data.images import ImageData
 from sae_lightning.data.labels import UNLABELLED, class_name, tell_unseen
@@ -117,17 +118,15 @@ def labels_of(found: Scan, names: Sequence[str], below: str) -> np.ndarray:
 
 
 def from_scan(name: str, split: str, found: Scan, labels: np.ndarray, names: Sequence[str]) -> ImageData:
-    """ImageData over the scanned files, with their texts as captions where each has one.
-
-    The fingerprint knows the files' sizes and times, not their bytes, so that it stays cheap.
-    """
+    """ImageData over the scanned files, with their texts as captions where each has one."""
     captions = None
     if found.texts and found.texts.issuperset(path.rpartition(".")[0] for path in found.paths):
         captions = Texts(TextFiles(found.root, found.paths), np.arange(len(found.paths)))
     tell_left_out(found.root, found.left_out | {"txt": 0 if captions else len(found.texts)})
     return ImageData(
-        name, split, names, labels, found.paths, Files(found.root, found.paths), Marks(found.marks), captions
-    )
+        name, split, names, labels, found.paths, Files(found.root, found.paths),
+        Contents(found.root, found.paths, found.marks), captions,
+    )  # fmt: skip
 
 
 class Files:
@@ -138,13 +137,3 @@ class Files:
 
     def __call__(self, row: int) -> Path:
         return Path(self.root, self.paths[row])
-
-
-class Marks:
-    """Size and time of file i as bytes."""
-
-    def __init__(self, marks: np.ndarray) -> None:
-        self.marks = marks
-
-    def __call__(self, row: int) -> bytes:
-        return self.marks[row].tobytes()

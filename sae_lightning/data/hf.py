@@ -121,7 +121,7 @@ def _stream(
     limit = checked_limit(cfg.get("limit"))
     known = (data.info.splits or {}).get(source)
     count = known.num_examples if known is not None and share is None else None
-    chosen = [opened.name, opened.mark, cfg.get("config"), source, split, repr(columns), repr(share), limit]
+    chosen = [opened.mark, cfg.get("config"), source, split, repr(columns), repr(share), limit]
     return ImageStream(
         opened.name, split, data.select_columns(columns.all), columns, source, classes, length=count,
         fingerprint=hashlib.sha256(json.dumps(chosen).encode()).hexdigest(), cut=share, limit=limit, places=places,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,8 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from sae_lightning.data.contents import Contents
 from sae_lightning.data.errors import DataError, brief, tell
-from sae_lightning.data.scan import LITTER, files_mark, level, suffix_of, tell_left_out, walk
+from sae_lightning.data.scan import LITTER, level, size_and_times, suffix_of, tell_left_out, walk
 from sae_lightning.data.shards import AT_ONCE, check_rows, with_rows
 from sae_lightning.data.splits import by_split, split_of_name
 from sae_lightning.data.tar_headers import check_whole
@@ -24,8 +28,7 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst")  # the library
 class Opened:
     """``splits`` maps the data set's own split names to Dataset or IterableDataset.
 
-    ``mark`` changes when the data do and is the same in every process: sizes and times of local files, the commit
-    on the hub. (A Dataset's own fingerprint hashes paths, so it is not used.) ``files`` are the local parquet files
+    ``mark`` changes when the data do and is the same in every process: what local files hold, the commit on the hub. (A Dataset's own fingerprint hashes paths, so it is not used.) ``files`` are the local parquet files
     of each split, where there are some.
     """
 
@@ -64,7 +67,7 @@ def open_source(cfg: Mapping[str, Any]) -> Opened:
     if not local:
         return Opened(cfg["name"], splits, f"{cfg['id']}@{mark}")
     name = path.resolve().name if str(cfg["name"]) == str(cfg["id"]) else cfg["name"]
-    return Opened(name, splits, files_mark(path), files)
+    return Opened(name, splits, _files_mark(path), files)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -94,6 +97,15 @@ def _overheard() -> Iterator[list[str]]:
     finally:
         for handler in handlers:
             handler.removeFilter(keep)
+
+
+def _files_mark(path: Path) -> str:
+    """Hex digest of relative paths and contents of all files below ``path`` (or of that one file's)."""
+    files = [("", path)] if path.is_file() else list(walk(path))
+    names, marks = [name for name, _ in files], np.array([size_and_times(file) for _, file in files], dtype=np.int64)
+    digest = hashlib.sha256("\n".join(names).encode())
+    digest.update(b"".join(Contents(path, names, marks.reshape(-1, 3)).of(range(len(names)))))
+    return digest.hexdigest()
 
 
 def _is_saved(path: Path) -> bool:

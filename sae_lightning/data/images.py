@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from sae_lightning.data.contents import Contents
 from sae_lightning.data.decode import Item, Source, to_rgb
 from sae_lightning.data.errors import DataError
 from sae_lightning.data.levels import AS_FILED, Reading
@@ -20,12 +22,12 @@ from sae_lightning.data.texts import take_texts
 class ImageData(Dataset):
     """Labelled images of one split; ``data[i]`` is an RGB PIL image, decoded as ``to_rgb`` says.
 
-    ``labels`` [n] int64 index ``class_names``; ``image_ids`` are unique and stable; ``captions`` holds
-    one sentence an image or is None; ``sibling_groups`` maps a group's name to its class names; ``reading``, which
-    may be set later, says how channels and depths are read.
-    ``read(i)`` returns image i undecoded; ``content`` is something that changes when the images do, for the
-    fingerprint: bytes for all of them, or a function that gives those of image i. ``read`` is picklable, so
-    that DataLoader workers can be forked or spawned. Raises DataError when labels, ids and classes disagree.
+    ``labels`` [n] int64 index ``class_names``; ``image_ids`` are unique and stable; ``captions`` holds one sentence an
+    image or is None; ``sibling_groups`` maps a group's name to its class names; ``reading``, which may be set later,
+    says how channels and depths are read. ``read(i)`` returns image i undecoded; ``content`` is something that changes
+    when the images do, for the fingerprint: bytes for all of them, a function that gives those of image i, or the
+    files' contents. ``read`` is picklable, so that DataLoader workers can be forked or spawned. Raises DataError when
+    labels, ids and classes disagree.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class ImageData(Dataset):
         labels: Sequence[int] | np.ndarray,
         image_ids: Sequence[str],
         read: Callable[[int], Source],
-        content: Callable[[int], bytes] | bytes | None = None,
+        content: Callable[[int], bytes] | Contents | bytes | None = None,
         captions: Sequence[str] | None = None,
         sibling_groups: dict[str, list[str]] | None = None,
     ) -> None:
@@ -101,16 +103,20 @@ class ImageData(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of name, split, classes, and ids, labels and contents in their order."""
-        digest = hashlib.sha256(f"{self.name}/{self.split}/{self.class_names}".encode())
+        """Hex digest of split, classes, and ids, labels and contents in their order: not of what the data are called,
+        nor of where they lie."""
+        digest = hashlib.sha256(f"{self.split}/{self.class_names}".encode())
         digest.update(self.labels.tobytes())
         if self.reading != AS_FILED:
             digest.update(repr(self.reading).encode())
         if isinstance(self._content, bytes):
             digest.update(self._content)
-        each = self._content if callable(self._content) else None
-        for row, image_id in zip(self._rows.tolist(), self.image_ids, strict=True):
+        each: Iterable[bytes] = repeat(b"", len(self))
+        if isinstance(self._content, Contents):
+            each = self._content.of(self._rows)
+        elif callable(self._content):
+            each = map(self._content, self._rows.tolist())
+        for image_id, content in zip(self.image_ids, each, strict=True):
             digest.update(image_id.encode())
-            if each is not None:
-                digest.update(each(row))
+            digest.update(content)
         return digest.hexdigest()

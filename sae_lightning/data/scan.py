@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from array import array
 from collections import Counter
@@ -23,7 +22,7 @@ LITTER = frozenset(  # what systems and archivers leave in folders, as are hidde
 
 @dataclass(frozen=True)
 class Scan:
-    """Pictures below ``root``: ``paths`` relative to it with /, sorted; ``marks`` [n, 2] int64: size, mtime in ns.
+    """Pictures below ``root``: ``paths`` relative to it with /, sorted; ``marks`` [n, 3] int64 as ``size_and_times``.
 
     ``texts`` are the relative paths of .txt files, without their suffix; ``left_out`` counts the other files by suffix.
     """
@@ -57,12 +56,12 @@ def scan(root: Path, below: str = "") -> Scan:
         suffix = suffix_of(entry.name)
         if suffix in SUFFIXES:
             paths.append(path)
-            marks.extend(size_and_time(entry))
+            marks.extend(size_and_times(entry))
         elif path.endswith(".txt"):
             texts.add(path.removesuffix(".txt"))
         else:
             left_out[suffix] += 1
-    return Scan(str(root), paths, np.array(marks, dtype=np.int64).reshape(-1, 2), frozenset(texts), left_out)
+    return Scan(str(root), paths, np.array(marks, dtype=np.int64).reshape(-1, 3), frozenset(texts), left_out)
 
 
 def suffix_of(name: str) -> str:
@@ -117,22 +116,16 @@ def _passed(name: str) -> bool:
     return name.startswith(".") or name in LITTER
 
 
-def files_mark(path: Path) -> str:
-    """Hex digest of relative paths, sizes and times of all files below ``path`` (or of that one file)."""
-    digest = hashlib.sha256()
-    files = [("", path)] if path.is_file() else walk(path)
-    for name, file in files:
-        digest.update("{}:{}:{}\n".format(name, *size_and_time(file)).encode())
-    return digest.hexdigest()
+def size_and_times(file: os.DirEntry | Path) -> tuple[int, int, int]:
+    """Bytes, and when the content and anything at all last changed, in ns; DataError for a link to nothing.
 
-
-def size_and_time(file: os.DirEntry | Path) -> tuple[int, int]:
-    """Bytes and modification time in ns; DataError when the file has gone or is a link to nothing."""
+    The last of them cannot be set back, as the date of a file can.
+    """
     try:
         stat = file.stat()
     except OSError as error:
         raise DataError(f"{os.fspath(file)} cannot be read ({error.strerror}); repair or remove it.") from error
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def walk(root: Path, below: str = "") -> Iterator[tuple[str, os.DirEntry]]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from sae_lightning.data.errors import tell
-from sae_lightning.data.scan import size_and_time
+from sae_lightning.data.scan import size_and_times
 from sae_lightning.data.tar_samples import Keys, samples
 from sae_lightning.kernels.build import CacheError, cache_folder
 
@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
 class TarIndex:
     """``table`` has a row a sample: tar (place in ``tars``), offset and size of the picture, key, label, caption.
 
-    ``marks`` [n_tars, 2] int64 are the tars' sizes and times in ns.
+    ``marks`` [n_tars, 3] int64 are the tars' sizes and times in ns (``scan.py``).
     """
 
     tars: list[Path]
@@ -54,7 +54,7 @@ def index_tars(tars: Sequence[Path], keys: Keys, cut_short: bool = False) -> Tar
     Headers are read, pictures are passed over. Raises DataError naming a tar that is broken or whose end is missing;
     with ``cut_short`` the latter are read as far as they go, and that is said.
     """
-    marks = np.array([size_and_time(tar) for tar in tars], dtype=np.int64)
+    marks = np.array([size_and_times(tar) for tar in tars], dtype=np.int64)
     places = [str(tar.resolve()) for tar in tars]
     made_from = json.dumps([FORMAT, keys.label, keys.caption, keys.member, cut_short, places, marks.tolist()])
     try:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sae_lightning.data.contents import Contents
 from sae_lightning.data.errors import DataError, tell
 from sae_lightning.data.images import ImageData
 from sae_lightning.data.labels import (
@@ -166,7 +167,8 @@ def _images(name: str, split: str, index: TarIndex, labels: np.ndarray, names: S
     tar, keys = index.table["tar"].to_numpy(), index.table["key"].to_pylist()
     stems = [os.path.relpath(path, root).removesuffix(".tar") for path in index.tars]
     captions = index.table["caption"].combine_chunks()
-    content = hashlib.sha256(index.marks.tobytes())
+    held = Contents(root, [os.path.relpath(path, root) for path in index.tars], index.marks)
+    content = hashlib.sha256(b"".join(held.of(range(len(index.tars)))))
     content.update(index.table["offset"].to_numpy().tobytes())
     return ImageData(
         name, split, names, labels, [f"{stems[t]}/{key}" for t, key in zip(tar.tolist(), keys, strict=True)],

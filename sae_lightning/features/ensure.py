@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ from sae_lightning.limits import cores
 from sae_lightning.locks import LockError, held
 
 FORMAT = "2"  # of what a store holds, for the fingerprint
+BUNDLED = ("demo", "digits", "mosaic")  # data sets that ship with a package, and cannot change
+_bundled: dict[str, str] = {}  # their fingerprints
 LOSSY, LOSSY_DIMENSION = 1e-3, 1e-2  # shares of variance, of all and of a dimension, that are lost with a warning
 Images = ImageData | ImageStream
 
@@ -96,6 +99,37 @@ def _numbered_as_train(cfg: DictConfig, images: Images, tap: Tap, store: Feature
     of_train = Manifest.read(folder).class_names
     tell_unseen(images.name, images.split, store.class_names, of_train)
     return store.numbered_as(of_train)
+
+
+_seen: dict[str, str] | None = None  # fingerprints by data and split, while one look is enough
+
+
+@contextmanager
+def looking_once() -> Iterator[None]:
+    """Inside, and in all threads, the images of one data set are looked at once for ``images_fingerprint``."""
+    global _seen
+    if _seen is not None:
+        yield
+        return
+    _seen = {}
+    try:
+        yield
+    finally:
+        _seen = None
+
+
+def images_fingerprint(cfg: DictConfig, split: str) -> str:
+    """The fingerprint of the images of ``split``, or of the store where the data set is one (``data=store``)."""
+    data = plain(cfg.data)
+    key = json.dumps([data, split, cfg.features, plain(cfg.backbone)] if data["source"] == "store" else [data, split])
+    seen = _bundled if data["source"] in BUNDLED else _seen
+    if seen is not None and key in seen:
+        return seen[key]
+    store = data["source"] == "store"
+    found = given_store(cfg, split, tap_of(cfg)).fingerprint if store else load_images(data, split).fingerprint
+    if seen is not None:
+        seen[key] = found
+    return found
 
 
 def store_fingerprint(cfg: DictConfig, split: str) -> str:

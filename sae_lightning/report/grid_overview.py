@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from sae_lightning.analysis.cells import FAMILY, missing_cells
+from sae_lightning.analysis.cells import KIND, missing_cells
 from sae_lightning.analysis.dissociation import ALL
 from sae_lightning.analysis.dissociation import dissociation as correlated
 from sae_lightning.analysis.grid import METRICS
@@ -62,10 +62,13 @@ def _about(grid: Grid, lacking: list[tuple[str, str]]) -> tuple[str, ...]:
     if partial:
         says.append(f"Runs that lack a metric: {', '.join(partial)}; `{EVALUATE}` fills them in.")
     if len(rest):
-        others = rest.groupby([*FAMILY, "layer"], dropna=False).size()
+        same = (rest[list(KIND)] == first[list(KIND)]).all(axis=1)
+        others = rest.assign(other=same & (rest.get("recipe") != first.get("recipe")))
+        others = others.groupby([*KIND, "other", "layer"], dropna=False).size()
         said = [f"{n} of {variant}" + (f" with MonoLoss {weight:g}" if weight else "")
                 + (f" on layer {layer:g}" if layer == layer else "") + ("" if data == first["data"] else f" on {data}")
-                for (data, _, variant, weight, layer), n in others.items()]  # fmt: skip
+                + (" with other settings" if other else "")
+                for (data, _, variant, weight, other, layer), n in others.items()]  # fmt: skip
         says.append(f"Beside them {len(rest)} runs which only comparisons of layers and variants use: {some(said)}.")
     if grid.tiny:
         says.append("Backbones marked (tiny) are small stand-ins trained on CIFAR-10 with the published models’ "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sae_lightning.report.visaebench_tables import NOTHING, number
-from sae_lightning.training.identity import MONOLOSS, SCALARS, SECTIONS, STREAM_KEYS, TRAINER_KEYS, monoloss_of
+from sae_lightning.training.identity import monoloss_of, same_but
 
 METRICS = {
     "monoscore": "MonoScore", "monoscore_scored": "MonoScore, scored latents", "r2": "R²",
@@ -52,23 +52,12 @@ class Group:
         return self.without.runs[a], arm.runs[b]
 
 
-def settings_key(config: Mapping[str, Any], monoloss: bool = True) -> str:
-    """What determines the SAE apart from the seed, and with ``monoloss=False`` apart from MonoLoss too, as JSON."""
-    kept: dict[str, Any] = {name: config.get(name) for name in (*SECTIONS, *SCALARS, "d_sae") if name != "seed"}
-    for section, keys in {"trainer": TRAINER_KEYS, "stream": STREAM_KEYS}.items():
-        kept[section] = {key: (config.get(section) or {}).get(key) for key in keys}
-    kept["callbacks"] = {k: v for k, v in (config.get("callbacks") or {}).items() if k != MONOLOSS and v}
-    if monoloss:
-        kept[MONOLOSS] = monoloss_of(config)
-    return json.dumps(kept, sort_keys=True)
-
-
 def first_of_settings(runs: Sequence[Mapping[str, Any]], each: int, total: int) -> list[str]:
     """Names of the runs to show in detail: the first ``each`` of those that differ only by seed, at most ``total``."""
     seen: dict[str, int] = {}
     names = []
     for run in runs:
-        key = settings_key(run["cfg"]["config"])
+        key = same_but(run["cfg"])
         seen[key] = seen.get(key, 0) + 1
         if seen[key] <= each:
             names.append(run["name"])
@@ -84,7 +73,7 @@ def groups_of(runs: Sequence[Mapping[str, Any]]) -> list[Group]:
     for run in runs:
         config = run["cfg"]["config"]
         weight, options = monoloss_of(config)
-        arms = found.setdefault(settings_key(config, monoloss=False), {})
+        arms = found.setdefault(same_but(run["cfg"], "seed", "callbacks.MonoLoss*"), {})
         arm = arms.setdefault(json.dumps([weight, options], sort_keys=True), Arm(weight, options))
         arm.runs.setdefault(int(run["cfg"]["seed"]), run)
     groups = []

@@ -69,14 +69,16 @@ def print_table(folders: list[Path], console: Console | None = None) -> None:
     if not folders:
         return
     from sae_lightning.saes.artefact import ArtefactError  # not at the top: Hydra imports this before anything runs
+    from sae_lightning.training.failed import failure, in_words
     from sae_lightning.training.run import is_finished, load_record
 
     table = Table(title="Runs (scores on the val split)")
     for column in ("run", "backbone", "k of d_in", "d_sae", "expl. var.", "L0", "dead", "time"):
         table.add_column(column, justify="left" if column in ("run", "backbone") else "right", no_wrap=True)
+    partly: dict[str, str] = {}
     for folder in folders:
         if not is_finished(folder):
-            table.add_row(folder.name, "not finished", *[""] * 6)
+            table.add_row(folder.name, "not finished" if failure(folder) is None else "failed", *[""] * 6)
             continue
         try:
             row = load_record(folder)
@@ -93,4 +95,9 @@ def print_table(folders: list[Path], console: Console | None = None) -> None:
             ),
             f"{result['seconds']:.0f} s",
         )  # fmt: skip
-    (console or Console(width=max(124, Console().width))).print(table)
+        if "in_part" in result:
+            partly[row["name"]] = in_words(result["in_part"])
+    console = console or Console(width=max(124, Console().width))
+    console.print(table)
+    for name, sentence in {**partly, **{f.name: f"failed. {why}" for f in folders if (why := failure(f))}}.items():
+        console.print(f"{name}: {sentence}", markup=False, soft_wrap=True)

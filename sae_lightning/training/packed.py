@@ -20,18 +20,19 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
 from sae_lightning.damage import set_damaged_aside
-from sae_lightning.features.ensure import ensure_store
+from sae_lightning.features.ensure import ensure_store, looking_once
 from sae_lightning.features.shared import Seat, SharedStream, StreamStoppedError
 from sae_lightning.kernels.build import lend_cache
 from sae_lightning.locks import held
 from sae_lightning.training.checkpoints import mend_checkpoint
+from sae_lightning.training.failed import begin_anew, worth_keeping
 from sae_lightning.training.identity import run_name
 from sae_lightning.training.launch import launch_ranks, n_ranks, wants_ranks
 from sae_lightning.training.loggers import settle
 from sae_lightning.training.memory import free_bytes, rounds, workers_of
 from sae_lightning.training.packing import read_pack
 from sae_lightning.training.preempt import Preempted, heeding
-from sae_lightning.training.run import PRODUCTS, check, fit, is_finished
+from sae_lightning.training.run import PRODUCTS, check, fit, is_a_try, is_finished
 
 
 class PackError(RuntimeError):
@@ -45,18 +46,23 @@ def train_packed(cfgs: Sequence[DictConfig]) -> list[Path]:
     names it at the end. Under DDP, where ranks would wait for each other, the whole pack ends with the first failure.
     All stop at checkpoints when a signal asks for it (``preempt.py``).
     """
-    folders = {Path(cfg.paths.runs) / run_name(cfg): cfg for cfg in cfgs}
-    failed: list[Path] = []
     lend_cache(Path(cfgs[0].paths.runs))
+    with looking_once():
+        return _train_packed({Path(cfg.paths.runs) / run_name(cfg): cfg for cfg in cfgs})
+
+
+def _train_packed(folders: dict[Path, DictConfig]) -> list[Path]:
+    failed: list[Path] = []
     with heeding(f"{len(folders)} runs side by side"), ExitStack() as locks:
         for folder in sorted(folders):
-            folder.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(worth_keeping(folder, not is_a_try(folders[folder])))
             locks.enter_context(held(folder / ".lock", f"training {folder.name}"))
         todo = {}
         for folder, cfg in folders.items():
             if is_finished(folder):
                 print(f"{folder.name}: finished before, skipped.", flush=True)
                 continue
+            begin_anew(folder)
             try:
                 check(cfg)
                 set_damaged_aside([folder / name for name in PRODUCTS], f"{folder.name} is trained again")

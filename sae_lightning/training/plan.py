@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from sae_lightning.damage import set_aside
+from sae_lightning.features.ensure import looking_once
 from sae_lightning.locks import Lock, held
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.training.checkpoints import last_checkpoint
+from sae_lightning.training.failed import failure, in_words
 from sae_lightning.training.identity import run_name
-from sae_lightning.training.run import is_finished
+from sae_lightning.training.run import is_a_try, is_finished
 
 PLAN = "planned.json"
 
@@ -24,10 +26,13 @@ def note_plan(cfgs: Sequence[DictConfig], overrides: Sequence[Sequence[str]], sw
     """Add the runs of a sweep to ``planned.json`` of their folder."""
     when = datetime.now().astimezone().isoformat(timespec="seconds")
     folders: dict[Path, dict[str, Any]] = {}
-    for cfg, chosen in zip(cfgs, overrides, strict=True):
-        folders.setdefault(Path(cfg.paths.runs), {})[run_name(cfg)] = {
-            "overrides": list(chosen), "sweep": str(sweep), "planned": when,
-        }  # fmt: skip
+    with looking_once():
+        for cfg, chosen in zip(cfgs, overrides, strict=True):
+            if is_a_try(cfg):
+                continue
+            folders.setdefault(Path(cfg.paths.runs), {})[run_name(cfg)] = {
+                "overrides": list(chosen), "sweep": str(sweep), "planned": when,
+            }  # fmt: skip
     for folder, runs in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
         with held(folder / f".{PLAN}.lock", f"planning a sweep in {folder}"):
@@ -50,7 +55,7 @@ def planned(folder: Path) -> dict[str, Any]:
 
 
 class State(NamedTuple):
-    """How far a run is: ``state`` is finished, running, broken or planned, ``about`` what there is to say of it."""
+    """How far a run is: finished, failed, running, broken or planned; ``about`` is what there is to say of it."""
 
     name: str
     state: str
@@ -68,11 +73,14 @@ def state_of(run: Path) -> State:
     """How far one run is; ``running`` where another process holds it."""
     if is_finished(run):
         result = json.loads((run / "result.json").read_text())
-        value = result["val"].get("explained_variance")
-        about = f"{result['seconds']:.0f} s" + ("" if value is None else f", expl. var. {value:.3f}")
+        value = (result.get("val") or {}).get("explained_variance")
+        said = [f"{result['seconds']:.0f} s", *([] if value is None else [f"expl. var. {value:.3f}"])]
+        about = ", ".join([*said, *([in_words(result["in_part"])] if "in_part" in result else [])])
         return State(run.name, "finished", about, _parts_scored(run))
     if not run.is_dir():
         return State(run.name, "planned")
+    if (why := failure(run)) is not None and not _held(run):
+        return State(run.name, "failed", why)
     last = _last_step(run)
     about = "" if last is None else f"at step {last}"
     if _held(run):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_lightning.damage import set_damaged_aside, whole
 from sae_lightning.features.datamodule import FeatureDataModule, InOrder
-from sae_lightning.features.ensure import ensure_store, plain
+from sae_lightning.features.ensure import ensure_store, looking_once, plain
 from sae_lightning.features.shared import Seat
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.kernels.build import lend_cache
@@ -34,10 +34,12 @@ from sae_lightning.training.checkpoints import (
     mend_checkpoint,
     remove_checkpoints,
 )
+from sae_lightning.training.failed import StopNotFinite, begin_anew, in_part, require_finite, worth_keeping
 from sae_lightning.training.full_disk import names_full_disk
 from sae_lightning.training.history import History
-from sae_lightning.training.identity import callbacks_on, run_hash, run_name, uses_k
+from sae_lightning.training.identity import callbacks_on, identity, level_of, run_name
 from sae_lightning.training.launch import environment, know_rank, launch_ranks, wants_ranks
+from sae_lightning.training.leaves import short_hash
 from sae_lightning.training.loggers import checkpoint_step, close_loggers, open_loggers, settle
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.nodes import check_tasks, leading, node
@@ -60,10 +62,10 @@ def train(cfg: DictConfig) -> Path:
     check(cfg)
     check_tasks(cfg)
     lend_cache(Path(cfg.paths.runs))
-    folder = Path(cfg.paths.runs) / run_name(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    with heeding(folder.name):
-        _lead(cfg, folder) if node()[0] == 0 else launch_ranks(cfg, folder, fit)
+    with looking_once():
+        folder = Path(cfg.paths.runs) / run_name(cfg)
+        with worth_keeping(folder, not is_a_try(cfg)), heeding(folder.name):
+            _lead(cfg, folder) if node()[0] == 0 else launch_ranks(cfg, folder, fit)
     return folder
 
 
@@ -73,6 +75,7 @@ def _lead(cfg: DictConfig, folder: Path) -> None:
         if is_finished(folder):
             print(f"{folder.name}: finished before, skipped.", flush=True)
             return
+        begin_anew(folder)
         set_damaged_aside([folder / name for name in PRODUCTS], f"{folder.name} is trained again")
         mend_checkpoint(folder)
         if wants_ranks(cfg):
@@ -82,6 +85,11 @@ def _lead(cfg: DictConfig, folder: Path) -> None:
             launch_ranks(cfg, folder, fit)
         else:
             fit(cfg, folder)
+
+
+def is_a_try(cfg: DictConfig) -> bool:
+    """Whether this is Lightning's ``fast_dev_run``, which leaves nothing behind."""
+    return bool(cfg.trainer.get("fast_dev_run"))
 
 
 def is_finished(folder: Path) -> bool:
@@ -123,7 +131,8 @@ def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
     module = build_module(cfg, stores["train"], stores["val"].mean)
     throughput = Throughput(data)
     last = last_checkpoint(folder)
-    callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), throughput, *build_callbacks(cfg, folder)]
+    callbacks = [StopNotFinite(folder), *checkpoints(cfg, folder), History(folder / "history.csv"), throughput]
+    callbacks += build_callbacks(cfg, folder)
     callbacks.append(StopWhenAsked(last))
     if cfg.resample.every:
         callbacks.insert(0, Resample(cfg.resample.every, cfg.dead_after, cfg.resample.until))
@@ -131,8 +140,9 @@ def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
     if settings["strategy"] == "auto" and wants_ranks(cfg):
         settings["strategy"] = "ddp"
     settings["enable_progress_bar"] &= seat is None  # a pack has one bar
-    about = {"variant": module.sae.variant, "d_in": module.sae.d_in, "d_sae": module.sae.d_sae} | record(cfg, stores)
-    loggers = open_loggers(cfg, folder, about, checkpoint_step(last))
+    made = record(cfg, folder, stores)
+    about = {"variant": module.sae.variant, "d_in": module.sae.d_in, "d_sae": module.sae.d_sae} | made
+    loggers = [] if is_a_try(cfg) else open_loggers(cfg, folder, about, checkpoint_step(last))
     trainer = L.Trainer(
         **settings,
         logger=loggers or False,
@@ -152,16 +162,24 @@ def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
     trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    require_finite(folder, "the weights", dict(module.sae.named_parameters()), trainer.global_step)
+    part = in_part(trainer, settings)
     calibrate(cfg, module, stores["val"], trainer.strategy.root_device)
+    trainer.limit_val_batches = 1.0  # whatever was scored on the way, the result is of all
     trainer.validate(module, data, verbose=False)
-    if trainer.is_global_zero:
-        scores = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        module.sae.save(folder, **record(cfg, stores))
+    scores = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+    require_finite(folder, "the scores", scores, trainer.global_step)
+    if is_a_try(cfg):
+        if trainer.is_global_zero:
+            print(f"{folder.name}: fast_dev_run went well; nothing of it is kept.", flush=True)
+    elif trainer.is_global_zero:
+        module.sae.save(folder, **made)
         seconds = throughput.seconds_before + data.clock() - start
         result = {
-            "status": "finished", "seconds": seconds, "steps": trainer.global_step,
-            "samples_per_second": throughput.samples_per_second, "wait_share": throughput.wait_share,
-            "devices": trainer.world_size, "side_by_side": 1 if seat is None else seat.stream.members, "val": scores,
+            "status": "finished", **({"in_part": part} if part else {}), "seconds": seconds,
+            "steps": trainer.global_step, "samples_per_second": throughput.samples_per_second,
+            "wait_share": throughput.wait_share, "devices": trainer.world_size,
+            "side_by_side": 1 if seat is None else seat.stream.members, "val": scores,
         }  # fmt: skip
         write_json(folder / "result.json", result)
         close_loggers(loggers, cfg, folder, result)
@@ -241,11 +259,12 @@ def calibrate(cfg: DictConfig, module: SAEModule, store: FeatureStore, device: t
         sae.calibrate(InOrder(store, 8192, rank(), world_size()), store.n_tokens)
 
 
-def record(cfg: DictConfig, stores: dict[str, FeatureStore]) -> dict[str, Any]:
-    """What ``cfg.json`` says beside the SAE itself."""
+def record(cfg: DictConfig, folder: Path, stores: dict[str, FeatureStore]) -> dict[str, Any]:
+    """What ``cfg.json`` in ``folder`` says beside the SAE itself."""
     store = stores["train"]
+    made = identity(cfg)
     return {
-        "name": run_name(cfg), "hash": run_hash(cfg), "k": cfg.k if uses_k(cfg.sae) else None,
+        "name": folder.name, "hash": short_hash(made), "identity": made, "k": level_of(cfg.sae),
         "expansion": cfg.expansion if cfg.d_sae is None else round(cfg.d_sae / store.d_in, 2),
         "seed": cfg.seed, "backbone": store.backbone, "layer": store.layer,
         "data": store.data, "features": store.kind, "severity": store.manifest.severity,

@@ -12,7 +12,7 @@ from sae_lightning.data import SPLITS, DataError, load_images
 from tests.conftest import CONF
 
 CFG = OmegaConf.to_container(OmegaConf.load(CONF / "data" / "digits.yaml"))
-FINGERPRINTS = {"train": "50c5a4ae44fe0374", "val": "48284e47095a77e5", "test": "ceb7cac364db02a6"}
+FINGERPRINTS = {"train": "1f0ed6d1021d1307", "val": "1175e6c5f1dcb5a9", "test": "fd876b8092f8df71"}
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,14 @@
 """Pictures in folders as users have them."""
 
 import os
+import shutil
 from collections import Counter
-from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sae_lightning.data import DataError, load_images
+from sae_lightning.data import DataError, contents, load_images
 from sae_lightning.data.errors import DataWarning
 from tests.data.making import SHARES, class_folders, folder_cfg, pixels, png, write_pictures
 
@@ -177,8 +178,6 @@ def test_the_fingerprint_follows_content_names_labels_and_order(tmp_path):
     cfg = folder_cfg(root)
     seen = [load_images(cfg, "train").fingerprint]
     assert load_images(cfg, "train").fingerprint == seen[0]
-    os.utime(root / load_images(cfg, "train").image_ids[0], ns=(1, 1))
-    seen.append(load_images(cfg, "train").fingerprint)
     for path in root.rglob("*.png"):
         path.write_bytes(png(50, size=9))
     seen.append(load_images(cfg, "train").fingerprint)
@@ -186,8 +185,44 @@ def test_the_fingerprint_follows_content_names_labels_and_order(tmp_path):
     seen.append(load_images(cfg | {"limit": 8}, "train").fingerprint)
     (root / "dog").rename(root / "wolf")
     seen.append(load_images(cfg, "train").fingerprint)
-    assert all(a != b for a, b in pairwise(seen))
     assert len(set(seen)) == len(seen)
+
+
+def test_the_same_pictures_elsewhere_under_another_name_or_date_have_the_same_fingerprint(tmp_path):
+    root = class_folders(tmp_path / "first")
+    first = load_images(folder_cfg(root), "train").fingerprint
+    os.utime(root / load_images(folder_cfg(root), "train").image_ids[0], ns=(1, 1))
+    assert load_images(folder_cfg(root), "train").fingerprint == first
+    copied = Path(shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile))
+    assert load_images(folder_cfg(copied, name="theirs"), "train").fingerprint == first
+    assert load_images(folder_cfg(root.rename(tmp_path / "moved")), "train").fingerprint == first
+
+
+def test_a_picture_replaced_by_one_of_the_same_size_and_date_is_another(tmp_path):
+    root = class_folders(tmp_path)
+    first = load_images(folder_cfg(root), "train")
+    before, path = first.fingerprint, root / first.image_ids[0]
+    was = path.stat()
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert load_images(folder_cfg(root), "train").fingerprint != before
+
+
+def test_pictures_are_read_once_for_their_fingerprint(tmp_path, monkeypatch, caches):
+    root = class_folders(tmp_path)
+    first = load_images(folder_cfg(root), "train").fingerprint
+    read = []
+    digest = contents._digest
+    monkeypatch.setattr(contents, "_digest", lambda path: read.append(path.name) or digest(path))
+    assert load_images(folder_cfg(root), "train").fingerprint == first
+    assert read == []
+    (root / "cat" / "new.png").write_bytes(png(7))
+    assert len({load_images(folder_cfg(root), split).fingerprint for split in SHARES}) == 3
+    assert len(read) == 21 - 12  # those of train were known
+    for file in (caches / "own" / "contents").iterdir():
+        file.write_bytes(b"broken")
+    (root / "cat" / "new.png").unlink()
+    assert load_images(folder_cfg(root), "train").fingerprint == first
 
 
 def test_a_shuffled_split_is_the_same_images_in_a_seeded_order(tmp_path):

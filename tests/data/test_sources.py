@@ -14,7 +14,7 @@ from sae_lightning.data.parquet import DEMO
 from tests.data.making import folder_cfg, png
 
 DEMO_CFG = {"source": "demo"}
-FINGERPRINTS = {"train": "fc51616c41f56531", "val": "e66619c4bafb466f", "test": "74102537ce94a00c"}
+FINGERPRINTS = {"train": "9fae27348e39ddc9", "val": "345b380d99872b6d", "test": "a03837cc23cf3398"}
 
 
 def test_demo_is_balanced_disjoint_and_captioned():

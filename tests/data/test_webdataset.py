@@ -240,7 +240,7 @@ def test_the_index_is_kept_until_a_tar_changes(tmp_path, caches, monkeypatch):
     assert images.fingerprint != first
     assert (np.asarray(images[8]) == pixels(77)).all()
     os.utime(root / "shard-000.tar", ns=(5, 5))
-    assert whole(root).fingerprint != images.fingerprint
+    assert whole(root).fingerprint == images.fingerprint
     for file in (caches / "own" / "tar-index").iterdir():
         file.write_bytes(b"broken")
     assert len(whole(root)) == 17

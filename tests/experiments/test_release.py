@@ -35,13 +35,13 @@ def make_run(root, *overrides, scores=SCORES):
     """A run as training and scoring leave it, with an SAE of 16 dimensions."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", ["k=3", "seed=1", "data=imagenet", "data.path=/secret/place/imagenet", *overrides])
-    folder = root / run_name(cfg)
+    folder = root / run_name(cfg, {})
     x = torch.randn(200, D_IN, generator=torch.Generator().manual_seed(cfg.expansion)) + 3
     sae = BatchTopK(D_IN, D_IN * cfg.expansion, k=cfg.k, normalizer=Normalizer(D_IN, x.mean(0), x.std()), seed=cfg.seed)
     sae.calibrate([x], len(x))
     backbone = cfg.backbone
     sae.save(
-        folder, name=folder.name, hash=run_hash(cfg), k=cfg.k, expansion=cfg.expansion, seed=cfg.seed, layer=11,
+        folder, name=folder.name, hash=run_hash(cfg, {}), k=cfg.k, expansion=cfg.expansion, seed=cfg.seed, layer=11,
         backbone=f"{backbone.name} {backbone.published.title}", data=cfg.data.name, features="patch",
         versions={"torch": "2"}, config=OmegaConf.to_container(cfg, resolve=True),
     )  # fmt: skip

@@ -6,6 +6,8 @@ import lightning as L
 class CrashAfter(L.Callback):
     """Raises RuntimeError at the beginning of the step after ``steps`` of them."""
 
+    looks_on = True
+
     def __init__(self, steps: int) -> None:
         self.steps = steps
 

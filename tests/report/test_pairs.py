@@ -13,7 +13,6 @@ from sae_lightning.report.pairs import (
     first_of_settings,
     groups_of,
     rows,
-    settings_key,
     shown,
 )
 from sae_lightning.training.identity import monoloss_of
@@ -27,8 +26,11 @@ CONFIG = {
 
 def run(seed=42, weight=None, mono=0.3, purity=0.2, judge="own", split="test", options=None, **changes):
     config = copy.deepcopy(CONFIG) | {"seed": seed} | changes
+    config["sae"]["settings"]["k"] = config["k"]
     if weight is not None:
-        config["callbacks"] = {"monoloss": {"_target_": "x.MonoLoss", "weight": weight, **(options or {})}}
+        config["callbacks"] = {
+            "monoloss": {"_target_": "sae_lightning.training.monoloss.MonoLoss", "weight": weight, **(options or {})}
+        }
     name = f"run-{seed}-{weight}-{'-'.join(map(str, changes))}"
     metrics = {"monoscore": mono, "r2": 0.9 - (weight or 0), "l0": 16.0, "monoscore_above_0.5": mono / 2}
     if purity is not None:
@@ -50,18 +52,26 @@ def test_the_weight_is_read_from_the_callbacks():
     assert monoloss_of(run(weight=0.3, options={"pool": "max"})["cfg"]["config"]) == (0.3, {"pool": "max"})
 
 
-def test_seeds_paths_and_loggers_are_no_difference_but_settings_are():
-    key = settings_key(CONFIG)
-    trainer = CONFIG["trainer"] | {"devices": 2, "enable_progress_bar": False}
-    other_place = CONFIG | {"seed": 7, "paths": {"runs": "elsewhere"}, "logger": {"name": "wandb"}, "trainer": trainer}
-    assert settings_key(other_place) == key
-    for change in ({"k": 8}, {"optimizer": {"lr": 1e-4}}, {"trainer": CONFIG["trainer"] | {"max_epochs": 6}},
-                   {"stream": {"unit": "images"}}, {"callbacks": {"other": {"_target_": "y"}}}):  # fmt: skip
-        assert settings_key(CONFIG | change) != key, change
-    with_loss = run(weight=0.1)["cfg"]["config"]
-    assert settings_key(with_loss) != key
-    assert settings_key(with_loss, monoloss=False) == settings_key(CONFIG, monoloss=False)
-    assert settings_key(run(weight=0.0)["cfg"]["config"]) == key
+def test_a_pair_differs_by_monoloss_alone():
+    def paired(**changes):
+        return groups_of([run(42), run(42, 0.3, **changes)])
+
+    assert paired()
+    assert paired(paths={"runs": "elsewhere"}, logger={"csv": {}}, trainer=CONFIG["trainer"] | {"devices": 2})
+    for change in ({"optimizer": {"lr": 1e-4}}, {"trainer": CONFIG["trainer"] | {"max_epochs": 6}},
+                   {"extract": {"dtype": "int8"}}, {"extract": {"precision": "bf16"}},
+                   {"stream": {"unit": "images"}}, {"stream": {"damaged": "skip"}}):  # fmt: skip
+        assert not paired(**change), change
+    other = run(42, 0.3)
+    other["cfg"]["config"]["callbacks"]["other"] = {"_target_": "y"}
+    assert not groups_of([run(42), other])
+    assert groups_of([run(42, 0.0), run(42, 0.3)])
+
+
+def test_an_int8_run_does_not_displace_that_of_float16():
+    without, fp16, int8 = run(42), run(42, 0.3, extract={"dtype": "float16"}), run(42, 0.3, extract={"dtype": "int8"})
+    (group,) = groups_of([int8, without, fp16])
+    assert [arm.runs[42]["name"] for arm in group.with_loss] == [fp16["name"]]
 
 
 def test_runs_are_grouped_over_seeds_and_weights():

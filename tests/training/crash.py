@@ -13,6 +13,8 @@ import torch.distributed as dist
 class Crash(L.Callback):
     """Raises RuntimeError at the start of ``epoch``, on ``rank`` only if one is given."""
 
+    looks_on = True
+
     def __init__(self, epoch: int, rank: int | None = None) -> None:
         self.epoch, self.rank = epoch, rank
 
@@ -22,11 +24,27 @@ class Crash(L.Callback):
             raise RuntimeError("the power went out")
 
 
+class NotANumber(L.Callback):
+    """Makes the loss NaN in step ``at``."""
+
+    looks_on = True
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            weight = lambda step, steps: float(step == self.at)  # noqa: E731
+            pl_module.add_term("bad", lambda run, batch: run.reconstruction.sum() * float("nan"), weight)
+
+
 class Signal(L.Callback):
     """Rank 0 sends ``name`` to process ``pid``, by default its own, in step ``at``; each step from there on is slow.
 
     With ``pids``, a folder, every rank leaves a file there that its process id names.
     """
+
+    looks_on = True
 
     def __init__(self, at: int, name: str = "SIGUSR1", pid: int | None = None, pids: str | None = None) -> None:
         self.at, self.name, self.pid, self.pids = at, name, pid, pids
@@ -43,6 +61,8 @@ class Signal(L.Callback):
 
 class SameWeights(L.Callback):
     """At the end of training: RuntimeError unless all ranks have the same parameters and buffers, bit for bit."""
+
+    looks_on = True
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for name, tensor in module.sae.state_dict().items():  # type: ignore[union-attr,operator]

@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from sae_lightning.commands.main import main
+from sae_lightning.features.ensure import tap_of
 from sae_lightning.training.identity import run_name
 from sae_lightning.training.memory import pack_bytes, rounds, weight_bytes
 from sae_lightning.training.packing import grouped
@@ -35,9 +36,14 @@ def jobs_of(*overrides):
         return [compose("config", list(job)) for job in batch]
 
 
+def of(cfg):
+    """What a look at its data and encoder would find, without one."""
+    return {"backbone": cfg.backbone.name, "layer": tap_of(cfg).layer}
+
+
 def test_the_grid_is_sixty_runs_in_five_packs():
     cfgs = jobs_of("experiment=visaebench_grid")
-    assert len({run_name(cfg) for cfg in cfgs}) == 60
+    assert len({run_name(cfg, of(cfg)) for cfg in cfgs}) == 60
     groups = grouped(cfgs, in_turn=True)
     assert [len(group) for group in groups] == [12] * 5
     assert [{cfgs[i].backbone.name for i in group} for group in groups] == [
@@ -65,14 +71,14 @@ def test_on_imagenet_it_is_the_paper_s_of_table_1():
 @pytest.mark.parametrize("data", ["demo", "imagenet"])
 def test_other_grids(experiment, count, data):
     cfgs = jobs_of(f"experiment={experiment}", f"data={data}", *(["data.path=x"] if data == "imagenet" else []))
-    assert len({run_name(cfg) for cfg in cfgs}) == count
+    assert len({run_name(cfg, of(cfg)) for cfg in cfgs}) == count
     for cfg in cfgs:
         OmegaConf.to_container(cfg, resolve=True)
 
 
 def test_the_late_half_of_the_layers_is_in_the_grid():
-    grid = {run_name(cfg) for cfg in jobs_of("experiment=visaebench_grid")}
-    layers = {run_name(cfg): cfg.backbone.layer for cfg in jobs_of("experiment=visaebench_layers")}
+    grid = {run_name(cfg, of(cfg)) for cfg in jobs_of("experiment=visaebench_grid")}
+    layers = {run_name(cfg, of(cfg)): cfg.backbone.layer for cfg in jobs_of("experiment=visaebench_layers")}
     assert Counter(layers.values()) == {1: 3, None: 3}
     assert {name for name, layer in layers.items() if layer is None} == grid & set(layers)
 

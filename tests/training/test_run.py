@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,8 +96,11 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(variant, conf
     ],
 )
 def test_impossible_settings_fail_with_a_sentence(overrides, sentence, config):
+    cfg = config(*overrides)
     with pytest.raises((ValueError, InstantiationException), match=sentence):
-        train(config(*overrides))
+        train(cfg)
+    runs = Path(cfg.paths.runs)
+    assert not runs.exists() or list(runs.iterdir()) == []
 
 
 def test_a_step_of_several_batches_is_one_row(config):

@@ -12,7 +12,8 @@ from scipy.sparse import csr_matrix
 
 from sae_lightning.apps.opened import Opened
 from sae_lightning.apps.stability.matching import Activations, activations
-from sae_lightning.training.identity import identity, short_hash
+from sae_lightning.training.identity import same_but
+from sae_lightning.training.leaves import short_hash
 
 SAME_START = ", same start"
 
@@ -51,8 +52,7 @@ def relation(one: View, two: View) -> str:
     seeds = [view.opened.made["seed"] for view in (one, two)]
     start = SAME_START if seeds[0] is not None and seeds[0] == seeds[1] else ""
     for name, ignored in {"seed": ("seed",), "expansion": ("seed", "expansion", "d_sae")}.items():
-        same = [identity(v.opened.config) | dict.fromkeys(ignored) for v in (one, two)]
-        if same[0] == same[1]:
+        if same_but(one.opened.made, *ignored) == same_but(two.opened.made, *ignored):
             return name + start
     return "settings" + start
 
