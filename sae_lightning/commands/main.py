@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sae_lightning.commands.runs import add_runs_command
+from sae_lightning.commands.runs import add_runs_command, with_action
 from sae_lightning.commands.store import add_store_commands
 from sae_lightning.features.manifest import StoreError
 
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status."""
-    args = parser().parse_args(arguments)
+    args = parser().parse_args(with_action(sys.argv[1:] if arguments is None else arguments))
     try:
         return args.run(args)
     except (StoreError, OSError) as error:

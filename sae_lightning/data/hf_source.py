@@ -28,8 +28,9 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst")  # the library
 class Opened:
     """``splits`` maps the data set's own split names to Dataset or IterableDataset.
 
-    ``mark`` changes when the data do and is the same in every process: what local files hold, the commit on the hub. (A Dataset's own fingerprint hashes paths, so it is not used.) ``files`` are the local parquet files
-    of each split, where there are some.
+    ``mark`` changes when the data do and is the same in every process: what local files hold, the commit on the hub.
+    (A Dataset's own fingerprint hashes paths, so it is not used.) ``files`` are the local parquet files of each split,
+    where there are some.
     """
 
     name: str

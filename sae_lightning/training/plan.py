@@ -15,11 +15,12 @@ from sae_lightning.features.ensure import looking_once
 from sae_lightning.locks import Lock, held
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.training.checkpoints import last_checkpoint
-from sae_lightning.training.failed import failure, in_words
+from sae_lightning.training.failed import FAILED, failure, in_words
 from sae_lightning.training.identity import run_name
 from sae_lightning.training.run import is_a_try, is_finished
 
 PLAN = "planned.json"
+MARKS = (".lock", "cfg.json", FAILED)  # what tells a run's folder from others
 
 
 def note_plan(cfgs: Sequence[DictConfig], overrides: Sequence[Sequence[str]], sweep: Path) -> None:
@@ -65,7 +66,7 @@ class State(NamedTuple):
 
 def states(folder: Path) -> list[State]:
     """The runs in ``folder`` and those planned there, in the order of the plan, then by name."""
-    found = [p.name for p in sorted(folder.iterdir()) if (p / ".lock").exists() or (p / "cfg.json").exists()]
+    found = [p.name for p in sorted(folder.iterdir()) if any((p / name).exists() for name in MARKS)]
     return [state_of(folder / name) for name in dict.fromkeys([*planned(folder), *found])]
 
 

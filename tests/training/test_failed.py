@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sae_lightning.training.closing_table import point_to, print_table, run_folders
+from sae_lightning.training.closing_table import print_table
 from sae_lightning.training.failed import NotFiniteError, generators, in_part, in_words
 from sae_lightning.training.identity import run_name
 from sae_lightning.training.packed import PackError, train_packed
@@ -128,10 +128,8 @@ def test_a_run_trained_in_part_says_so_and_is_another_run_than_the_whole(config)
 def test_a_try_leaves_nothing_behind(config, tmp_path, capsys, together):
     cfgs = [config("+trainer.fast_dev_run=true", f"k={k}", "logger=csv") for k in (4, 8)[: 1 + together]]
     note_plan(cfgs, [[]] * len(cfgs), Path("sweep"))
-    point_to(tmp_path / "job", cfgs)
     train_packed(cfgs) if together else train(cfgs[0])
     assert "fast_dev_run went well; nothing of it is kept" in capsys.readouterr().out
     runs = Path(cfgs[0].paths.runs)
     assert not runs.exists() or [path for path in runs.iterdir() if path.is_dir()] == []
     assert planned(runs) == {}
-    assert run_folders(tmp_path) == []
