@@ -48,6 +48,7 @@ LEFT_OUT = {
 ABSENT = {
     "extract.precision": "32", "extract.dtype": "float16", "extract.unreadable": "refuse", "features": "embedding",
     "optimizer.momentum": 0.9, "model.lora.dropout": 0, **TRAINER_ABSENT,
+    "trainer.sync_batchnorm": None,  # with several GPUs
 }  # fmt: skip
 
 

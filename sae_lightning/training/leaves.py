@@ -37,7 +37,7 @@ class Rules:
         """The leaves of a resolved config that count, by name: numbers by value, and none that equals its absence."""
         leaves = {leaf: by_value(leaf, value) for leaf, value in leaves_of(config)}
         patterns = self.not_counted(leaves)
-        return {k: v for k, v in leaves.items() if not of_leaf(k, patterns) and v != of_leaf(k, self.absent)}
+        return {k: v for k, v in leaves.items() if not of_leaf(k, patterns) and not self._is_absent(k, v)}
 
     def reason(self, leaf: str, config: Mapping[str, Any]) -> str | None:
         """Why ``leaf`` does not count in a resolved config; None where it does."""
@@ -47,6 +47,10 @@ class Rules:
         """The patterns of what does not count among ``leaves``, with reasons."""
         heard = any(leaf.startswith("callbacks.") and not leaf.startswith(DEAF) for leaf in leaves)
         return {**self.left_out, **({} if heard else self.listened), **self.idle(leaves)}
+
+    def _is_absent(self, leaf: str, value: Any) -> bool:
+        """Whether ``value`` is as good as no leaf; null is Lightning's own default for its Trainer."""
+        return value == of_leaf(leaf, self.absent) or (value is None and leaf.startswith("trainer."))
 
 
 def of_leaf(leaf: str, patterns: Mapping[str, Any]) -> Any:

@@ -116,7 +116,7 @@ def test_what_keeps_a_training_from_its_end_is_named(settings, made, said):
 
 
 def test_a_run_trained_in_part_says_so_and_is_another_run_than_the_whole(config):
-    cfg = config("+trainer.limit_train_batches=1", "trainer.max_epochs=1", "+trainer.limit_val_batches=1")
+    cfg = config("++trainer.limit_train_batches=1", "trainer.max_epochs=1", "++trainer.limit_val_batches=1")
     folder = train(cfg)
     assert json.loads((folder / "result.json").read_text())["in_part"] == {"limit_train_batches": 1}
     assert f"{folder.name}: in part: limit_train_batches=1" in printed([folder])
@@ -126,7 +126,7 @@ def test_a_run_trained_in_part_says_so_and_is_another_run_than_the_whole(config)
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_try_leaves_nothing_behind(config, tmp_path, capsys, together):
-    cfgs = [config("+trainer.fast_dev_run=true", f"k={k}", "logger=csv") for k in (4, 8)[: 1 + together]]
+    cfgs = [config("++trainer.fast_dev_run=true", f"k={k}", "logger=csv") for k in (4, 8)[: 1 + together]]
     note_plan(cfgs, [[]] * len(cfgs), Path("sweep"))
     train_packed(cfgs) if together else train(cfgs[0])
     assert "fast_dev_run went well; nothing of it is kept" in capsys.readouterr().out

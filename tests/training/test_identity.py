@@ -101,18 +101,18 @@ def test_every_leaf_counts_or_is_left_out_with_a_reason(choice):
 
 
 SAME = [
-    "data.name=other", "+data.path=/a", "backbone.published.title=other", "backbone.name=dinov2", "expansion=8.0",
+    "data.name=other", "++data.path=/a", "backbone.published.title=other", "backbone.name=dinov2", "expansion=8.0",
     "k=16.0", "seed=42.0", "trainer.precision=32", "extract.precision=32", "optimizer.lr=0.001", "loss.aux=0.03125",
     "trainer.devices=2", "trainer.strategy=ddp", "trainer.accelerator=cpu", "trainer.num_nodes=2", "pack.when=never",
     "stream.readers=1", "stream.verify=true", "checkpoint.every_steps=3", "extract.batch_size=1", "extract.device=cpu",
-    "paths.runs=/a", "+logger.csv={}", "trainer.log_every_n_steps=1", "+trainer.profiler=simple",
-    "trainer.enable_progress_bar=false", "+trainer.limit_val_batches=1", "trainer.check_val_every_n_epoch=2",
-    "+trainer.accumulate_grad_batches=1", "+trainer.accumulate_grad_batches=1.0", "+trainer.limit_train_batches=1.0",
-    "+trainer.limit_train_batches=null", "+trainer.overfit_batches=0", "+trainer.overfit_batches=0.0",
-    "+trainer.max_time=null", "+trainer.fast_dev_run=false", "+trainer.gradient_clip_algorithm=norm",
+    "paths.runs=/a", "+logger.csv={}", "trainer.log_every_n_steps=1", "++trainer.profiler=simple",
+    "trainer.enable_progress_bar=false", "++trainer.limit_val_batches=1", "trainer.check_val_every_n_epoch=2",
+    "++trainer.accumulate_grad_batches=1", "++trainer.accumulate_grad_batches=1.0", "++trainer.limit_train_batches=1.0",
+    "++trainer.limit_train_batches=null", "++trainer.overfit_batches=0", "++trainer.overfit_batches=0.0",
+    "++trainer.max_time=null", "++trainer.fast_dev_run=false", "++trainer.gradient_clip_algorithm=norm",
     "+sae.settings.k_per=sample", "+sae.settings.tied=false", "+loss.cosine=0", "+loss_options.cosine.any=1",
     "+optimizer.betas=[0.9,0.999]", "resample.until=0.5", "schedule.k_from=9", "sae.settings.k=16",
-    "+data.siblings=x.json", "+callbacks.lr={_target_: lightning.pytorch.callbacks.LearningRateMonitor}",
+    "++data.siblings=x.json", "+callbacks.lr={_target_: lightning.pytorch.callbacks.LearningRateMonitor}",
     "+callbacks.off={threshold: 3}", "+callbacks.mine={_target_: tests.training.crash.Crash, epoch: 2}",
 ]  # fmt: skip
 SWA = "lightning.pytorch.callbacks.StochasticWeightAveraging"
@@ -123,10 +123,10 @@ OTHERS = [
     "schedule.decay=0", "schedule.shape=cosine", "loss.aux=0", "+loss.cosine=0.1", "+loss_options.aux.any=1",
     "optimizer.name=adamw", "+optimizer.weight_decay=0.1", "sae.threshold=running_minimum",
     "+sae.settings.input_norm=unit", "trainer.precision=bf16-mixed", "trainer.max_epochs=1", "trainer.max_steps=7",
-    "trainer.gradient_clip_val=0.5", "+trainer.gradient_clip_algorithm=value", "+trainer.accumulate_grad_batches=2",
-    "+trainer.limit_train_batches=1", "+trainer.limit_train_batches=3", "+trainer.limit_train_batches=0.5",
-    "+trainer.max_time=00:00:00:09", "+trainer.overfit_batches=1", "+trainer.overfit_batches=1.0",
-    "+trainer.fast_dev_run=true", "+trainer.min_epochs=2", "+trainer.plugins=x",
+    "trainer.gradient_clip_val=0.5", "++trainer.gradient_clip_algorithm=value", "++trainer.accumulate_grad_batches=2",
+    "++trainer.limit_train_batches=1", "++trainer.limit_train_batches=3", "++trainer.limit_train_batches=0.5",
+    "++trainer.max_time=00:00:00:09", "++trainer.overfit_batches=1", "++trainer.overfit_batches=1.0",
+    "++trainer.fast_dev_run=true", "++trainer.min_epochs=2", "++trainer.plugins=x",
     "+callbacks.swa={_target_: " + SWA + ", swa_lrs: 0.1}", *MONOLOSS, "+callbacks.two={_target_: my.Thing}",
 ]  # fmt: skip
 
@@ -160,8 +160,8 @@ def test_what_cannot_change_the_weights_renames_nothing_and_what_can_renames():
 def test_what_a_callback_may_hear_counts_where_one_is_on():
     stopping = "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/fvu}"
     assert name_of(stopping) != name_of()
-    assert name_of(stopping, "+trainer.limit_val_batches=1") != name_of(stopping)
-    assert name_of(*MONOLOSS, "+trainer.limit_val_batches=1") == name_of(*MONOLOSS)
+    assert name_of(stopping, "++trainer.limit_val_batches=1") != name_of(stopping)
+    assert name_of(*MONOLOSS, "++trainer.limit_val_batches=1") == name_of(*MONOLOSS)
 
 
 def test_a_callback_counts_by_its_class_and_settings_wherever_it_has_moved():

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sae_lightning.commands.main import main
 from sae_lightning.training.identity import identity, run_name
@@ -25,7 +27,7 @@ def runs(config):
         made = {"schema": 2, "config": OmegaConf.to_container(cfg, resolve=True), "identity": identity(cfg, SEEN)}
         (folder / name / "cfg.json").write_text(json.dumps(made))
         (folder / name / "result.json").write_text(json.dumps({"seconds": 1.0, "val": {"explained_variance": 0.5}}))
-        (folder / name / "sae.safetensors").touch()
+        save_file({"b": torch.zeros(1)}, folder / name / "sae.safetensors")
     for name in ("nan", "begun"):
         (folder / name).mkdir()
         (folder / name / ".lock").touch()
