@@ -85,10 +85,10 @@ def differences(first: Path, second: Path) -> Iterator[Difference]:
     for leaf in dict.fromkeys([*counted[0], *counted[1], *own[0], *own[1]]):
         values = [whole.get(leaf, kept.get(leaf)) for whole, kept in zip(own, counted, strict=True)]
         if counted[0].get(leaf) != counted[1].get(leaf):
-            found.append(Difference(leaf, *values, None))
+            found.append(Difference(leaf, values[0], values[1], None))
         elif values[0] != values[1]:
             reason = RULES.reason(leaf, made[0]["config"]) or RULES.reason(leaf, made[1]["config"])
-            found.append(Difference(leaf, *values, reason or "it means the same"))
+            found.append(Difference(leaf, values[0], values[1], reason or "it means the same"))
     yield from sorted(found, key=lambda difference: difference.reason is not None)
 
 
