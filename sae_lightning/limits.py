@@ -59,7 +59,7 @@ def heed_cores() -> None:
 def groups(controller: str, proc: Path = PROC, cgroups: Path = CGROUPS) -> Iterator[Path]:
     """Folders of this process's control groups that bind ``controller``, from its own up to the root."""
     try:
-        lines = proc.read_text().splitlines()
+        lines = proc.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
@@ -76,7 +76,7 @@ def groups(controller: str, proc: Path = PROC, cgroups: Path = CGROUPS) -> Itera
 
 def _words(path: Path) -> list[str]:
     try:
-        return path.read_text().split()
+        return path.read_text(encoding="utf-8").split()
     except OSError:
         return []
 

@@ -121,7 +121,7 @@ def measure_peak(build_and_run: Callable[[], None], device: str) -> float:
 def _reset_peak() -> None:
     """Let Linux count VmHWM from now on; where it may not be reset it is the peak since the process began."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return
 
@@ -129,7 +129,7 @@ def _reset_peak() -> None:
 def _resident(field: str) -> int:
     """Bytes in a field of /proc/self/status; without /proc the peak since the process began."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
@@ -156,7 +156,7 @@ class Row:
 def write_json(path: str | Path, rows: Iterable[Row]) -> None:
     """Write the rows as a list of records with Row's fields as keys."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    Path(path).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
 def print_table(rows: Iterable[Row], ratio_to: str = "ours") -> None:

@@ -82,7 +82,7 @@ def build(folder: Path, out: Path) -> None:
         "class_names": CIFAR10_CLASSES,
         "sibling_groups": CIFAR10_GROUPS,
     }
-    (out / "demo.json").write_text(json.dumps(about, indent=2) + "\n")
+    (out / "demo.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     print(f"{len(rows['label'])} images, {(out / 'demo.parquet').stat().st_size / 1e6:.1f} MB")
 
 

@@ -31,7 +31,9 @@ def collect(folder: Path) -> Marks:
         if not (run / SCORES).is_file():
             raise FileNotFoundError(f"{run.name} has no scores yet; run evaluate.py paths.runs={folder}.")
         weight, options = monoloss_of(read_cfg(run)["config"])
-        marks[(float(options.get("memory", 0.0)), weight)].append(json.loads((run / SCORES).read_text())["metrics"])
+        marks[(float(options.get("memory", 0.0)), weight)].append(
+            json.loads((run / SCORES).read_text(encoding="utf-8"))["metrics"]
+        )
     return dict(sorted(marks.items()))
 
 

@@ -86,8 +86,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=MEASURED)
     args = parser.parse_args()
     found = {"machine": "one core, AMD Zen 5", "decoding": decoding(), "probing": probing()}
-    args.json.write_text(json.dumps(found, indent=2) + "\n")
-    print(args.json.read_text())
+    args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(args.json.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

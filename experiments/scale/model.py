@@ -210,7 +210,7 @@ def main() -> None:
         raise SystemExit(str(error)) from error
     print(made)
     if args.docs:
-        DOCS.write_text(put(DOCS.read_text(), made))
+        DOCS.write_text(put(DOCS.read_text(encoding="utf-8"), made), encoding="utf-8")
 
 
 if __name__ == "__main__":

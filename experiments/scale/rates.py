@@ -33,7 +33,7 @@ def rates(gpu: str = "h100", **changes: float) -> Rates:
     if gpu not in GPUS:
         raise ValueError(f"Unknown GPU '{gpu}'; choose one of {', '.join(GPUS)}, and change its rates by --set.")
     matmul, single, memory = GPUS[gpu]
-    found = json.loads(MEASURED.read_text())
+    found = json.loads(MEASURED.read_text(encoding="utf-8"))
     known = {
         "matmul": Rate(matmul, "FLOP/s", "data sheet", f"{gpu.upper()} SXM, bfloat16, dense"),
         "float32": Rate(single, "FLOP/s", "data sheet", f"{gpu.upper()} SXM, float32"),
@@ -109,4 +109,4 @@ def _between(at: dict[int, float], d_sae: int) -> float:
 
 @cache
 def _read(name: str) -> list[dict]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))

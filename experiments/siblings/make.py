@@ -75,7 +75,7 @@ def build(wordnet: Path, synsets: Path, levels: int = 1) -> dict[str, Any]:
     """All that the file says: where it comes from, the words of each class, and the groups."""
     data = wordnet / "data.noun"
     licence, nouns = read_nouns(data.read_text(encoding="utf-8"))
-    wnids = sorted(synsets.read_text().split())
+    wnids = sorted(synsets.read_text(encoding="utf-8").split())
     found = groups(wnids, nouns, levels)
     version = next((hit[1] for line in licence if (hit := re.search(r"WordNet (\S+) Copyright", line))), "unknown")
     hypernyms = [len(nouns[wnid[1:]].hypernyms) for wnid in wnids]
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=SHIPPED)
     args = parser.parse_args()
     about = build(args.wordnet, args.synsets, args.levels)
-    args.out.write_text(as_text(about))
+    args.out.write_text(as_text(about), encoding="utf-8")
     print(", ".join(f"{about['meta'][key]} {key}" for key in ("groups", "tasks")))
 
 

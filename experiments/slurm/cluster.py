@@ -77,9 +77,10 @@ def cluster(folder: Path) -> Iterator[None]:
         CONF.format(
             host=socket.gethostname().split(".")[0], port=port, port1=port1, port2=port2, folder=folder, user="root",
             cpus=os.cpu_count(), memory=memory,
-        )
+        ),
+        encoding="utf-8",
     )  # fmt: skip
-    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
+    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n", encoding="utf-8")
     try:
         start(
             "munged", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
@@ -91,7 +92,9 @@ def cluster(folder: Path) -> Iterator[None]:
         deadline = time.monotonic() + 60
         while said("sinfo", "-h", "-o", "%D %t") != "2 idle":
             if time.monotonic() > deadline:
-                logs = "\n".join(f"{p.name}:\n{p.read_text()[-1500:]}" for p in sorted(folder.glob("*.log")))
+                logs = "\n".join(
+                    f"{p.name}:\n{p.read_text(encoding='utf-8')[-1500:]}" for p in sorted(folder.glob("*.log"))
+                )
                 raise RuntimeError(f"The nodes did not come up within a minute.\n{logs}")
             time.sleep(0.5)
         yield
@@ -108,7 +111,7 @@ def start(*command: str) -> None:
 def stop(pidfile: Path) -> None:
     """End the daemon that ``pidfile`` names and wait for it."""
     with suppress(OSError, ValueError):
-        pid = int(pidfile.read_text())
+        pid = int(pidfile.read_text(encoding="utf-8"))
         os.kill(pid, signal.SIGTERM)
         for _ in range(100):
             os.kill(pid, 0)

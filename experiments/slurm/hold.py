@@ -19,6 +19,6 @@ class Hold(L.Callback):
         if trainer.global_step != self.at:
             return
         if trainer.is_global_zero:
-            self.file.with_name(f"{self.file.name}.reached").write_text(str(os.getpid()))
+            self.file.with_name(f"{self.file.name}.reached").write_text(str(os.getpid()), encoding="utf-8")
         while not self.file.exists() and not asked():
             time.sleep(0.1)

@@ -51,7 +51,7 @@ class Sweep:
         self.jobs = work / "sweeps" / name / ".submitit"
 
     def start(self) -> Sweep:
-        with self.log.open("w") as log:
+        with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(self.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True)
         started.append(self.process)
         return self
@@ -65,7 +65,9 @@ class Sweep:
 
     def say(self) -> str:
         logs = [self.log, *sorted(self.jobs.rglob("*.out")), *sorted(self.jobs.rglob("*.err"))]
-        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in logs if path.is_file())
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text(errors='replace', encoding='utf-8')}" for path in logs if path.is_file()
+        )
 
     def weights(self) -> list[dict[str, torch.Tensor]]:
         """Of its finished runs, ordered by their size."""
@@ -74,7 +76,7 @@ class Sweep:
 
     def devices(self) -> list[int]:
         """How many ranks finished each of its runs."""
-        return [json.loads(p.read_text())["devices"] for p in self.runs.glob("*/result.json")]
+        return [json.loads(p.read_text(encoding="utf-8"))["devices"] for p in self.runs.glob("*/result.json")]
 
 
 def until(happened: Callable[[], object], what: str, why: Callable[[], str] = str) -> None:
@@ -104,8 +106,12 @@ def held(sweep: Sweep) -> Iterator[int]:
     sweep.command += [f"+callbacks.hold={{_target_: experiments.slurm.hold.Hold, at: 9, file: {file}}}"]
     reached = Path(f"{file}.reached")
     sweep.start()
-    until(lambda: reached.is_file() and reached.read_text(), "the training gets to its ninth step", sweep.say)
-    yield int(reached.read_text())
+    until(
+        lambda: reached.is_file() and reached.read_text(encoding="utf-8"),
+        "the training gets to its ninth step",
+        sweep.say,
+    )
+    yield int(reached.read_text(encoding="utf-8"))
     file.touch()
 
 
@@ -212,7 +218,7 @@ class Tests:
             "seed=1,42", "+callbacks.crash.rank=${seed}",
         )  # fmt: skip
         logs = sweep.start().wait(fails=True)
-        assert "RuntimeError: the power went out" in sweep.log.read_text(), logs
+        assert "RuntimeError: the power went out" in sweep.log.read_text(encoding="utf-8"), logs
         equal(self.two_ranks, sweep)
         left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(sweep.runs).encode() in read(p)]
         assert not left, f"still running: {left}"

@@ -88,7 +88,7 @@ def main() -> None:
         rows[name] = probe(name, cut["train"], cut["test"])
         cells = (f"{rows[name][c]:.3f}" if c in rows[name] else "" for c in columns)
         print(f"| {name} (tiny) | {' | '.join(cells)} |", flush=True)
-    args.out.write_text(json.dumps({"images": counts, "accuracy": rows}, indent=2) + "\n")
+    args.out.write_text(json.dumps({"images": counts, "accuracy": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

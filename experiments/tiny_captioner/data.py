@@ -73,6 +73,6 @@ def prepared(parquet: Path, folder: Path) -> tuple[list[list[str]], np.ndarray]:
     texts, tokens = folder / "sentences.json", folder / "tokens.npy"
     if not (texts.exists() and tokens.exists()):
         found = pictures(parquet)
-        texts.write_text(json.dumps(sentences(found)))
+        texts.write_text(json.dumps(sentences(found)), encoding="utf-8")
         vision_tokens(captioner([])[0].eval().model.vision_tower, found.images, tokens)
-    return json.loads(texts.read_text()), np.load(tokens, mmap_mode="r")
+    return json.loads(texts.read_text(encoding="utf-8")), np.load(tokens, mmap_mode="r")

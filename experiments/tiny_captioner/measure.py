@@ -96,7 +96,7 @@ def main() -> None:
         "distinct_words": len({word for caption in captions for word in caption.split()}),
         "words_a_caption": round(float(np.mean([len(caption.split()) for caption in captions])), 1),
     }
-    args.out.write_text(json.dumps({**counts, "true": rows, "first": captions[:16]}, indent=2) + "\n")
+    args.out.write_text(json.dumps({**counts, "true": rows, "first": captions[:16]}, indent=2) + "\n", encoding="utf-8")
     print("| statement | captions | true | 95 % | blind |\n|---|---|---|---|---|")
     for name, row in rows.items():
         low, high = row["interval"]  # type: ignore[misc]

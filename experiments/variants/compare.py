@@ -56,7 +56,7 @@ def store_of(record: dict[str, Any], stores: Path) -> FeatureStore:
     """The val store that the run was made with; FileNotFoundError says how to have it."""
     wanted = record["store"]["val"]
     for manifest in stores.glob("**/manifest.json"):
-        if json.loads(manifest.read_text())["fingerprint"] == wanted:
+        if json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"] == wanted:
             return FeatureStore.open(manifest.parent)
     raise FileNotFoundError(
         f"No store in {stores} has the fingerprint {wanted[:12]}…; run extract.py for this backbone."
@@ -106,7 +106,7 @@ def main() -> None:
         curves, "largest latents kept a token", args.out / "recovery.png", f"Progressive recovery, {title}, k {args.k}"
     )
     figures = {"backbone": records[0]["backbone"], "expansion": args.expansion, "plane": plane, "recovery": curves}
-    (args.out / "variants.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (args.out / "variants.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(f"Wrote plane.png, recovery.png and variants.json into {args.out}.")
 
 

@@ -205,7 +205,7 @@ def main() -> None:
     table = as_markdown([measure(run, settings) for run in tqdm(finished_runs("*", args.runs), unit="run")])
     print(table)
     if args.out:
-        args.out.write_text(table)
+        args.out.write_text(table, encoding="utf-8")
 
 
 if __name__ == "__main__":

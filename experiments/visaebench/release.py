@@ -118,11 +118,11 @@ def release_sae(run: Path, folder: Path, address: str, split: str = "test", lice
         if (run / name).is_file():
             shutil.copyfile(run / name, partial / name)
     scores = [row for row in read_rows(run) if row["split"] == split]
-    (partial / "README.md").write_text(sae_card(cfg, scores, address, split, license))
+    (partial / "README.md").write_text(sae_card(cfg, scores, address, split, license), encoding="utf-8")
     if not equal(sae, SAE.from_pretrained(partial)):
         raise ReleaseError(f"The SAE written for {run.name} is not that of the run, bit for bit; it was not released.")
     names = sorted(path.name for path in partial.iterdir())
-    (partial / SUMS).write_text("".join(f"{sha256(partial / name)}  {name}\n" for name in names))
+    (partial / SUMS).write_text("".join(f"{sha256(partial / name)}  {name}\n" for name in names), encoding="utf-8")
     for path in partial.iterdir():
         path.chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
@@ -157,7 +157,7 @@ def is_whole(folder: Path) -> bool:
     """Whether the released ``folder`` has all files that its checksums name, unchanged."""
     if not (folder / SUMS).is_file():
         return False
-    lines = (line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines())
+    lines = (line.split("  ", 1) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())
     return all((folder / name).is_file() and sha256(folder / name) == digest for digest, name in lines)
 
 
@@ -190,7 +190,7 @@ def release(
     _write(out / "README.md", index_card(name, index, cfgs, split, license, checked=not apart))
     sums = [f"{sha256(out / name)}  {name}\n" for name in TOP]
     for folder in folders:
-        lines = (folder / SUMS).read_text().splitlines()
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         sums += [f"{digest}  {folder.name}/{name}\n" for digest, name in (line.split("  ", 1) for line in lines)]
     _write(out / SUMS, "".join(sums))
     kept = len(written) - sum(written)
@@ -216,7 +216,7 @@ def _plain(index: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -122,7 +122,7 @@ def main() -> None:
         parser.error("--json writes the workspace; a report holds ids of the project that only the service knows.")
     made = (report if args.report else workspace)(args.entity, args.project, args.group)
     if args.json:
-        args.json.write_text(json.dumps(as_json(made), indent=2, ensure_ascii=False) + "\n")
+        args.json.write_text(json.dumps(as_json(made), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"Wrote {args.json}.")
     else:
         made.save()

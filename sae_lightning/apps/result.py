@@ -70,5 +70,5 @@ def leave(
 
 def read_result(folder: Path) -> Result:
     """The result in ``folder``; FileNotFoundError when there is none."""
-    record = json.loads((folder / RECORD).read_text())
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     return Result(record["app"], record["title"], folder, [Headline(**line) for line in record["headlines"]])

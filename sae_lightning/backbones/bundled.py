@@ -70,7 +70,7 @@ def load_tiny(cfg: Mapping[str, Any]) -> Backbone:
 
 def _load_text(name: str, trained: bool) -> TinyTextTower:
     with fixed_seed():
-        tower = TinyTextTower((ASSETS / "vocabulary.txt").read_text().split())
+        tower = TinyTextTower((ASSETS / "vocabulary.txt").read_text(encoding="utf-8").split())
     if trained:
         tower.load_state_dict(_tensors(name, of="text."))
     return tower

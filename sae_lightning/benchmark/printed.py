@@ -55,7 +55,7 @@ def visaebench_table(runs: Sequence[Path], split: str) -> Table:
 
 def read_scores(run: Path) -> dict:
     """scores.json of a run."""
-    return json.loads((run / SCORES).read_text())
+    return json.loads((run / SCORES).read_text(encoding="utf-8"))
 
 
 def _shown(value: float) -> str:

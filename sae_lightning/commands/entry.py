@@ -34,7 +34,7 @@ def command(name: str, config_name: str | None = None) -> Callable[[Work], Calla
             from hydra.types import RunMode
 
             from sae_lightning.settings.check import check_settings
-            from sae_lightning.settings.places import check_places
+            from sae_lightning.settings.places import check_devices, check_places
 
             hydra = HydraConfig.get()
             with told(name, end=hydra.mode == RunMode.RUN):
@@ -43,6 +43,7 @@ def command(name: str, config_name: str | None = None) -> Callable[[Work], Calla
 
                 cfg = started(cfg)
                 check_places(name, cfg)
+                check_devices(cfg)
                 work(cfg)
 
         task.command = name  # type: ignore[attr-defined]  # for sweepers, which check all jobs before any of them

@@ -58,7 +58,7 @@ def from_table(table: pa.Table, ids: list[str], **kwargs: Any) -> ImageData:
 
 def load_demo(cfg: dict[str, Any], split: str) -> ImageData:
     """The bundled part of CIFAR-10: ``experiments/demo_data`` made it, ``demo.json`` says from what."""
-    about = json.loads((DEMO / "demo.json").read_text())
+    about = json.loads((DEMO / "demo.json").read_text(encoding="utf-8"))
     table = read_table(DEMO / "demo.parquet", ["image", "label", "split", "image_id", "caption"])
     table = table.filter(pa.compute.equal(table["split"], split))
     return from_table(

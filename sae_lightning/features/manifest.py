@@ -84,7 +84,7 @@ class Manifest:
         if not path.is_file():
             raise StoreError(f"{folder} has no {MANIFEST}: its extraction did not finish. Run extract.py again.")
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise StoreError(f"{path} is not valid JSON ({error}); delete {folder} and extract again.") from error
         schema = content.get("schema") if isinstance(content, dict) else None

@@ -49,7 +49,7 @@ def read_record(folder: Path, index: int) -> Record:
     """The record of shard ``index``; StoreError when it is missing or unreadable."""
     path = record_path(folder, index)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         content["shard"] = Shard(**content["shard"])
         content["moments"] = Moments.from_json(content["moments"])
         content["shape"] = tuple(content["shape"])

@@ -67,7 +67,7 @@ class StoreWriter:
                     remove_half_files(self.folder, name)
                 if not path.is_file():
                     write_plan(self.folder, self.fingerprint, self.dtype, self.images_per_shard)
-                text = path.read_text()
+                text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise cannot_write(self.folder, error) from error
         try:

@@ -44,7 +44,7 @@ def save(
 def load(folder: Path) -> Loaded:
     """What ``save`` wrote in ``folder``; FinetuneError when it is not there, is broken or does not fit."""
     try:
-        cfg = json.loads((folder / "cfg.json").read_text())
+        cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
         tensors = unwrapped(load_file(folder / WEIGHTS))
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise FinetuneError(f"{folder} holds no whole fine-tuned model ({error}); run finetune.py again.") from error

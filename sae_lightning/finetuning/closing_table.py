@@ -38,7 +38,7 @@ def print_table(folders: list[Path], console: Console | None = None) -> None:
         if not is_finished(folder):
             table.add_row(folder.name, "not finished", *[""] * (len(COLUMNS) + 1))
             continue
-        cfg, result = (json.loads((folder / name).read_text()) for name in ("cfg.json", "result.json"))
+        cfg, result = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("cfg.json", "result.json"))
         found, seconds = result[cfg["config"]["held_out"]], result["seconds_an_epoch"]
         values = [
             shape.format(found[name]) if math.isfinite(found[name]) else "–" for name, (_, shape) in COLUMNS.items()

@@ -173,7 +173,7 @@ def finish(cfg: DictConfig, folder: Path, held_out: ImageData) -> None:
         workers(preprocess.image_size, cfg.num_workers), "cuda" if on_gpu else "cpu",
     )  # fmt: skip
     embeddings = align(similarity_store(cfg, held_out.split), held_out)
-    result = {"status": "finished", **json.loads((folder / TRAINED).read_text())}
+    result = {"status": "finished", **json.loads((folder / TRAINED).read_text(encoding="utf-8"))}
     write_json(folder / "result.json", result | {held_out.split: scores(found, embeddings)})
     (folder / TRAINED).unlink()
     remove_checkpoints(folder)

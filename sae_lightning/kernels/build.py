@@ -66,7 +66,7 @@ def _make_writable(folder: Path) -> None:
 def _processor() -> str:
     """What the machine code depends on, so that a shared home folder serves nodes with different processors."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
     except OSError:
         return platform.processor()
@@ -90,7 +90,11 @@ def _compile(compiler: str, library: Path) -> None:
 def _share_threads() -> None:
     """Let the kernels run on PyTorch's own OpenMP threads: a second pool would wait for the first one's spinning."""
     maps = Path("/proc/self/maps")
-    loaded = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines()} if maps.exists() else set()
+    loaded = (
+        {line.split(maxsplit=5)[-1].strip() for line in maps.read_text(encoding="utf-8").splitlines()}
+        if maps.exists()
+        else set()
+    )
     for path in sorted(loaded):
         if "torch" in path and Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
@@ -105,7 +109,9 @@ def load_native() -> ctypes.CDLL | None:
     if os.environ.get("SAE_LIGHTNING_NATIVE") == "0" or sys.platform == "win32":
         return None
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    made_from = "\n".join([*(path.read_text() for path in SOURCES), *FLAGS, _processor(), compiler or ""])
+    made_from = "\n".join(
+        [*(path.read_text(encoding="utf-8") for path in SOURCES), *FLAGS, _processor(), compiler or ""]
+    )
     try:
         library = cache_folder() / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
         _share_threads()

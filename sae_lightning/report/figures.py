@@ -29,7 +29,7 @@ def history(run: Path) -> dict[str, tuple[list[float], list[float]]]:
     curves: dict[str, tuple[list[float], list[float]]] = {}
     if not path.is_file():
         return curves
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             for column, cell in row.items():
                 if cell and column not in ("step", "epoch"):

@@ -119,5 +119,5 @@ def write_card(folder: Path, repo_id: str) -> Path:
     rows = "\n".join(f"| {name} | {value} |" for name, value in shown.items())
     text = CARD.format(title=repo_id.rsplit("/", 1)[-1], rows=rows, repo_id=repo_id, d_in=cfg["d_in"])
     path = folder / "README.md"
-    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
     return path

@@ -1,11 +1,11 @@
-"""Whether folders that a command writes to can be written, found out before it does any work."""
+"""Whether the folders and devices that a command needs can be had, found out before it does any work."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 WRITTEN = {"train": ("paths.runs",), "finetune": ("paths.runs",), "extract": ("paths.stores",)}
 
@@ -29,6 +29,18 @@ def check_file(path: Path, name: str) -> None:
     if path.is_dir():
         raise ValueError(f"{name}={path} is a folder; name a file in it, such as {path / 'report.html'}.")
     check_folder(path.parent, name, path)
+
+
+def check_devices(cfg: DictConfig) -> None:
+    """ValueError with a sentence where a setting asks for a GPU that is not there."""
+    for name in ("device", "extract.device"):
+        wanted = str(OmegaConf.select(cfg, name))
+        if wanted.startswith("cuda"):
+            import torch
+
+            there = torch.cuda.device_count()
+            if int(wanted.partition(":")[2] or 0) >= there:
+                raise ValueError(f"{name}={wanted} but {there} GPUs are visible; set {name}=cpu, or auto.")
 
 
 def check_places(command: str, cfg: DictConfig) -> None:

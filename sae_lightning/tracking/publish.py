@@ -41,11 +41,11 @@ def publish(runs: Sequence[Path], cfg: DictConfig) -> None:
         for run in runs:
             marker = run / kind / "published"
             digest = _digest(run, options or {})
-            if not cfg.get("again") and marker.is_file() and marker.read_text() == digest:
+            if not cfg.get("again") and marker.is_file() and marker.read_text(encoding="utf-8") == digest:
                 continue
             if {"csv": _to_csv, "tensorboard": _to_tensorboard, "wandb": _to_wandb}[kind](run, options or {}):
                 marker.parent.mkdir(exist_ok=True)
-                marker.write_text(digest)
+                marker.write_text(digest, encoding="utf-8")
 
 
 def wandb_options(run: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -123,12 +123,12 @@ def _to_csv(run: Path, options: dict[str, Any]) -> bool:
     path = run / "csv" / "metrics.csv"
     found, rows = scores_of(run), []
     if path.is_file():
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if not any(row.get(name) for name in found)]
     rows.append({"step": trained(run)["steps"], **found})
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as file:
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*dict.fromkeys(name for row in rows for name in row)])
         writer.writeheader()
         writer.writerows(rows)

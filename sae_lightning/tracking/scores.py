@@ -25,7 +25,7 @@ def scores_of(run: Path) -> dict[str, float]:
 
     The prefix is the split that was scored.
     """
-    scores = json.loads((run / SCORES).read_text())
+    scores = json.loads((run / SCORES).read_text(encoding="utf-8"))
     split = scores["split"]
     found = {f"{split}/{name}": float(value) for name, value in scores["metrics"].items()}
     rows = [row for row in read_rows(run) if row["split"] == split]
@@ -35,7 +35,7 @@ def scores_of(run: Path) -> dict[str, float]:
 
 def trained(run: Path) -> dict[str, Any]:
     """What a finished training says of itself: ``seconds``, ``steps``, … and ``val/…``."""
-    result = json.loads((run / "result.json").read_text())
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     val = {f"val/{name}": value for name, value in result.pop("val").items()}
     return {name: value for name, value in result.items() if isinstance(value, int | float | str)} | val
 
@@ -45,7 +45,7 @@ def history_rows(run: Path) -> Iterator[tuple[int, dict[str, float]]]:
     path = run / "history.csv"
     if not path.is_file():
         return
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             values = {name: float(cell) for name, cell in row.items() if cell and name not in ("step", "epoch")}
             yield int(row["step"]) - 1, values

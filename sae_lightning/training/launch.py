@@ -82,7 +82,7 @@ def launch_ranks(
         with run_together(_rank, [(work, given, folder)] * count, variables) as ranks:
             _watch(ranks, stop)
             failures = ranks.failures()
-        steps = Path(f"{stop}{STEPS}").read_text().split() if Path(f"{stop}{STEPS}").is_file() else []
+        steps = Path(f"{stop}{STEPS}").read_text(encoding="utf-8").split() if Path(f"{stop}{STEPS}").is_file() else []
     signum = asked()
     if signum and all(said == f"ended by {signal.Signals(signum).name}" for said in failures.values()):
         raise Preempted(signum, *map(int, steps))

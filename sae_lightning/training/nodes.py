@@ -69,7 +69,7 @@ def find_meeting(folder: Path) -> tuple[str, int] | None:
     """On a further node: wait for the first one's word; None when there is nothing to do."""
     while True:
         try:
-            found = json.loads((folder / MEETING).read_text())
+            found = json.loads((folder / MEETING).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = {}
         if found.get("job") == _attempt():
@@ -84,5 +84,5 @@ def _attempt() -> str:
 
 def _post(folder: Path, what: dict[str, str | int]) -> None:
     partial = folder / f"{MEETING}.partial"
-    partial.write_text(json.dumps({"job": _attempt(), **what}))
+    partial.write_text(json.dumps({"job": _attempt(), **what}), encoding="utf-8")
     partial.replace(folder / MEETING)

@@ -97,7 +97,7 @@ def _held(run: Path) -> bool:
 def _last_step(run: Path) -> int | None:
     """The step of the last row of history.csv."""
     path = run / "history.csv"
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     if len(lines) < 2:
         return None
     return int(dict(zip(lines[0].split(","), lines[-1].split(","), strict=False))["step"])

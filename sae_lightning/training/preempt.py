@@ -235,7 +235,7 @@ class StopWhenAsked(Checkpoint):
     def _stop(self, trainer: L.Trainer, signum: int) -> NoReturn:
         trainer.save_checkpoint(self.path)
         if FLAG in os.environ and trainer.is_global_zero:
-            with open(os.environ[FLAG] + STEPS, "a") as file:
+            with open(os.environ[FLAG] + STEPS, "a", encoding="utf-8") as file:
                 file.write(f"{trainer.global_step}\n")
         raise Preempted(signum, trainer.global_step)
 

@@ -278,4 +278,4 @@ def load_record(folder: Path) -> dict[str, Any]:
     """``cfg.json`` and ``result.json`` of a finished run as one dict."""
     import json
 
-    return read_cfg(folder) | {"result": json.loads((folder / "result.json").read_text())}
+    return read_cfg(folder) | {"result": json.loads((folder / "result.json").read_text(encoding="utf-8"))}

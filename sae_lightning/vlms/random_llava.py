@@ -21,7 +21,7 @@ def random_llava(architecture: Mapping[str, Any]) -> tuple[Any, Any]:
     """
     import transformers
 
-    words = WORDS.read_text().split()
+    words = WORDS.read_text(encoding="utf-8").split()
     if architecture.get("model_type") != "llava":
         raise VLMError(
             f"vlm.architecture has model_type {architecture.get('model_type')}; random weights are made for llava "

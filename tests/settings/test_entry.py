@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import runpy
 import stat
 import sys
@@ -13,7 +15,7 @@ from omegaconf import OmegaConf
 from sae_lightning.commands.entry import as_typed, told
 from sae_lightning.commands.help import CONF, EXAMPLES, groups, help_of
 from sae_lightning.commands.sentences import sentence_of
-from sae_lightning.settings.places import check_file, check_folder
+from sae_lightning.settings.places import check_devices, check_file, check_folder
 from tests.settings.typed import composed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,11 +186,33 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(tmp_path):
     assert list((tmp_path / "new").iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["device", "extract.device"])
+def test_a_gpu_that_is_not_there_is_named(name):
+    import torch
+
+    cfg = composed("evaluate" if name == "device" else "extract").copy()
+    OmegaConf.update(cfg, name, "cuda:77")
+    with pytest.raises(ValueError, match=rf"{name}=cuda:77 but {torch.cuda.device_count()} GPUs are visible"):
+        check_devices(cfg)
+
+
 def test_report_finds_out_that_it_cannot_write_before_it_reads(typing, tmp_path):
     (tmp_path / "file").write_text("x")
     status, err = typing("report", f"out={tmp_path}/file/page.html")
     assert (status, err.count("\n")) == (1, 1)
     assert "cannot be written" in err
+
+
+def test_text_is_utf8_whatever_the_locale():
+    for file in (ROOT / "sae_lightning").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            opens = node.func.attr == "open" and modes and re.fullmatch("[rwax+t]+", modes[0])
+            if opens or node.func.attr in ("read_text", "write_text"):
+                given = {keyword.arg for keyword in node.keywords}
+                assert "encoding" in given, f"{file}:{node.lineno} reads or writes text without its encoding"
 
 
 def test_files_have_the_mode_of_the_umask(tmp_path):

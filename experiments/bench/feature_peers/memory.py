@@ -52,7 +52,7 @@ def _sizes(process: int) -> tuple[int, int]:
     total = mapped = 0
     for member in _family(process):
         try:
-            lines = Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()[1:]
+            lines = Path(f"/proc/{member}/smaps_rollup").read_text(encoding="utf-8").splitlines()[1:]
         except OSError:  # it has just ended
             continue
         fields = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines}
@@ -65,7 +65,7 @@ def _family(process: int) -> list[int]:
     parents: dict[int, int] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+            parents[int(status.parent.name)] = int(status.read_text(encoding="utf-8").rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):
             continue
     family = [process]

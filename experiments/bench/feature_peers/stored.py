@@ -28,7 +28,7 @@ def stored(names: Sequence[str], features: Features, home: Path, progress: Progr
             continue
         folder = home / name.replace(" ", "-").replace(".", "")
         note = folder.with_suffix(".json")
-        if not (note.is_file() and json.loads(note.read_text()) == list(features.shape)):
+        if not (note.is_file() and json.loads(note.read_text(encoding="utf-8")) == list(features.shape)):
             note.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             free = shutil.disk_usage(home).free
@@ -42,6 +42,6 @@ def stored(names: Sequence[str], features: Features, home: Path, progress: Progr
                 shutil.rmtree(folder)
                 continue
             evict(files_in(folder))
-            note.write_text(json.dumps(features.shape))
+            note.write_text(json.dumps(features.shape), encoding="utf-8")
         folders[name] = folder
     return folders

@@ -72,12 +72,12 @@ def shards(features: Features, shard_bytes: int | None = None) -> Iterator[Tenso
 
 def note_shape(folder: Path, features: Features) -> None:
     """Keep the shape beside data whose format does not hold it."""
-    (folder / "shape.json").write_text(json.dumps(features.shape))
+    (folder / "shape.json").write_text(json.dumps(features.shape), encoding="utf-8")
 
 
 def noted_shape(folder: Path) -> tuple[int, int, int]:
     """What ``note_shape`` kept: images, patches, width."""
-    n, patches, d_in = json.loads((folder / "shape.json").read_text())
+    n, patches, d_in = json.loads((folder / "shape.json").read_text(encoding="utf-8"))
     return n, patches, d_in
 
 

@@ -18,9 +18,9 @@ SCRIPTS = ("dom.js", "state.js", "list.js", "latent.js", "picture.js", "main.js"
 
 def page() -> tuple[str, str]:
     """The page's HTML, and its Content-Security-Policy, which names style and script by their hashes."""
-    style = (TEMPLATES / "style.html").read_text() + (PARTS / "page.css").read_text()
-    script = '"use strict";\n' + "".join((PARTS / name).read_text() for name in SCRIPTS)
-    template = jinja2.Environment(autoescape=True).from_string((PARTS / "page.html").read_text())
+    style = (TEMPLATES / "style.html").read_text(encoding="utf-8") + (PARTS / "page.css").read_text(encoding="utf-8")
+    script = '"use strict";\n' + "".join((PARTS / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    template = jinja2.Environment(autoescape=True).from_string((PARTS / "page.html").read_text(encoding="utf-8"))
     html = template.render(style=Markup(style), script=Markup(script), version=__version__)
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src 'self' blob: data:; "
