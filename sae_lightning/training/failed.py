@@ -102,7 +102,7 @@ def fail(folder: Path, sentence: str, step: int) -> None:
 def failure(folder: Path) -> str | None:
     """Why the run in ``folder`` has failed; None where it has not."""
     path = folder / FAILED
-    return json.loads(path.read_text())["about"] if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8"))["about"] if path.is_file() else None
 
 
 @contextmanager

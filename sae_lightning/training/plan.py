@@ -73,7 +73,7 @@ def states(folder: Path) -> list[State]:
 def state_of(run: Path) -> State:
     """How far one run is; ``running`` where another process holds it."""
     if is_finished(run):
-        result = json.loads((run / "result.json").read_text())
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         value = (result.get("val") or {}).get("explained_variance")
         said = [f"{result['seconds']:.0f} s", *([] if value is None else [f"expl. var. {value:.3f}"])]
         about = ", ".join([*said, *([in_words(result["in_part"])] if "in_part" in result else [])])
