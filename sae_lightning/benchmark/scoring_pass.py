@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from sae_lightning.benchmark.image_codes import ImageCodes
@@ -25,7 +24,7 @@ from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.metrics import L0, ActivationHistogram, Firing, MonoScore, Moran, Purity, Reconstruction
 from sae_lightning.metrics.base import SumMetric, of_one_rank
 from sae_lightning.saes import SAE, SparseCodes
-from sae_lightning.saes.artefact import read_cfg
+from sae_lightning.saes.artefact import ArtefactError, read_cfg
 
 STATE = "state.safetensors"
 
@@ -159,7 +158,7 @@ class ScoringPass:
             return 0
         try:
             tensors, metadata = read_tensors(path)
-        except SafetensorError as error:
+        except ArtefactError as error:
             set_aside(path, str(error), f"{self.run.name} is scored anew")
             return 0
         for name, metric in self.metrics.items():
