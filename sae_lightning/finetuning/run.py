@@ -30,12 +30,13 @@ from sae_lightning.locks import held
 from sae_lightning.saes.artefact import write_json
 from sae_lightning.settings import check_settings
 from sae_lightning.training.checkpoints import CheckpointFiles, last_checkpoint, mend_checkpoint, remove_checkpoints
+from sae_lightning.training.failed import StopNotFinite, begin_anew, in_part, require_finite, worth_keeping
 from sae_lightning.training.full_disk import names_full_disk
 from sae_lightning.training.history import History
 from sae_lightning.training.launch import environment, know_rank, launch_ranks, n_ranks, wants_ranks
 from sae_lightning.training.loggers import checkpoint_step, close_loggers, open_loggers, settle
 from sae_lightning.training.preempt import StopWhenAsked, heeding
-from sae_lightning.training.run import build_callbacks, check_gpus, checkpoints, quiet
+from sae_lightning.training.run import build_callbacks, check_gpus, checkpoints, is_a_try, quiet
 
 TRAINED = "trained.json"
 PRODUCTS = ("result.json", WEIGHTS, "cfg.json")  # without which a run is not finished
@@ -52,11 +53,12 @@ def finetune(cfg: DictConfig) -> Path:
     check(cfg)
     lend_cache(Path(cfg.paths.runs))
     folder = Path(cfg.paths.runs) / run_name(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    with heeding(folder.name), held(folder / ".lock", f"fine-tuning {folder.name}"):
+    own = worth_keeping(folder, not is_a_try(cfg))
+    with own, heeding(folder.name), held(folder / ".lock", f"fine-tuning {folder.name}"):
         if is_finished(folder):
             print(f"{folder.name}: finished before, skipped.", flush=True)
             return folder
+        begin_anew(folder)
         train, held_out = load_split(cfg, "train"), load_split(cfg, cfg.held_out)
         check_splits(cfg, train, held_out)
         if not (folder / TRAINED).is_file():  # a layer that does not exist is found out before anything is extracted
@@ -69,7 +71,8 @@ def finetune(cfg: DictConfig) -> Path:
             mend_checkpoint(folder)
             settle(cfg)
             launch_ranks(cfg, folder, fit) if wants_ranks(cfg) else fit(cfg, folder)
-        finish(cfg, folder, held_out)
+        if not is_a_try(cfg):
+            finish(cfg, folder, held_out)
     return folder
 
 
@@ -122,10 +125,11 @@ def fit(cfg: DictConfig, folder: Path) -> None:
         cfg.seed, cfg.num_workers,
     )  # fmt: skip
     clock = EpochClock()
-    callbacks = [*checkpoints(cfg, folder), History(folder / "history.csv"), clock, *build_callbacks(cfg, folder)]
+    callbacks = [StopNotFinite(folder), *checkpoints(cfg, folder), History(folder / "history.csv"), clock]
+    callbacks += build_callbacks(cfg, folder)
     last = last_checkpoint(folder)
     callbacks.append(StopWhenAsked(last))
-    loggers = open_loggers(cfg, folder, start=checkpoint_step(last))
+    loggers = [] if is_a_try(cfg) else open_loggers(cfg, folder, start=checkpoint_step(last))
     trainer = L.Trainer(
         **trainer_settings(cfg),
         logger=loggers or False,
@@ -139,9 +143,15 @@ def fit(cfg: DictConfig, folder: Path) -> None:
     trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    if trainer.is_global_zero:
+    require_finite(folder, "the weights", dict(classifier.named_parameters()), trainer.global_step)
+    if is_a_try(cfg):
+        if trainer.is_global_zero:
+            print(f"{folder.name}: fast_dev_run went well; nothing of it is kept.", flush=True)
+    elif trainer.is_global_zero:
+        part = in_part(trainer, plain(cfg.trainer))
         save(classifier, preprocess, folder, rebuilding(model), train.class_names, record(cfg, store.backbone))
         done = {
+            **({"in_part": part} if part else {}),
             "seconds": clock.seconds, "seconds_an_epoch": clock.seconds_an_epoch, "epochs": trainer.current_epoch,
             "steps": trainer.global_step, "devices": trainer.world_size,
             "trained_parameters": sum(p.numel() for p in classifier.parameters() if p.requires_grad),

@@ -51,14 +51,28 @@ def test_a_run_ends_as_an_artefact_with_scores_and_history(settings, capsys):
 
 def test_names_follow_what_determines_the_result(settings):
     base = run_name(settings())
-    for same in ("trainer.devices=2", "logger=csv", "paths.stores=elsewhere", "validate=null", "data.k=3"):
+    for same in (
+        "trainer.devices=2",
+        "logger=csv",
+        "paths.stores=elsewhere",
+        "validate=null",
+        "data.k=3",
+        "data.name=x",
+    ):
         assert run_name(settings(same)) == base, same
     for other in (
         "mono_weight=0.05", "seed=1", "layer=embedding", "optimizer.momentum=0", "augment=none", "epochs=4",
         "similarity.name=siglip", "model.lora.r=4", "trainer.precision=bf16-mixed", "model.model=deit",
     ):  # fmt: skip
         assert run_name(settings(other)) != base, other
-    assert base.startswith("vit-folder-mono0.1-s42-")
+    assert base.startswith("vit-mono0.1-s42-")
+
+
+def test_a_try_leaves_nothing_and_a_part_says_so(settings):
+    cfg = settings("++trainer.fast_dev_run=true", "data.limit=16")
+    assert not finetune(cfg).exists()
+    folder = finetune(settings("++trainer.limit_train_batches=1", "epochs=1", "data.limit=16"))
+    assert json.loads((folder / "result.json").read_text())["in_part"] == {"limit_train_batches": 1}
 
 
 def test_weight_zero_is_plain_cross_entropy(settings):
