@@ -76,15 +76,15 @@ def test_the_weight_warms_up_and_skipped_steps_weigh_on_the_others():
     assert [callback.weight_at(step, 8) for step in range(8)] == [2.0, 0, 0, 0, 2.0, 0, 0, 0]
 
 
-def test_what_it_is_set_to_makes_another_run_and_weight_zero_is_none(config):
+def test_what_it_is_set_to_makes_another_run_and_weight_zero_is_none(config, tmp_path):
     names = {run_name(config(*ON, f"callbacks.monoloss.weight={weight}")) for weight in (0, 0.1, 0.2)}
     assert len(names) == 3
     assert run_name(config(*ON)) == run_name(config("callbacks=monoloss", "callbacks.monoloss.weight=1.0"))
     assert sum("-monoloss-" in name for name in names) == 2
     assert run_name(config()) in names
     off = config("callbacks=monoloss", "callbacks.monoloss.weight=0")
-    assert build_callbacks(off) == []
-    assert isinstance(build_callbacks(config(*ON))[0], MonoLoss)
+    assert build_callbacks(off, tmp_path) == []
+    assert isinstance(build_callbacks(config(*ON), tmp_path)[0], MonoLoss)
     assert run_name(config("+callbacks.crash={_target_: tests.training.crash.Crash, epoch: 2}")) in names
 
 
