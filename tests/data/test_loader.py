@@ -81,7 +81,7 @@ def no_semaphores() -> None:
 )
 def test_pictures_are_read_and_it_says_what_is_in_the_way(machine, said, tmp_path):
     job = Job(tmp_path / "log", read, before=machine)
-    assert job.end(600) == 0, job.said()
+    assert job.end() == 0, job.said()
     assert said in job.said()
     assert bool(said) == bool(job.said())
 

@@ -135,9 +135,10 @@ def test_a_job_with_other_tasks_or_nodes_than_the_config_is_refused(config, monk
 def test_nodes_meet_where_the_first_one_says(tmp_path, monkeypatch):
     slurm(monkeypatch, 0, 2, 2)
     with leading(tmp_path):
-        met = call_meeting(tmp_path)
-        assert find_meeting(tmp_path) == met
+        store, address = call_meeting(tmp_path)
+        assert find_meeting(tmp_path) == (address, store.port)
     assert find_meeting(tmp_path) is None  # over: finished, skipped or failed
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # what an earlier start said is no news
     with leading(tmp_path):
-        assert call_meeting(tmp_path) == find_meeting(tmp_path)
+        store, address = call_meeting(tmp_path)
+        assert find_meeting(tmp_path) == (address, store.port)
