@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,22 @@ from PIL import Image
 from sae_lightning.distributed.processes import preload
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
+from tests.processes import server_address, share_server
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-# one server for all tests, which imports once what the processes forked off it need
+# one server for all tests and all of pytest's processes, which imports once what those forked off it need
 preload("tests.data.test_images", "tests.features.jobs", "sae_lightning.training.packed", "datasets", "pandas")
 
 N_PATCHES, D_IN, CLASSES = 16, 12, 3
+
+
+def pytest_configure() -> None:
+    """Start the server, or in one of several of pytest's processes share that of the first."""
+    if "TESTS_SERVER" in os.environ:
+        share_server(os.environ["TESTS_SERVER"])
+    else:
+        forkserver.ensure_running()
+        os.environ["TESTS_SERVER"] = server_address()
 
 
 def pytest_report_header() -> str:

@@ -91,9 +91,11 @@ def server_address() -> str:
 
 
 def share_server(address: str) -> None:
-    """Let this process, forked off the server at ``address``, start its own by the same; Python would start another."""
+    """Let this process start others by the server at ``address``, of another process; Python would start a second."""
     server = forkserver._forkserver  # type: ignore[attr-defined]
     server._forkserver_address, server.ensure_running = address, lambda: None
+    if server._forkserver_alive_fd is None:  # the server lives as long as the process that started it
+        server._forkserver_alive_fd = os.pipe()[1]
 
 
 def _main(

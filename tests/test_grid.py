@@ -2,14 +2,11 @@
 
 import csv
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 
 from sae_lightning.training.plan import states
-from tests.processes import ROOT, Command, run, wait_for
+from tests.processes import Command, run, wait_for
 
 TRAIN = [
     "train.py", "-m", "experiment=visaebench_grid", "backbone=dinov2,mae", "expansion=8", "k=8,16,24",
@@ -20,13 +17,6 @@ EVALUATE = [
     "evaluate.py", "metrics=visaebench", "latents_shown=2", *(f"metrics.{part}=null" for part in PARTS_LEFT_OUT),
 ]  # fmt: skip
 REPORT = ["report.py", "grid='*'"]
-
-
-def cold(arguments, folder):
-    """What the command says, started by an interpreter of its own, as users do."""
-    command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", COLUMNS="200")
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.slow
@@ -43,11 +33,11 @@ def test_six_saes_are_trained_scored_and_analysed(tmp_path):
     assert "resuming from its last checkpoint" in printed
     assert [run.state for run in states(runs)] == ["finished"] * 6
 
-    printed = cold(EVALUATE, tmp_path)
+    printed = run(*EVALUATE, cwd=tmp_path, COLUMNS="200").stdout
     assert "M7 absorption" in printed
     assert len({run.scores for run in states(runs)} - {0}) == 1
 
-    cold(REPORT, tmp_path)
+    run(*REPORT, cwd=tmp_path)
     page = (tmp_path / "reports" / "grid.html").read_text()
     for heading in ("Variance", "hypotheses", "probing", "(tiny)"):
         assert heading.lower() in page.lower()

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import Timeout
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
@@ -20,6 +19,8 @@ def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get(VISIBLE)
     if named is None:
+        import torch
+
         return [str(i) for i in range(torch.cuda.device_count())]
     return [name.strip() for name in named.split(",") if name.strip()]
 

@@ -47,7 +47,7 @@ LEFT_OUT = {
     "k": "counted where it is used: sae.settings.k and sae.target_l0",
     **{f"extract.{name}": reason for name, reason in EXTRACT_LEFT_OUT.items()},
     "stream.readers": READ, "stream.verify": READ, "pack.*": WHERE, "checkpoint.*": SHOWN, "logger.*": SHOWN,
-    "logger": SHOWN, "paths.*": PLACE, **TRAINER_LEFT_OUT,
+    "logger": SHOWN, "paths.*": PLACE, "grid.*": "values that a sweep takes in turn", **TRAINER_LEFT_OUT,
 }  # fmt: skip
 
 TRAINER_ABSENT = {  # Lightning's defaults

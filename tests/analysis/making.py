@@ -22,7 +22,7 @@ def grid(
         cell = (backbone, expansion, k, seed)
         rows.append({
             "run": "-".join(map(str, (variant, layer, *cell))), "data": data, "backbone": backbone, "title": backbone,
-            "features": "patch", "layer": float(layer), "variant": variant, "monoloss": 0.0,
+            "features": "patch", "layer": float(layer), "variant": variant, "monoloss": 0.0, "recipe": "",
             "expansion": float(expansion), "k": float(k), "seed": seed, "d_in": 768, "d_sae": 768 * expansion,
             "l0": k + 0.5, "dead_share": 0.1, **{m: value(*cell) if value else rng.normal() for m in METRICS},
         })  # fmt: skip

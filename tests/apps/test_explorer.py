@@ -39,7 +39,7 @@ def made_run(folder, cfg: DictConfig) -> Opened:
     """A finished run with a random dictionary on the pictures."""
     store = ensure_store(cfg, "train")
     sae = TopK(store.d_in, 2 * store.d_in, k=4, normalizer=Normalizer(store.d_in, store.mean, store.std), seed=0)
-    sae.save(folder, **record(cfg, {"train": store}))
+    sae.save(folder, **record(cfg, folder, {"train": store}))
     (folder / "result.json").write_text("{}")
     return Opened(folder)
 

@@ -48,7 +48,7 @@ def planted(root, pictures, backbone: str, features: str) -> Opened:
         with torch.no_grad():
             sae.W_dec[: len(WORDS)] = place(texts, Normalizer(store.d_in, *moments(texts)), sae)
             sae.W_enc.copy_(sae.W_dec)
-    sae.save(folder, **record(cfg, {"train": store}))
+    sae.save(folder, **record(cfg, folder, {"train": store}))
     return Opened(folder)
 
 

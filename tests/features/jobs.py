@@ -331,6 +331,8 @@ class Diary(L.Callback):
     Before the steps (from 0) of ``die`` the process, or that of ``rank``, is killed, once each.
     """
 
+    looks_on = True  # a run is the same with it
+
     def __init__(self, path: str, die: tuple[int, ...] = (), rank: int = 0) -> None:
         self.path, self.die, self.rank = Path(path), die, rank
         self.rows = 0

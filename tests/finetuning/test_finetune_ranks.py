@@ -1,9 +1,6 @@
 """DDP on two CPU processes: equal to one process, inside a multirun too."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from sae_lightning.finetuning.run import finetune
-from tests.processes import ROOT
+from tests.processes import run
 
 pytestmark = pytest.mark.slow
 
@@ -38,17 +35,15 @@ def test_two_ranks_equal_one(settings, tmp_path):
 
 
 def test_a_multirun_of_two_jobs_with_two_ranks_each(settings, pictures, tmp_path):
-    """Started by an interpreter of its own, as users do."""
     cfg = settings()
     command = [
-        sys.executable, str(ROOT / "finetune.py"), "-m", "data=folder", f"data.path={pictures}", "similarity.size=tiny",
+        "finetune.py", "-m", "data=folder", f"data.path={pictures}", "similarity.size=tiny",
         "mono_weight=0,0.1", "epochs=1", "batch_size=8", "model.pretrained=false", "trainer.accelerator=cpu",
         "model.library=timm", "model.model=test_vit", "model.image_size=32",
         "trainer.devices=2", f"paths.stores={cfg.paths.stores}", f"paths.runs={cfg.paths.runs}",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     ]  # fmt: skip
-    environment = dict(os.environ, COLUMNS="160")
-    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True)
+    first = run(*command, cwd=tmp_path, COLUMNS="160")
     runs = sorted(Path(cfg.paths.runs).iterdir())
     assert [json.loads((r / "result.json").read_text())["devices"] for r in runs] == [2, 2]
     assert all(r.name in first.stdout for r in runs)

@@ -59,14 +59,14 @@ def test_other_errors_stay_what_they_are(error, tmp_path):
 
 def test_a_training_goes_on_once_there_is_room(config, monkeypatch, capsys):
     cfg = config("sae=topk", "trainer.max_epochs=1")
-    save = artefact.save_file
+    save = artefact.write_tensors
 
     def full(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(artefact, "save_file", full)
+    monkeypatch.setattr(artefact, "write_tensors", full)
     with pytest.raises(FullDiskError, match="the disk is full"):
         train(cfg)
-    monkeypatch.setattr(artefact, "save_file", save)
+    monkeypatch.setattr(artefact, "write_tensors", save)
     assert is_finished(train(cfg))
     assert "resuming from its last checkpoint" in capsys.readouterr().out

@@ -103,7 +103,15 @@ def test_runs_at_one_time_see_different_gpus(tmp_path):
         "main()\n"
     )
     (tmp_path / "out").mkdir()
-    command = [sys.executable, str(app), "-m", "hydra/launcher=gpus", "seed=1,2,3,4", f"paths.runs={tmp_path / 'runs'}"]
+    command = [
+        sys.executable,
+        str(app),
+        "-m",
+        "hydra/launcher=gpus",
+        "hydra/sweeper=basic",
+        "seed=1,2,3,4",
+        f"paths.runs={tmp_path / 'runs'}",
+    ]
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES="7,9", PYTHONPATH=str(ROOT))
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     seen: dict[str, set[str]] = {}

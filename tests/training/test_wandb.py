@@ -1,7 +1,6 @@
 """W&B takes a training's metrics where it can be reached, and never stops or holds up a training where it cannot."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from sae_lightning.training import wandb_run, wandb_service
 from sae_lightning.training.loggers import settle, sweep_of
 from sae_lightning.training.wandb_run import WandbRun, finish, log_artefact, open_run
 from tests.conftest import CONF
-from tests.processes import HANG
+from tests.processes import HANG, Command, wait_for
 from tests.training.wandb_files import KEY, Service, offline_run, records
 
 ROOT = CONF.parent
@@ -118,21 +117,20 @@ def test_a_killed_training_goes_on_in_its_run(tmp_path, login):
     login(service.url)
     run = make(tmp_path, "run-1")
     program = f"""
-        import os, sys, time
-        sys.path.insert(0, {str(ROOT)!r})
+        import time
         from pathlib import Path
         from tests.training.test_wandb import WandbRun, open_run, options
         logger = WandbRun(open_run(options(), Path({str(run)!r}), {{}}), Path())
         for step in range(1000):
             logger.log_metrics({{"train/loss": 1.0}}, step)
             time.sleep(0.02)
-            print(step, flush=True)
+            if step == 4:
+                Path("reached").touch()
     """
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        while child.stdout.readline().strip() != "4":
-            assert child.poll() is None
-        child.send_signal(signal.SIGKILL)
+    with Command("-c", textwrap.dedent(program), cwd=tmp_path) as child:
+        wait_for(lambda: (tmp_path / "reached").exists() or not child.running)
+        assert child.running
+        child.kill()
     assert "run-1" in service.runs
     log(run, range(3, 9))
     steps = [row["trainer/global_step"] for row in service.rows("run-1")]
