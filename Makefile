@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 PEERS  := $(VENV)/.peers
 
 RUNS   ?= runs/grid
-WORKERS ?= 2
+WORKERS ?= 3
 RUN    ?= *
 
 .PHONY: help install demo benchmark grid status monoloss apps explore test test-fast test-slurm check lint types format clean bench \
@@ -93,7 +93,7 @@ apps: $(READY)
 explore: $(READY)
 	$(PY) explore.py app=explorer run='$(RUN)'
 
-# in WORKERS processes of one thread each; without them: pytest
+# in WORKERS processes of one thread each, one more than cores, as some wait for what they have started
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 test: $(PEERS)
