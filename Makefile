@@ -100,7 +100,7 @@ test: $(PEERS)
 	$(PYTEST)
 
 test-fast: $(PEERS)
-	$(PYTEST) -m "not slow"
+	TESTS_FAST=1 $(PYTEST) -m "not slow"
 
 test-slurm: $(READY)
 	$(PY) -m experiments.slurm.test

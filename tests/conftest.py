@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,13 @@ N_PATCHES, D_IN, CLASSES = 16, 12, 3
 
 
 def pytest_configure() -> None:
-    """Start the server, or in one of several of pytest's processes share that of the first."""
+    """Start the server, or in one of several of pytest's processes share that of the first.
+
+    With TESTS_FAST in the environment no process is started: the tests that want one are skipped.
+    """
+    if "TESTS_FAST" in os.environ:
+        BaseProcess.start = lambda self: pytest.skip("starts a process")  # type: ignore[assignment]
+        return
     if "TESTS_SERVER" in os.environ:
         share_server(os.environ["TESTS_SERVER"])
     else:

@@ -54,7 +54,7 @@ class Ranks:
 
 @contextmanager
 def ranks() -> Iterator[Ranks]:
-    """The ranks that torchrun started (one where it did not), connected."""
+    """The ranks of this job (one where it has no others), connected."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         yield Ranks()
