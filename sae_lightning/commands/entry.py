@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,13 @@ def command(name: str, config_name: str | None = None) -> Callable[[Work], Calla
 
         @functools.wraps(work)
         def main() -> None:
-            run(task, name, config_name or name)
+            try:
+                run(task, name, config_name or name)
+            except KeyboardInterrupt:
+                if _full():
+                    raise
+                print(f"{name}: stopped by Ctrl-C; what is finished is kept.", file=sys.stderr, flush=True)
+                sys.exit(128 + signal.SIGINT)
 
         return main
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from sae_lightning.commands import entry
 from sae_lightning.commands.entry import as_typed, told
 from sae_lightning.commands.help import CONF, EXAMPLES, groups, help_of
 from sae_lightning.commands.sentences import sentence_of
@@ -34,6 +35,14 @@ def typing(monkeypatch, tmp_path, capsys):
         return ended.value.code, capsys.readouterr().err
 
     return run
+
+
+def test_ctrl_c_is_a_sentence(typing, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "run", interrupted)
+    assert typing("extract") == (130, "extract: stopped by Ctrl-C; what is finished is kept.\n")
 
 
 # --- mistakes -------------------------------------------------------------------------------------------
