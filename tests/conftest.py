@@ -44,14 +44,15 @@ def pytest_configure() -> None:
         os.environ["TESTS_SERVER"] = server_address()
 
 
-def pytest_report_header() -> str:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Which instructions this run's products used, as figures differ in their last digits between processors."""
     known = torch.backends.cpu.get_cpu_capability()
     limits = [
         f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY") if name in os.environ
     ]
     amx, bf16 = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
-    return f"processor: {platform.machine()}, PyTorch uses {known}, AMX {amx}, bf16 {bf16} {' '.join(limits)}".rstrip()
+    said = f"processor: {platform.machine()}, PyTorch uses {known}, AMX {amx}, bf16 {bf16} {' '.join(limits)}"
+    terminalreporter.write_line(said.rstrip())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
