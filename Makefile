@@ -20,7 +20,7 @@ help:
 	@echo "make monoloss  the same SAEs without and with MonoLoss, compared in reports/monoloss.html"
 	@echo "make apps      name, search, steer and match dictionaries, and look for bias: reports/apps.html"
 	@echo "make explore   browse the latents of trained SAEs in the web browser; RUN=folder or pattern"
-	@echo "make test      run all tests; test-fast: those that start no processes, in two minutes; test-slurm: jobs under a real SLURM that it starts itself (root)"
+	@echo "make test      run all tests; test-fast: those that start no processes; test-slurm: jobs under a real SLURM that it starts itself (root)"
 	@echo "make bench     time training steps against other packages; bench-features: reading and extraction;"
 	@echo "               bench-monoscore: scoring, and steps with MonoLoss; bench-evaluate: the benchmark's pass;"
 	@echo "               bench-packed: twelve SAEs side by side against in turn"
