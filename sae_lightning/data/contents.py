@@ -55,7 +55,7 @@ class Contents:
             added = [paths.take(unread), *fresh.T, pa.array([digests[at] for at in unread], pa.binary(16))]
             kept = np.ones(len(known), dtype=bool)
             kept[place[unread][place[unread] >= 0]] = False
-            _keep(pa.concat_tables([known.filter(pa.array(kept)), pa.table(added, schema=SCHEMA)]), file)
+            keep_table(pa.concat_tables([known.filter(pa.array(kept)), pa.table(added, schema=SCHEMA)]), file)
         return digests
 
     def _read(self, rows: np.ndarray) -> list[bytes]:
@@ -83,8 +83,8 @@ def _known(file: Path) -> pa.Table:
         return SCHEMA.empty_table()
 
 
-def _keep(table: pa.Table, file: Path) -> None:
-    """Write the cache in one move, if it can be written."""
+def keep_table(table: pa.Table, file: Path) -> None:
+    """Write a cache in one move; one that cannot be written only costs the time to make it again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:

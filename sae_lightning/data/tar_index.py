@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from sae_lightning.data.contents import keep_table
 from sae_lightning.data.errors import tell
 from sae_lightning.data.scan import size_and_times
 from sae_lightning.data.tar_samples import Keys, samples
@@ -67,7 +66,7 @@ def index_tars(tars: Sequence[Path], keys: Keys, cut_short: bool = False) -> Tar
             raise pa.ArrowInvalid("another table")
     except (OSError, pa.ArrowInvalid):
         table = _build(tars, keys, cut_short)
-        _keep(table, file)
+        keep_table(table, file)
     return _told(TarIndex(list(tars), marks, table))
 
 
@@ -100,15 +99,3 @@ def _build(tars: Sequence[Path], keys: Keys, cut_short: bool) -> pa.Table:
         lost = pc.and_(pc.is_in(table["tar"], pa.array(list(faults), pa.int32())), pc.is_null(table["label"]))
         table = table.filter(pc.invert(lost))
     return table.replace_schema_metadata({FAULTS: json.dumps(faults), PASSED_OVER: json.dumps(passed_over)})
-
-
-def _keep(table: pa.Table, file: Path) -> None:
-    """Write the index in one move; a cache that cannot be written only costs the time to index again."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            part = Path(folder) / file.name
-            pq.write_table(table, part)
-            os.replace(part, file)
-    except OSError:
-        return
