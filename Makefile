@@ -44,13 +44,13 @@ $(READY): pyproject.toml constraints.txt
 	  || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 …"; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) …"
-	@$(call INSTALL,-e '.[dev]')
+	@$(call INSTALL,-e '.[explorer,finetune,slurm,dev]')
 	@touch $(READY)
 
-# other SAE packages, which the tests of the converters and the benchmarks run
+# what tests run with, and other SAE packages, which converters and benchmarks are compared with
 $(PEERS): $(READY)
-	@echo "Installing the packages that tests compare with …"
-	@$(call INSTALL,-e '.[peers]')
+	@echo "Installing what tests need …"
+	@$(call INSTALL,-e '.[explorer,finetune,slurm,test,peers]')
 	@touch $(PEERS)
 
 demo: $(READY)

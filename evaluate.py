@@ -1,33 +1,6 @@
-"""Score finished runs on the held-out test split: ``python evaluate.py [metrics=visaebench] [runs=PATTERN]``."""
+"""What ``sae-lightning evaluate`` does, in a checkout: ``python evaluate.py``."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from sae_lightning.commands.entry import command
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-
-@command("evaluate")
-def main(cfg: DictConfig) -> None:
-    from sae_lightning.benchmark.printed import print_scores
-    from sae_lightning.benchmark.run import evaluate, scored
-    from sae_lightning.benchmark.suite import PartError
-    from sae_lightning.tracking import publish
-
-    failed: PartError | None = None
-    try:
-        evaluate(cfg)
-    except PartError as error:  # the others have scores
-        failed = error
-    runs = scored(cfg)
-    publish(runs, cfg)
-    print_scores(runs, cfg)
-    if failed is not None:
-        raise failed
-
+from sae_lightning.commands.evaluate import main
 
 if __name__ == "__main__":
     main()

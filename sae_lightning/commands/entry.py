@@ -12,13 +12,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+PLUGINS = "sae_lightning.plugins"  # an entry point of packages whose modules add to ours when they are imported
 Work = Callable[["DictConfig"], None]
 
 
@@ -39,6 +38,7 @@ def command(name: str, config_name: str | None = None) -> Callable[[Work], Calla
 
             hydra = HydraConfig.get()
             with told(name, end=hydra.mode == RunMode.RUN):
+                import_plugins()  # here too, as this may be another process than that which composed the config
                 check_settings(name, cfg, hydra)
                 from sae_lightning.commands.start import started  # with PyTorch
 
@@ -74,6 +74,11 @@ def run(task: Work, name: str, config_name: str) -> None:
     import hydra
     from hydra._internal import utils
 
+    from sae_lightning.commands.help import CONF
+
+    with told(name, end=True):
+        import_plugins()
+        check_own_folder()
     sys.argv[1:] = [as_typed(argument, name) for argument in sys.argv[1:]]
     original: Callable[[Callable[[], Any]], Any] = utils.run_and_report
 
@@ -87,6 +92,32 @@ def run(task: Work, name: str, config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
     finally:
         utils.run_and_report = original  # type: ignore[assignment]
+
+
+def import_plugins() -> None:
+    """Import the modules that installed packages name as plugins; ValueError with a sentence where one cannot be."""
+    from importlib.metadata import entry_points
+
+    for plugin in entry_points(group=PLUGINS):
+        try:
+            plugin.load()
+        except Exception as error:
+            raise ValueError(
+                f"The plugin {plugin.name} ({plugin.value}) cannot be imported: {type(error).__name__}: {error}. Mend "
+                "or uninstall its package."
+            ) from error
+
+
+def check_own_folder() -> None:
+    """ValueError where the folder of ``--config-dir`` has a file that is named like one of ours which it would hide."""
+    from sae_lightning.commands.help import CONF, own_folder
+
+    own = own_folder()
+    if own is None or own.resolve() == CONF.resolve():
+        return
+    hidden = sorted(path.name for path in CONF.glob("*.yaml") if (own / path.name).is_file())
+    if hidden:
+        raise ValueError(f"{own}/{hidden[0]} is named like one of ours, which it would hide; give it another name.")
 
 
 @contextmanager

@@ -3,58 +3,81 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent, indent, wrap
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = Path(__file__).resolve().parents[1] / "conf"  # in a checkout a link to the folder at its top
 EXAMPLES = {
     "train": (
-        "python train.py -m sae=batchtopk,topk backbone=dinov2,mae expansion=8,16",
-        "python train.py data=folder data.path=PICTURES backbone=clip k=32 trainer.max_epochs=2",
+        "-m sae=batchtopk,topk backbone=dinov2,mae expansion=8,16",
+        "data=folder data.path=PICTURES backbone=clip k=32 trainer.max_epochs=2",
     ),
     "extract": (
-        "python extract.py backbone=dinov2 data=folder data.path=PICTURES",
-        "python extract.py backbone=clip features=[patch,cls] layers=[3,11] extract.device=cuda",
+        "backbone=dinov2 data=folder data.path=PICTURES",
+        "backbone=clip features=[patch,cls] layers=[3,11] extract.device=cuda",
     ),
     "evaluate": (
-        "python evaluate.py runs='batchtopk-*'",
-        "python evaluate.py metrics=visaebench metrics.segmentation=null device=cuda",
+        "runs='batchtopk-*'",
+        "metrics=visaebench metrics.segmentation=null device=cuda",
     ),
     "report": (
-        "python report.py runs='batchtopk-*' out=reports/batchtopk.html",
-        "python report.py grid='*' paths.runs=runs/grid",
+        "runs='batchtopk-*' out=reports/batchtopk.html",
+        "grid='*' paths.runs=runs/grid",
     ),
     "explore": (
-        "python explore.py app=naming run=runs/NAME",
-        "python explore.py app=explorer run='batchtopk-*' app.browser=true",
+        "app=naming run=runs/NAME",
+        "app=explorer run='batchtopk-*' app.browser=true",
     ),
     "finetune": (
-        "python finetune.py -m mono_weight=0,0.03,0.1",
-        "python finetune.py data=folder data.path=PICTURES finetune_model=resnet50 epochs=20",
+        "-m mono_weight=0,0.03,0.1",
+        "data=folder data.path=PICTURES finetune_model=resnet50 epochs=20",
     ),
 }
 
 
+def own_folder() -> Path | None:
+    """The folder of ``--config-dir`` on the command line, whose files come before ours."""
+    typed = sys.argv[1:]
+    named = [word.partition("=")[2] for word in typed if word.startswith("--config-dir=")]
+    named += [after for word, after in pairwise(typed) if word in ("--config-dir", "-cd")]
+    return Path(named[-1]) if named else None
+
+
+def folders() -> list[Path]:
+    """Where configs are, the first that has a file wins."""
+    own = own_folder()
+    return [CONF] if own is None else [own, CONF]
+
+
 def groups() -> list[str]:
-    """The names of all groups of ours."""
-    return sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra")
+    """The names of all groups."""
+    inside = {path.name for folder in folders() if folder.is_dir() for path in folder.iterdir() if path.is_dir()}
+    return sorted(inside - {"hydra", "__pycache__"})
 
 
 def choices_of(group: str) -> list[str]:
     """The choices of a ``group``, also those in its sub-folders."""
-    root = CONF / group
-    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml")) if group else []
+    roots = [folder / group for folder in folders()] if group else []
+    return sorted({str(path.relative_to(root).with_suffix("")) for root in roots for path in root.rglob("*.yaml")})
+
+
+def text_of(name: str) -> str:
+    """The file ``name`` (``sae/topk``); empty where there is none."""
+    found = next((path for folder in folders() if (path := folder / f"{name}.yaml").is_file()), None)
+    return "" if found is None else found.read_text(encoding="utf-8")
 
 
 def keys_of(group: str, choice: str) -> list[str]:
     """The settings at the top of one choice's file."""
-    return re.findall(r"^(\w+):", (CONF / group / f"{choice}.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    return re.findall(r"^(\w+):", text_of(f"{group}/{choice}"), re.MULTILINE)
 
 
 def help_of(command: str, config_name: str, about: str, typed: Sequence[str] = ()) -> str:
     """The page for ``command``, whose groups have the choices that were ``typed``."""
-    text = (CONF / f"{config_name}.yaml").read_text(encoding="utf-8")
+    text = text_of(config_name)
     picked = dict(_defaults(text))
     for argument in typed:
         key, _, value = argument.lstrip("+").partition("=")
@@ -63,8 +86,8 @@ def help_of(command: str, config_name: str, about: str, typed: Sequence[str] = (
             picked[group] = value
     parts = [
         about.strip().splitlines()[0].replace("``", ""),
-        f"Usage: python {command}.py [-m] [group=choice …] [setting=value …]",
-        "Examples\n" + indent("\n".join(EXAMPLES[command]), "  "),
+        f"Usage: {_typed(command)} [-m] [group=choice …] [setting=value …]",
+        "Examples\n" + indent("\n".join(f"{_typed(command)} {words}" for words in EXAMPLES[command]), "  "),
         "Groups: choices, and the one taken if none is named\n" + "\n".join(_groups(picked)),
         "Settings\n" + indent(_body(text), "  "),
         *(_group(group, choice) for group, choice in picked.items() if choice is not None),
@@ -73,6 +96,12 @@ def help_of(command: str, config_name: str, about: str, typed: Sequence[str] = (
         "+loss.cosine=0.1. --help with another choice, such as --help sae=topk, shows that one's settings.",
     ]
     return "\n\n".join(parts)
+
+
+def _typed(command: str) -> str:
+    """What was typed to get here: the file of a checkout, or the command of the installed package."""
+    file = f"{command}.py"
+    return f"python {file}" if Path(sys.argv[0]).name == file else f"sae-lightning {command}"
 
 
 def _groups(picked: dict[str, str | None]) -> Iterator[str]:
@@ -86,10 +115,9 @@ def _groups(picked: dict[str, str | None]) -> Iterator[str]:
 def _group(group: str, choice: str) -> str:
     """The file of one choice, under where its settings go."""
     name, _, place = group.partition("@")
-    path = CONF / name / f"{choice}.yaml"
-    if not path.is_file():
+    text = text_of(f"{name}/{choice}")
+    if not text:
         return ""
-    text = path.read_text(encoding="utf-8")
     package = re.search(r"# @package (\S+)", text)
     body = re.sub(r"# @package .*\n", "", text)
     place = place or (package[1] if package else name)

@@ -1,32 +1,62 @@
-"""``sae-lightning``: dispatches to the commands; errors are one sentence on stderr and exit 1."""
+"""``sae-lightning COMMAND …``: the commands by their names; those of Hydra take settings, the others arguments."""
 
 from __future__ import annotations
 
-import argparse
 import sys
+from importlib import import_module
 
-from sae_lightning.commands.runs import add_runs_command, with_action
-from sae_lightning.commands.store import add_store_commands
-from sae_lightning.features.manifest import StoreError
-
-
-def parser() -> argparse.ArgumentParser:
-    """All commands with their help."""
-    top = argparse.ArgumentParser("sae-lightning", description="Look after feature stores and runs.")
-    commands = top.add_subparsers(required=True, metavar="command")
-    add_store_commands(commands)
-    add_runs_command(commands)
-    return top
+HYDRA = {
+    "train": "train sparse autoencoders, one or a sweep (-m)",
+    "extract": "extract feature stores, which training does by itself",
+    "evaluate": "score finished runs on the held-out test split",
+    "report": "write one HTML page over scored runs",
+    "explore": "use trained dictionaries: name, search, steer, match, browse",
+    "finetune": "fine-tune classifiers with MonoLoss",
+}
+OTHERS = {
+    "store": "list, check, describe and merge feature stores",
+    "runs": "how far runs are; remove, compare and tidy them",
+}
+COMMANDS = HYDRA | OTHERS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit status."""
-    args = parser().parse_args(with_action(sys.argv[1:] if arguments is None else arguments))
+    """Run a command; the exit status. Errors are one sentence on stderr and exit status 1."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(page())
+        return 0
+    if name not in COMMANDS:
+        print(f"There is no command {name}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    work = import_module(f"sae_lightning.commands.{name}").main
+    if name in HYDRA:
+        sys.argv = ["sae-lightning", *rest]
+        work()
+        return 0
     try:
-        return args.run(args)
-    except (StoreError, OSError) as error:
-        print(error, file=sys.stderr)
+        return work(rest)
+    except (ValueError, OSError) as error:
+        from sae_lightning.commands.sentences import sentence_of
+
+        said = sentence_of(error, name) if isinstance(error, ValueError) else str(error)
+        if said is None:
+            raise
+        print(said, file=sys.stderr)
         return 1
+
+
+def page() -> str:
+    """What ``--help`` shows."""
+    lines = [f"  {name:10}{about}" for name, about in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Usage: sae-lightning COMMAND …",
+            "Train, score and compare sparse autoencoders on the features of vision encoders.\n",
+            *lines,
+            "\nsae-lightning COMMAND --help shows its settings. Stores, runs and reports go below the current folder.",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 STYLES = {"finished": "green", "running": "cyan", "broken": "yellow", "failed": "red", "planned": "dim"}
-ACTIONS = ("list", "rm", "diff", "clean")
 
 
-def add_runs_command(commands: argparse._SubParsersAction) -> None:
-    """Put ``runs`` into a parser."""
-    runs = commands.add_parser("runs", help="runs that are finished, running, broken, failed, or planned by a sweep")
-    actions = runs.add_subparsers(required=True, metavar="action")
+def main(arguments: Sequence[str]) -> int:
+    """Run an action, by default ``list``; the exit status. OSError or ArtefactError with a sentence."""
+    about = "Runs that are finished, running, broken, failed, or planned by a sweep."
+    top = argparse.ArgumentParser("sae-lightning runs", description=about)
+    actions = top.add_subparsers(required=True, metavar="action")
     shown = actions.add_parser("list", help="how far each run is; what `sae-lightning runs` does by itself")
     shown.add_argument("folder", nargs="?", default="runs", type=Path)
     shown.add_argument("--only", choices=STYLES, help="runs in this state alone")
@@ -37,13 +38,9 @@ def add_runs_command(commands: argparse._SubParsersAction) -> None:
         action.add_argument("--folder", default="runs", type=Path, help="where the runs are (runs)")
     for action in (gone, clean):
         action.add_argument("--yes", action="store_true", help="without asking")
-
-
-def with_action(arguments: list[str]) -> list[str]:
-    """The arguments, where ``runs`` without an action is ``runs list``."""
-    if arguments[:1] != ["runs"] or (arguments[1:] and arguments[1] in (*ACTIONS, "-h", "--help")):
-        return arguments
-    return ["runs", "list", *arguments[1:]]
+    listed = not arguments or arguments[0] not in (*actions.choices, "-h", "--help")
+    args = top.parse_args(["list", *arguments] if listed else arguments)
+    return args.run(args)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -80,14 +77,10 @@ def _remove(args: argparse.Namespace) -> int:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from sae_lightning.saes.artefact import ArtefactError
     from sae_lightning.training.tidy import differences, shown
 
     runs = [Path(name) if Path(name).is_dir() else args.folder / name for name in (args.first, args.second)]
-    try:
-        found = list(differences(*runs))
-    except ArtefactError as error:
-        raise FileNotFoundError(str(error)) from error
+    found = list(differences(*runs))
     table = Table()
     for column in ("setting", runs[0].name, runs[1].name, ""):
         table.add_column(column, overflow="fold")

@@ -16,10 +16,10 @@ from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.upkeep import find_stores, mend, merge_stores, unfinished
 
 
-def add_store_commands(commands: argparse._SubParsersAction) -> None:
-    """Put ``store`` and what it can do into a parser."""
-    store = commands.add_parser("store", help="list, check, describe and merge feature stores")
-    verbs = store.add_subparsers(required=True, metavar="verb")
+def main(arguments: Sequence[str]) -> int:
+    """Run one of the verbs; the exit status. StoreError or OSError with a sentence."""
+    top = argparse.ArgumentParser("sae-lightning store", description="List, check, describe and merge feature stores.")
+    verbs = top.add_subparsers(required=True, metavar="verb")
 
     ls = verbs.add_parser("ls", help="all stores below a folder, finished or not")
     ls.add_argument("root", nargs="?", default="stores", type=Path)
@@ -38,6 +38,9 @@ def add_store_commands(commands: argparse._SubParsersAction) -> None:
     merge.add_argument("folder", nargs="+", type=Path)
     merge.add_argument("--into", required=True, type=Path, metavar="FOLDER")
     merge.set_defaults(run=_merge)
+
+    args = top.parse_args(arguments)
+    return args.run(args)
 
 
 def _console() -> Console:

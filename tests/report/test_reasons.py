@@ -3,12 +3,10 @@
 import math
 
 import jinja2
-from rich.console import Console
 
 from sae_lightning.benchmark.table import Score, put_scores, read_rows
 from sae_lightning.report.pairs import shown
 from sae_lightning.report.visaebench_tables import MAIN, Scored, table
-from sae_lightning.training import closing_table, run
 
 WHY = "no latent has 5 images"
 
@@ -40,16 +38,3 @@ def test_a_cell_reads_dash_with_the_reason(tmp_path):
 def test_means_over_seeds_of_nothing_read_dash():
     assert shown((math.nan, math.nan, 2)) == "–"
     assert shown((0.25, None, 1), sign=True) == "+0.250"
-
-
-def test_the_table_at_the_end_of_a_training_reads_dash(tmp_path, monkeypatch):
-    found = {
-        "name": "run-1", "backbone": "clip (tiny)", "k": 8, "d_in": 12, "d_sae": 24,
-        "result": {"val": {"explained_variance": math.nan, "l0": 8.0, "dead_share": 0.5}, "seconds": 3.0},
-    }  # fmt: skip
-    monkeypatch.setattr(run, "is_finished", lambda folder: True)
-    monkeypatch.setattr(run, "load_record", lambda folder: found)
-    console = Console(width=140, record=True)
-    closing_table.print_table([tmp_path], console)
-    line = next(line for line in console.export_text().splitlines() if "run-1" in line)
-    assert [cell.strip() for cell in line.split("│")[5:8]] == ["–", "8.0", "50.0%"]

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sae_lightning.training.closing_table import print_table
+from sae_lightning.commands.hydra import ClosingTable
 from sae_lightning.training.failed import NotFiniteError, generators, in_part, in_words
 from sae_lightning.training.identity import run_name
 from sae_lightning.training.packed import PackError, train_packed
@@ -23,7 +23,7 @@ NAN = "+callbacks.nan={_target_: tests.training.crash.NotANumber, at: 3}"
 
 def printed(folders):
     console = Console(record=True, width=200)
-    print_table(folders, console)
+    ClosingTable("Runs", {"L0": "{scores[l0]:.1f}"}).show(folders, console)
     return console.export_text()
 
 

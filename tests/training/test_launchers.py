@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
-from sae_lightning.training import gpus
-from sae_lightning.training.gpus import OneGPU, take, visible_gpus
+from sae_lightning.commands import hydra
+from sae_lightning.commands.hydra import OneGPU, take, visible_gpus
 from sae_lightning.training.nodes import call_meeting, check_tasks, find_meeting, leading
 from tests.conftest import CONF
 
@@ -65,7 +65,7 @@ def test_presets_are_listed_in_the_help():
 
 # --- one run a GPU ------------------------------------------------------------------------------------
 def test_the_gpus_launcher_starts_as_many_processes_as_gpus(monkeypatch):
-    monkeypatch.setenv(gpus.VISIBLE, "3, 5,GPU-1a")
+    monkeypatch.setenv(hydra.VISIBLE, "3, 5,GPU-1a")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", ["hydra/launcher=gpus"], return_hydra_config=True)
         fixed = compose("config", ["hydra/launcher=gpus", "hydra.launcher.n_jobs=2"], return_hydra_config=True)
@@ -74,14 +74,14 @@ def test_the_gpus_launcher_starts_as_many_processes_as_gpus(monkeypatch):
     for config, expected in ((cfg, 3), (fixed, 2)):
         OneGPU().on_multirun_start(config)
         assert config.hydra.launcher.n_jobs == expected
-    monkeypatch.setenv(gpus.VISIBLE, "")
+    monkeypatch.setenv(hydra.VISIBLE, "")
     assert visible_gpus() == []
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpus, "_taken", mine := [])
+    monkeypatch.setattr(hydra, "_taken", mine := [])
     assert take(["4"], tmp_path) == take(["4"], tmp_path) == "4"
-    monkeypatch.setattr(gpus, "_taken", [])
+    monkeypatch.setattr(hydra, "_taken", [])
     with pytest.raises(RuntimeError, match=r"lower hydra.launcher.n_jobs"):
         take(["4"], tmp_path)
     assert len(mine) == 1

@@ -11,8 +11,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from sae_lightning.commands.hydra import COMMAND, ClosingTable, point_to
 from sae_lightning.commands.start import RANKS, started
-from sae_lightning.training.closing_table import COMMAND, ClosingTable, point_to
 from sae_lightning.training.identity import run_name
 from sae_lightning.training.packed import members_of
 from sae_lightning.training.packing import read_pack, write_pack
@@ -73,7 +73,11 @@ def test_a_pack_s_configs_are_those_of_hydra_to_the_letter(config, tmp_path):
 @pytest.mark.parametrize("many", [False, True])
 def test_commands_in_one_folder_have_their_own_tables(many, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    table = {"callbacks": {"table": {"_target_": "sae_lightning.training.closing_table.ClosingTable"}}}
+    table = {
+        "callbacks": {
+            "table": {"_target_": "sae_lightning.commands.hydra.ClosingTable", "title": "Runs", "columns": {}}
+        }
+    }
     hydra = {"run": {"dir": "same"}, "sweep": {"dir": "same"}} | table
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"seed": 0, "hydra": hydra}))
     shown = []
