@@ -13,6 +13,7 @@ from sae_lightning.settings.check import settings_of, unknown
 from sae_lightning.settings.near import near
 
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "sklearn", "pyarrow", "matplotlib", "json")
+EXTRAS = {"starlette": "explorer", "uvicorn": "explorer", "peft": "finetune", "submitit": "slurm"}  # of pyproject.toml
 SENTENCES = ("PackError", "RankError", "MisconfigurationException", "PartError", "ReleaseError")
 
 
@@ -22,6 +23,8 @@ def sentence_of(error: BaseException, command: str) -> str | None:
         return of_hydra(error, command)
     if isinstance(error, OmegaConfBaseException):
         return of_omegaconf(error)
+    if isinstance(error, ModuleNotFoundError):
+        return missing_extra(str(error.name).partition(".")[0])
     if isinstance(error, OSError) and error.errno is not None:
         where = f" {error.filename}" if error.filename is not None else ""
         return f"Cannot read or write{where}: {(error.strerror or str(error)).lower()}."
@@ -30,6 +33,12 @@ def sentence_of(error: BaseException, command: str) -> str | None:
     if isinstance(error, MemoryError):
         return "There is not enough memory; lower expansion, batch_size or stream.buffer_mb."
     return str(error) if isinstance(error, ValueError) and str(error) and not _of_a_library(error) else None
+
+
+def missing_extra(package: str) -> str | None:
+    """How to install a ``package`` that serves a part of ours alone and is not there; None for any other."""
+    extra = EXTRAS.get(package)
+    return extra and f"This needs {package}, which is not installed; pip install 'sae-lightning[{extra}]'."
 
 
 def _of_a_library(error: BaseException) -> bool:
@@ -102,6 +111,8 @@ def of_omegaconf(error: OmegaConfBaseException) -> str:
 def _missing(path: str, options: list[str]) -> str:
     """A file of ``conf/`` that is not there."""
     group, _, name = path.removesuffix(".yaml").rpartition("/")
+    if name.startswith("submitit_"):
+        return str(missing_extra("submitit"))
     known = options or (choices_of(group) if group else sorted(path.stem for path in CONF.glob("*.yaml")))
     if not known:
         return _no_group(group) if group else f"There is no configuration {name} in {CONF}."

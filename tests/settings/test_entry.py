@@ -7,15 +7,17 @@ import re
 import runpy
 import stat
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from sae_lightning.commands import entry
 from sae_lightning.commands.entry import as_typed, told
 from sae_lightning.commands.help import CONF, EXAMPLES, groups, help_of
-from sae_lightning.commands.sentences import sentence_of
+from sae_lightning.commands.sentences import EXTRAS, sentence_of
 from sae_lightning.settings.places import check_devices, check_file, check_folder
 from tests.settings.typed import composed
 
@@ -110,6 +112,18 @@ def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError) as caught:
         Path("/no/such/file").read_text()
     assert sentence_of(caught.value, "train") == "Cannot read or write /no/such/file: no such file or directory."
+
+
+def test_a_package_of_an_extra_that_is_missing_is_named():
+    with pytest.raises(ModuleNotFoundError) as caught:
+        raise ModuleNotFoundError("No module named 'peft.x'", name="peft.x")
+    said = "This needs peft, which is not installed; pip install 'sae-lightning[finetune]'."
+    assert sentence_of(caught.value, "finetune") == said
+    assert sentence_of(ModuleNotFoundError(name="mine"), "finetune") is None
+    missing = MissingConfigException("", "hydra/launcher/submitit_slurm", [])
+    assert "sae-lightning[slurm]" in str(sentence_of(missing, "train"))
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert all(any(package in each for each in known[extra]) for package, extra in EXTRAS.items())
 
 
 def test_an_interpolation_without_a_target_is_named():
