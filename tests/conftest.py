@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
 from sae_lightning.distributed.processes import preload
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
+from tests.configs import composed
 from tests.processes import server_address, share_server
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -120,9 +120,6 @@ def stores(tmp_path_factory) -> dict[str, FeatureStore]:
     }
 
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
-
-
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """``train``, ``val`` and ``test`` with two classes of noisy stripes, 32 + 8 + 8 pictures."""
@@ -145,15 +142,12 @@ def config(pictures, tmp_path, tmp_path_factory):
     stores = tmp_path_factory.getbasetemp() / "training-stores"
 
     def make(*overrides: str) -> DictConfig:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose(
-                "config",
-                [
-                    "data=folder", f"data.path={pictures}", "backbone=deit", "backbone.size=tiny", "k=8", "expansion=2",
-                    "batch_size=256", "trainer.accelerator=cpu", "trainer.max_epochs=3", "dead_after=1000",
-                    "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=2",
-                    f"paths.stores={stores}", f"paths.runs={tmp_path / 'runs'}", *overrides,
-                ],
-            )  # fmt: skip
+        return composed(
+            "config",
+            "data=folder", f"data.path={pictures}", "backbone=deit", "backbone.size=tiny", "k=8", "expansion=2",
+            "batch_size=256", "trainer.accelerator=cpu", "trainer.max_epochs=3", "dead_after=1000",
+            "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=2",
+            f"paths.stores={stores}", f"paths.runs={tmp_path / 'runs'}", *overrides,
+        )  # fmt: skip
 
     return make

@@ -4,7 +4,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import sae_lightning.backbones  # noqa: F401  registers a resolver that configs use
@@ -16,6 +15,7 @@ from sae_lightning.saes.losses import TERMS
 from sae_lightning.settings import mistakes
 from sae_lightning.training.identity import run_name
 from sae_lightning.training.loggers import KINDS
+from tests.configs import composed
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 OTHER = ("metrics", "app", "vlm")  # groups of other roots, which have tests of their own
@@ -27,8 +27,7 @@ ROOTS = sorted(p.stem for p in CONF.glob("*.yaml"))
 
 
 def load(*overrides: str, root: str = "config"):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(root, list(overrides))
+    return composed(root, *overrides)
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=str)

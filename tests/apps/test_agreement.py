@@ -32,7 +32,8 @@ from sae_lightning.apps.agreement.pairs import draw_pairs
 from sae_lightning.apps.agreement.scores import latent_scores
 from sae_lightning.apps.codes import top_images
 from sae_lightning.benchmark.similarity import Similarity
-from tests.conftest import CONF, fill_store
+from tests.configs import CONF
+from tests.conftest import fill_store
 from tests.processes import HANG
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from sae_lightning.apps.bias.app import run
@@ -24,7 +23,7 @@ from sae_lightning.data import DataError, load_images
 from sae_lightning.features.ensure import plain
 from sae_lightning.saes import ReLU
 from sae_lightning.training.run import train
-from tests.conftest import CONF
+from tests.configs import composed
 
 D = 12
 CLASS, ATTRIBUTE, IDLE = 0, 1, 2  # directions, and so latents, of the synthetic features
@@ -135,8 +134,7 @@ def faces(tmp_path_factory):
 
 def opened_on(folder, *overrides: str):
     """What the labels need of a run on ``folder``, whose stores hold the images that the config chooses."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", ["data=celeba", f"data.id={folder}", "data.config=null", *overrides])
+    cfg = composed("config", "data=celeba", f"data.id={folder}", "data.config=null", *overrides)
 
     def store(split: str):
         images = load_images(plain(cfg.data), split)
@@ -201,18 +199,17 @@ def test_tasks_that_cannot_be_are_refused(positive, negative, words):
 def finished(tmp_path_factory) -> Opened:
     """A run on pooled features of 100 pictures a split of the demo."""
     root = tmp_path_factory.mktemp("bias")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [
-            "data=demo", "+data.limit=100", "backbone=dinov2", "features=pooled", "sae=topk", "k=8", "expansion=2",
-            "batch_size=64", "trainer.accelerator=cpu", "trainer.max_epochs=3", "trainer.enable_progress_bar=false",
-            f"paths.stores={root / 'stores'}", f"paths.runs={root / 'runs'}",
-        ])  # fmt: skip
+    cfg = composed(
+        "config",
+        "data=demo", "+data.limit=100", "backbone=dinov2", "features=pooled", "sae=topk", "k=8", "expansion=2",
+        "batch_size=64", "trainer.accelerator=cpu", "trainer.max_epochs=3", "trainer.enable_progress_bar=false",
+        f"paths.stores={root / 'stores'}", f"paths.runs={root / 'runs'}",
+    )  # fmt: skip
     return Opened(train(cfg))
 
 
 def options(*overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("explore", ["app=bias", "app.positive=animals", "app.negative=vehicles", *overrides])
+    return composed("explore", "app=bias", "app.positive=animals", "app.negative=vehicles", *overrides)
 
 
 def test_a_run_gets_a_page_a_record_and_two_tables(finished):

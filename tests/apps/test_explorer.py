@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 from starlette.responses import HTMLResponse, PlainTextResponse
@@ -29,7 +28,7 @@ from sae_lightning.benchmark.evaluate import evaluate_run
 from sae_lightning.features.ensure import ensure_store
 from sae_lightning.saes import Normalizer, TopK
 from sae_lightning.training.run import record
-from tests.conftest import CONF
+from tests.configs import composed
 from tests.processes import HANG
 
 SITE = "http://127.0.0.1:8000"
@@ -50,11 +49,10 @@ def runs(pictures, tmp_path_factory) -> list[Opened]:
     root = tmp_path_factory.mktemp("explorer")
 
     def config(features: str) -> DictConfig:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("config", [
-                "data=folder", f"data.path={pictures}", "backbone=deit", "backbone.size=tiny", "sae=topk", "k=4",
-                "expansion=2", f"features={features}", f"paths.stores={root / 'stores'}",
-            ])  # fmt: skip
+        return composed(
+            "config", "data=folder", f"data.path={pictures}", "backbone=deit", "backbone.size=tiny", "sae=topk", "k=4",
+            "expansion=2", f"features={features}", f"paths.stores={root / 'stores'}",
+        )  # fmt: skip
 
     found = []
     for kind in ("patch", "pooled"):
@@ -396,8 +394,7 @@ def test_a_failure_inside_is_told_without_its_insides(client, shelf, monkeypatch
 
 # --- the application ------------------------------------------------------------------------------
 def app_config(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("explore", ["app=explorer", "split=train", *overrides])
+    return composed("explore", "app=explorer", "split=train", *overrides)
 
 
 def test_it_listens_on_this_machine_only(runs):

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from sae_lightning.apps.names import names_of
 from sae_lightning.apps.naming.app import run
@@ -18,7 +17,7 @@ from sae_lightning.backbones import load_backbone
 from sae_lightning.features.ensure import ensure_store, plain
 from sae_lightning.saes import Normalizer, TopK
 from sae_lightning.training.run import record
-from tests.conftest import CONF
+from tests.configs import composed
 
 WORDS = ["airplane", "cat", "ship", "blue", "dark"]
 OPTIONS = ["app.vocabulary={words}", "app.labels.images=2", "app.baseline.draws=3", "app.cards=2"]
@@ -36,11 +35,11 @@ def planted(root, pictures, backbone: str, features: str) -> Opened:
     folder = root / f"{backbone}-{features}"
     if folder.is_dir():
         return Opened(folder)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [
-            "data=folder", f"data.path={pictures}", f"backbone={backbone}", "backbone.size=tiny", "sae=topk", "k=4",
-            "expansion=1", f"features={features}", f"paths.stores={root / 'stores'}",
-        ])  # fmt: skip
+    cfg = composed(
+        "config",
+        "data=folder", f"data.path={pictures}", f"backbone={backbone}", "backbone.size=tiny", "sae=topk", "k=4",
+        "expansion=1", f"features={features}", f"paths.stores={root / 'stores'}",
+    )  # fmt: skip
     store = ensure_store(cfg, "train")
     sae = TopK(store.d_in, store.d_in, k=4, normalizer=Normalizer(store.d_in, store.mean, store.std), seed=0)
     if features == "embedding":
@@ -53,8 +52,7 @@ def planted(root, pictures, backbone: str, features: str) -> Opened:
 
 
 def options(root, *more: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("explore", ["app=naming", *(o.format(words=root / "words.txt") for o in OPTIONS), *more])
+    return composed("explore", "app=naming", *(o.format(words=root / "words.txt") for o in OPTIONS), *more)
 
 
 @pytest.mark.parametrize("backbone", ["clip", "siglip"])

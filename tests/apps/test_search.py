@@ -33,7 +33,7 @@ from sae_lightning.apps.search.turned import spread
 from sae_lightning.saes import TopK
 from sae_lightning.saes.normalizer import Normalizer
 from sae_lightning.training.run import train
-from tests.conftest import CONF
+from tests.configs import CONF, composed
 
 
 def sparse_codes(n, d, seed, share=0.3):
@@ -297,16 +297,14 @@ def test_a_latent_without_a_name_is_called_by_its_class_in_brackets():
 
 @pytest.fixture(scope="module", params=["patch", "pooled"])
 def opened(request, tmp_path_factory, pictures):
-    from hydra import compose, initialize_config_dir
 
     root = tmp_path_factory.mktemp("search")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [
-            "data=folder", f"data.path={pictures}", "backbone=deit", "backbone.size=tiny", "sae=topk", "k=4",
-            "expansion=2", "batch_size=16", "trainer.accelerator=cpu", "trainer.max_epochs=1",
-            "trainer.enable_progress_bar=false", f"features={request.param}", "logger=none",
-            f"paths.stores={tmp_path_factory.getbasetemp() / 'training-stores'}", f"paths.runs={root}",
-        ])  # fmt: skip
+    cfg = composed(
+        "config", "data=folder", f"data.path={pictures}", "backbone=deit", "backbone.size=tiny", "sae=topk", "k=4",
+        "expansion=2", "batch_size=16", "trainer.accelerator=cpu", "trainer.max_epochs=1",
+        "trainer.enable_progress_bar=false", f"features={request.param}", "logger=none",
+        f"paths.stores={tmp_path_factory.getbasetemp() / 'training-stores'}", f"paths.runs={root}",
+    )  # fmt: skip
     train(cfg)
     (folder,) = (path.parent for path in root.rglob("result.json"))
     return Opened(folder)

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 from scipy.sparse import csr_matrix
@@ -28,7 +27,8 @@ from sae_lightning.apps.stability.universal import (
 from sae_lightning.apps.stability.views import codes_of, labels_of, shared_images
 from sae_lightning.data import ImageData
 from sae_lightning.saes.relu import ReLU
-from tests.conftest import CONF, fill_store
+from tests.configs import CONF, composed
+from tests.conftest import fill_store
 
 D, SHARED, IMAGES = 24, 5, {"train": 300, "test": 200}
 
@@ -61,11 +61,10 @@ def encoder(root, name: str, own: int, data: str = "synthetic") -> dict[str, str
 
 def a_run(root, backbone: str, own: int, stores, seed: int, order=None, rows=None, **made) -> Opened:
     """A ReLU SAE whose latents are the concepts of ``encoder`` in an ``order``, or whose directions are ``rows``."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [
-            "data=store", f"data.train={stores['train']}", f"data.test={stores['test']}", f"backbone={backbone}",
-            "backbone.size=tiny", "sae=relu", "expansion=1", f"seed={seed}",
-        ])  # fmt: skip
+    cfg = composed(
+        "config", "data=store", f"data.train={stores['train']}", f"data.test={stores['test']}", f"backbone={backbone}",
+        "backbone.size=tiny", "sae=relu", "expansion=1", f"seed={seed}",
+    )  # fmt: skip
     if rows is None:
         rotation, _ = np.linalg.qr(np.random.default_rng(own).normal(size=(D, D)))
         rows = torch.from_numpy(rotation[np.arange(D) if order is None else order]).float()

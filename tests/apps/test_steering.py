@@ -5,7 +5,6 @@ import re
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from sae_lightning.apps.opened import Opened
 from sae_lightning.apps.result import read_result
@@ -17,7 +16,7 @@ from sae_lightning.backbones import Tap
 from sae_lightning.training.run import train
 from sae_lightning.vlms import VLM
 from sae_lightning.vlms.steer import Edit, edited
-from tests.conftest import CONF
+from tests.configs import composed
 
 
 class Namer(VLM):
@@ -52,26 +51,20 @@ class Namer(VLM):
 @pytest.fixture(scope="module")
 def trained(pictures, tmp_path_factory):
     root = tmp_path_factory.mktemp("steering")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(
-            "config",
-            [
-                "data=folder", f"data.path={pictures}", "backbone=deit", "backbone.size=tiny", "sae=topk", "k=4",
-                "expansion=1", "batch_size=256", "trainer.accelerator=cpu", "trainer.max_epochs=8", "logger=none",
-                "trainer.enable_progress_bar=false", f"paths.stores={root / 'stores'}", f"paths.runs={root / 'runs'}",
-            ],
-        )  # fmt: skip
+    cfg = composed(
+        "config", "data=folder", f"data.path={pictures}", "backbone=deit", "backbone.size=tiny", "sae=topk", "k=4",
+        "expansion=1", "batch_size=256", "trainer.accelerator=cpu", "trainer.max_epochs=8", "logger=none",
+        "trainer.enable_progress_bar=false", f"paths.stores={root / 'stores'}", f"paths.runs={root / 'runs'}",
+    )  # fmt: skip
     train(cfg)
     return Opened(next((root / "runs").iterdir()))
 
 
 def options(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(
-            "explore",
-            ["app=steering", "app.top=4", "app.top_k=[1,4]", "app.latents=2", "app.images=2", "app.tested=3",
-             "app.insert=[1,30]", "app.suppress=[0,-30]", "app.shown=1", *overrides],
-        )  # fmt: skip
+    return composed(
+        "explore", "app=steering", "app.top=4", "app.top_k=[1,4]", "app.latents=2", "app.images=2", "app.tested=3",
+        "app.insert=[1,30]", "app.suppress=[0,-30]", "app.shown=1", *overrides,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

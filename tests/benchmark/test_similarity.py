@@ -2,19 +2,18 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sae_lightning.benchmark.similarity import Judge, Similarity, similarity_of
 from sae_lightning.features.ensure import ensure_store
 from sae_lightning.features.store import StoreError
-from tests.conftest import CONF, fill_store
+from tests.configs import composed
+from tests.conftest import fill_store
 
 
 def chosen(*overrides: str) -> Similarity:
     """What ``evaluate.py`` makes of command-line overrides."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return similarity_of(compose("evaluate", list(overrides)))
+    return similarity_of(composed("evaluate", *overrides))
 
 
 @pytest.fixture

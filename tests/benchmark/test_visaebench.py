@@ -1,7 +1,6 @@
 """The whole config group, on pictures, with the encoders and data sets that it names."""
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from sae_lightning.benchmark.job import Settings
@@ -10,7 +9,7 @@ from sae_lightning.benchmark.table import read_rows, value_of
 from sae_lightning.features.ensure import ensure_store
 from sae_lightning.saes import Normalizer, TopK
 from sae_lightning.saes.artefact import read_cfg
-from tests.conftest import CONF
+from tests.configs import composed
 
 SMALL = [
     "+metrics.cross_domain.sets.digits.limit=60", "metrics.cross_domain.k=8", "metrics.moran.min_images=2",
@@ -22,15 +21,13 @@ SMALL = [
 @pytest.fixture
 def captioned(tmp_path):
     """A config for CLIP's embeddings of 200 of the demo's pictures."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [
-            "backbone=clip", "features=embedding", "+data.limit=200", f"paths.stores={tmp_path / 'stores'}"
-        ])  # fmt: skip
+    return composed(
+        "config", "backbone=clip", "features=embedding", "+data.limit=200", f"paths.stores={tmp_path / 'stores'}",
+    )  # fmt: skip
 
 
 def visaebench(*overrides: str) -> Settings:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return Settings(compose("evaluate", ["metrics=visaebench", *SMALL, *overrides]).metrics)
+    return Settings(composed("evaluate", "metrics=visaebench", *SMALL, *overrides).metrics)
 
 
 def saved(folder, cfg):

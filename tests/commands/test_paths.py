@@ -4,12 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import sae_lightning.backbones  # noqa: F401  registers a resolver that configs use
 from sae_lightning.commands.paths import absolute, located
-from tests.conftest import CONF
+from tests.configs import composed
 
 
 @pytest.fixture
@@ -24,13 +23,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path / "typed"
 
 
-def composed(here, root, *overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return located(compose(root, list(overrides)), here)
+def typed(here, root, *overrides):
+    return located(composed(root, *overrides), here)
 
 
 def test_what_is_given_and_what_is_default(here, capsys):
-    cfg = composed(here, "config", "data=folder", "data.path=pictures", "paths.runs='~/runs'", "logger=wandb")
+    cfg = typed(here, "config", "data=folder", "data.path=pictures", "paths.runs='~/runs'", "logger=wandb")
     assert cfg.paths == {"stores": str(here / "stores"), "runs": "/home/me/runs", "reports": str(here / "reports")}
     assert (cfg.data.path, cfg.data.name, cfg.logger.wandb.folder) == (str(here / "pictures"), "folder", str(here))
     assert "runs in /home/me/runs" in capsys.readouterr().out
@@ -85,13 +83,13 @@ def test_every_path_counts_from_where_the_command_was_typed(key, given, expected
 
 
 def test_names_that_follow_from_a_path_stay_short(here):
-    assert composed(here, "config", "data=hf", "data.id=mydata").data.name == "mydata"
-    assert composed(here, "config", "backbone=timm", "backbone.published.model=./mydata").backbone.name == "mydata"
+    assert typed(here, "config", "data=hf", "data.id=mydata").data.name == "mydata"
+    assert typed(here, "config", "backbone=timm", "backbone.published.model=./mydata").backbone.name == "mydata"
 
 
 def test_a_home_folder_that_is_not_known_is_no_folder_name(here):
     with pytest.raises(ValueError, match=r"paths\.runs=~nobody-here/x begins with a home folder"):
-        composed(here, "config", "paths.runs='~nobody-here/x'")
+        typed(here, "config", "paths.runs='~nobody-here/x'")
     assert list(Path.cwd().iterdir()) == []
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn import datasets
 
 from sae_lightning.data import SPLITS, DataError, load_images
-from tests.conftest import CONF
+from tests.configs import CONF
 
 CFG = OmegaConf.to_container(OmegaConf.load(CONF / "data" / "digits.yaml"))
 FINGERPRINTS = {"train": "1f0ed6d1021d1307", "val": "1175e6c5f1dcb5a9", "test": "fd876b8092f8df71"}

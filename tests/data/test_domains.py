@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from sae_lightning.data import SPLITS, DataError, load_images, load_masks
-from tests.conftest import CONF
+from tests.configs import CONF
 from tests.data.making import class_folders, png
 
 

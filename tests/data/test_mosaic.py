@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from sae_lightning.data import SPLITS, DataError, load_images, load_masks
 from sae_lightning.data.mosaic import draw, part_of_first
-from tests.conftest import CONF
+from tests.configs import CONF
 
 CFG = OmegaConf.to_container(OmegaConf.load(CONF / "data" / "mosaic.yaml"))
 SMALL = CFG | {"sizes": {"train": 60, "val": 40, "test": 50}}

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments.visaebench import release as releasing
@@ -19,6 +18,7 @@ from experiments.visaebench.release import ReleaseError, equal, find_runs, main,
 from sae_lightning.benchmark.table import Score, put_scores
 from sae_lightning.saes import SAE, ArtefactError, BatchTopK, Normalizer
 from sae_lightning.training.identity import run_hash, run_name
+from tests.configs import composed
 from tests.hub import stand_in
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -33,8 +33,7 @@ SCORES = [
 
 def make_run(root, *overrides, scores=SCORES):
     """A run as training and scoring leave it, with an SAE of 16 dimensions."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", ["k=3", "seed=1", "data=imagenet", "data.path=/secret/place/imagenet", *overrides])
+    cfg = composed("config", "k=3", "seed=1", "data=imagenet", "data.path=/secret/place/imagenet", *overrides)
     folder = root / run_name(cfg, {})
     x = torch.randn(200, D_IN, generator=torch.Generator().manual_seed(cfg.expansion)) + 3
     sae = BatchTopK(D_IN, D_IN * cfg.expansion, k=cfg.k, normalizer=Normalizer(D_IN, x.mean(0), x.std()), seed=cfg.seed)

@@ -16,13 +16,13 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from itertools import count
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
@@ -32,8 +32,8 @@ from sae_lightning.features.ensure import extract_stores, plain
 from sae_lightning.features.extract import Settings, Summary, extract
 from sae_lightning.features.store import FeatureStore, StoreError
 from sae_lightning.features.writer import StoreWriter
-from tests.conftest import CONF
-from tests.processes import HANG, PROCESSES, wait_for
+from tests.configs import composed
+from tests.processes import HANG, PROCESSES, server_address, share_server, wait_for
 
 PATCH = Tap("patch", 4)
 
@@ -46,7 +46,8 @@ class Job:
 
     def __init__(self, log: Path, work: Callable, *args: Any, before: Callable[[], object] | None = None) -> None:
         self.log = log
-        self.process = PROCESSES.Process(target=_run, args=(log, before, work, args))
+        forkserver.ensure_running()
+        self.process = PROCESSES.Process(target=_run, args=(log, before, work, args, server_address()))
         self.process.start()
 
     def kill(self, after: float = 0) -> bool:
@@ -75,8 +76,9 @@ class Job:
         return self.said().splitlines()[-1]
 
 
-def _run(log: Path, before: Callable[[], object] | None, work: Callable, args: tuple) -> None:
+def _run(log: Path, before: Callable[[], object] | None, work: Callable, args: tuple, address: str) -> None:
     """An error with a sentence is printed as such and exits 1; any other shows its traceback."""
+    share_server(address)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of workers, as in a job that a user starts
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -116,8 +118,7 @@ def picture_config(pictures: Path, root: Path, *overrides: str, backbone: str = 
 
 def made(root: Path, *overrides: str) -> DictConfig:
     """A composed config with stores and runs below ``root``."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"paths.stores={root / 'stores'}", f"paths.runs={root / 'runs'}", *overrides])
+    return composed("config", f"paths.stores={root / 'stores'}", f"paths.runs={root / 'runs'}", *overrides)
 
 
 def extract_split(cfg: DictConfig, taps: list[Tap] | None = None, split: str = "train") -> dict[Tap, Path]:

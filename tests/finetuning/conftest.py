@@ -1,10 +1,9 @@
 """Configs that fine-tune a very small vision transformer on the small pictures."""
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from tests.conftest import CONF
+from tests.configs import composed
 
 
 @pytest.fixture
@@ -13,13 +12,12 @@ def settings(pictures, tmp_path, tmp_path_factory):
     stores = tmp_path_factory.getbasetemp() / "finetuning-stores"
 
     def make(*overrides: str) -> DictConfig:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("finetune", [
-                "data=folder", f"data.path={pictures}", "similarity.size=tiny", "epochs=3", "batch_size=8",
-                "model.name=vit", "model.library=timm", "model.model=test_vit", "model.image_size=32",
-                "model.pretrained=false", "optimizer.lr=0.02", "trainer.accelerator=cpu",
-                "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=2", f"paths.stores={stores}",
-                f"paths.runs={tmp_path / 'runs'}", *overrides,
-            ])  # fmt: skip
+        return composed(
+            "finetune", "data=folder", f"data.path={pictures}", "similarity.size=tiny", "epochs=3", "batch_size=8",
+            "model.name=vit", "model.library=timm", "model.model=test_vit", "model.image_size=32",
+            "model.pretrained=false", "optimizer.lr=0.02", "trainer.accelerator=cpu",
+            "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=2", f"paths.stores={stores}",
+            f"paths.runs={tmp_path / 'runs'}", *overrides,
+        )  # fmt: skip
 
     return make

@@ -9,7 +9,7 @@ from sae_lightning.finetuning import artefact
 from sae_lightning.finetuning.build import build, rebuilding
 from sae_lightning.finetuning.errors import FinetuneError
 from tests.backbones.models import CLIP
-from tests.conftest import CONF
+from tests.configs import CONF
 
 
 def model(name: str = "tiny", **changes) -> dict:

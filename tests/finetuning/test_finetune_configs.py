@@ -5,7 +5,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import sae_lightning.backbones  # noqa: F401  registers a resolver that configs use
-from tests.conftest import CONF
+from tests.configs import CONF
 
 PRESETS = sorted(path.stem for path in (CONF / "experiment" / "finetune").glob("*.yaml"))
 LAMBDAS = "0,0.03,0.05,0.07,0.1"

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,7 +16,7 @@ from sae_lightning.tracking.publish import wandb_options
 from sae_lightning.tracking.scores import history_rows
 from sae_lightning.training.loggers import TESTED
 from sae_lightning.training.run import train
-from tests.conftest import CONF
+from tests.configs import composed
 from tests.training.test_loggers import csv_points, tensorboard_points
 from tests.training.wandb_files import KEY, Service, offline_run, records
 
@@ -36,8 +35,7 @@ def run(config, monkeypatch, tmp_path):
 
 
 def evaluation(*overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("evaluate", list(overrides))
+    return composed("evaluate", *overrides)
 
 
 def test_every_logger_has_the_scores(run):

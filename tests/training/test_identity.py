@@ -1,15 +1,12 @@
 """What makes a run another run: every setting but those with a reason, the data, and the encoder."""
 
-import copy
 import inspect
 import shutil
-from functools import cache
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
@@ -23,7 +20,7 @@ from sae_lightning.training.identity import ABSENT, RULES, identity, run_name, s
 from sae_lightning.training.monoloss import MonoLoss
 from sae_lightning.training.optimizer import UnitRowAdam, build_optimizer
 from sae_lightning.training.schedule import Schedule
-from tests.conftest import CONF
+from tests.configs import CONF, composed
 
 MONOLOSS = ["+callbacks.monoloss={_target_: sae_lightning.training.monoloss.MonoLoss, weight: 0.3, memory: 0.9}"]
 SEEN = {"data.train": "a", "data.val": "b", "backbone": "c", "layer": 4}
@@ -56,9 +53,8 @@ def choices():
         yield "finetune", f"finetune_model={path.stem}"
 
 
-def composed(*overrides, root="config"):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(root, list(overrides))
+def made(*overrides, root="config"):
+    cfg = composed(root, *overrides)
     return OmegaConf.to_container(cfg, resolve=True)
 
 
@@ -87,7 +83,7 @@ def replaced(config, path, value):
 @pytest.mark.parametrize("choice", list(choices()), ids=" ".join)
 def test_every_leaf_counts_or_is_left_out_with_a_reason(choice):
     root, *overrides = choice
-    config = composed(*overrides, *(more for name, more in NEEDED if name in overrides), root=root)
+    config = made(*overrides, *(more for name, more in NEEDED if name in overrides), root=root)
     rules = FINETUNING if root == "finetune" else RULES
     kept = rules.counted(config)
     for path, value in leaves(config):
@@ -131,15 +127,9 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@cache
-def base():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config")
-
-
 def made_by(*overrides):
-    """The default config with ``overrides``, which name settings, not groups; not composed anew, which is slow."""
-    cfg = copy.deepcopy(base())
+    """The default config with ``overrides``, which name settings, not groups."""
+    cfg = composed("config")
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
     return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
@@ -201,7 +191,7 @@ def test_what_is_as_good_as_absent_is_the_default_of_the_code():
             code = LIGHTNING.get(leaf, coded.get(leaf))
             assert (list(code) if isinstance(code, tuple) else code) == value, leaf
     assert UnitRowAdam([{"params": [torch.zeros(2)]}]).defaults["weight_decay"] == 0
-    settings = composed()
+    settings = made()
     assert RULES.counted({k: v for k, v in settings.items() if k != "resample"}) == RULES.counted(settings)
 
 

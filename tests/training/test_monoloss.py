@@ -15,7 +15,7 @@ from sae_lightning.training.identity import run_name
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.monoloss import MonoLoss
 from sae_lightning.training.run import build_callbacks, train
-from tests.conftest import CONF
+from tests.configs import CONF
 
 ON = ("callbacks=monoloss", "callbacks.monoloss.weight=1")
 IMAGES = ("stream.unit=images", "batch_size=8")

@@ -1,9 +1,6 @@
 """Which runs of a sweep share a stream, how much memory they take, and what a folder says of their states."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -22,8 +19,8 @@ from sae_lightning.training.memory import pack_bytes, rounds, weight_bytes
 from sae_lightning.training.packing import grouped
 from sae_lightning.training.plan import note_plan, state_of, states
 from sae_lightning.training.run import train
-from tests.conftest import CONF
-from tests.processes import ROOT, run
+from tests.configs import CONF, composed
+from tests.processes import run
 
 
 @cache
@@ -34,7 +31,7 @@ def jobs_of(*overrides):
         swept = [f"{name}={values}" for name, values in cfg.hydra.sweeper.params.items()]
         arguments = OverridesParser.create().parse_overrides([*swept, *overrides])
         (batch,) = BasicSweeper.split_arguments(arguments, None)
-        return [compose("config", list(job)) for job in batch]
+    return [composed("config", *job) for job in batch]
 
 
 def of(cfg):
@@ -166,16 +163,14 @@ def test_a_missing_folder_is_one_sentence(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_sweep_is_one_job_a_stream_and_goes_on_after_one_that_fails(config, pictures, tmp_path):
-    """Started by an interpreter of its own, as users do."""
     cfg = config()
     command = [
-        sys.executable, str(ROOT / "train.py"), "-m", "data=folder", f"data.path={pictures}", "backbone=deit,mae",
+        "train.py", "-m", "data=folder", f"data.path={pictures}", "backbone=deit,mae",
         "backbone.size=tiny", "k=8", "optimizer.lr=0.001,1e30", "expansion=2,4", "batch_size=256",
         "trainer.accelerator=cpu", "trainer.max_epochs=1", f"paths.stores={cfg.paths.stores}",
         f"paths.runs={cfg.paths.runs}", f"hydra.sweep.dir={tmp_path / 'sweep'}",
     ]  # fmt: skip
-    environment = dict(os.environ, COLUMNS="160", OMP_NUM_THREADS="1")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = run(*command, cwd=tmp_path, check=False, COLUMNS="160", OMP_NUM_THREADS="1")
     assert done.returncode != 0
     assert "Launching 2 jobs" in done.stdout + done.stderr
     assert "2 of 4 runs failed" in done.stderr
@@ -189,14 +184,15 @@ def test_a_sweep_is_one_job_a_stream_and_goes_on_after_one_that_fails(config, pi
 
 @pytest.mark.slow
 def test_packs_can_be_submitted(config, pictures, tmp_path):
+    """The job is an interpreter of its own, which knows the pack by its pickle alone."""
     cfg = config()
     command = [
         "train.py", "-m", "data=folder", f"data.path={pictures}", "backbone=deit",
-        "backbone.size=tiny", "k=4,8,12", "expansion=2", "batch_size=256", "trainer.accelerator=cpu",
+        "backbone.size=tiny", "k=4,8", "expansion=2", "batch_size=256", "trainer.accelerator=cpu",
         "trainer.max_epochs=1", f"paths.stores={cfg.paths.stores}", f"paths.runs={cfg.paths.runs}",
-        f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra/launcher=submitit_local", "pack.when=always", "pack.members=2",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra/launcher=submitit_local", "pack.when=always",
     ]  # fmt: skip
     done = run(*command, cwd=tmp_path, COLUMNS="160", OMP_NUM_THREADS="1")
     results = sorted(Path(cfg.paths.runs).glob("*/result.json"))
-    assert sorted(json.loads(path.read_text())["side_by_side"] for path in results) == [1, 2, 2]
+    assert sorted(json.loads(path.read_text())["side_by_side"] for path in results) == [2, 2]
     assert all(path.parent.name in done.stdout for path in results)

@@ -12,7 +12,7 @@ from sae_lightning.features.ensure import ensure_store
 from sae_lightning.metrics import FVU, L0
 from sae_lightning.saes import SAE
 from sae_lightning.training.run import train
-from tests.conftest import CONF
+from tests.configs import CONF
 
 CHOICES = sorted(path.stem for path in (CONF / "sae").glob("*.yaml"))
 

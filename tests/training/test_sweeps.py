@@ -17,7 +17,7 @@ from sae_lightning.training.identity import run_name
 from sae_lightning.training.packed import members_of
 from sae_lightning.training.packing import read_pack, write_pack
 from sae_lightning.training.plan import planned
-from tests.conftest import CONF
+from tests.configs import CONF
 
 
 def command(task, overrides, *folders, name="mine", many=True):

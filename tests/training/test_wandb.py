@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from sae_lightning.training import wandb_run, wandb_service
 from sae_lightning.training.loggers import settle, sweep_of
 from sae_lightning.training.wandb_run import WandbRun, finish, log_artefact, open_run
-from tests.conftest import CONF
+from tests.configs import CONF
 from tests.processes import HANG, Command, wait_for
 from tests.training.wandb_files import KEY, Service, offline_run, records
 
