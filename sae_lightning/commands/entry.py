@@ -153,7 +153,7 @@ def as_typed(argument: str, name: str) -> str:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    from sae_lightning.settings.check import takes_text
+    from sae_lightning.settings.names import takes_text
 
     if argument.startswith("+trainer."):
         argument = f"+{argument}"

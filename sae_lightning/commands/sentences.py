@@ -9,8 +9,7 @@ from hydra.errors import CompactHydraException, MissingConfigException, Override
 from omegaconf.errors import OmegaConfBaseException
 
 from sae_lightning.commands.help import CONF, choices_of, groups, keys_of
-from sae_lightning.settings.check import settings_of, unknown
-from sae_lightning.settings.near import near
+from sae_lightning.settings.names import near, settings_of, unknown
 
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "sklearn", "pyarrow", "matplotlib", "json")
 EXTRAS = {"starlette": "explorer", "uvicorn": "explorer", "peft": "finetune", "submitit": "slurm"}  # of pyproject.toml

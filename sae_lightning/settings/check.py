@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, flag_override
@@ -12,11 +12,10 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 import sae_lightning.settings.resolvers  # noqa: F401
 from sae_lightning.settings.combinations import COMBINATIONS
 from sae_lightning.settings.kinds import Callbacks, Chosen, Kind, Maybe, Named, Plus, Rule, registered
-from sae_lightning.settings.near import did_you_mean, near
+from sae_lightning.settings.names import did_you_mean, misfit, near, settings_of, shown, unknown
 from sae_lightning.settings.table import COMMANDS
 
 LATER = ("evaluate", "explore")  # commands whose judges and data sets refer to settings of the runs that they open
-SHOWN = 60  # characters of a value in a sentence
 
 
 class SettingsError(ValueError):
@@ -102,7 +101,7 @@ class _Walk:
             return
         except OmegaConfBaseException as error:
             if self.command not in LATER:
-                self.found[name] = f"{name}={_shown(_raw(node)[key])} leads nowhere: {str(error).splitlines()[0]}."
+                self.found[name] = f"{name}={shown(_raw(node)[key])} leads nowhere: {str(error).splitlines()[0]}."
             return
         while isinstance(rule, Maybe):
             if plain is None or (rule.flags and isinstance(plain, bool)):
@@ -113,7 +112,7 @@ class _Walk:
         elif not isinstance(value, DictConfig):
             takes = ", ".join(inner) if (inner := _inner(rule, node)) else "entries by name"
             self.found[name] = (
-                f"{name}={_shown(value)} must be a section of {takes}; in a shell put it in quotes: "
+                f"{name}={shown(value)} must be a section of {takes}; in a shell put it in quotes: "
                 f"'{name}={{{next(iter(inner), 'name')}: …}}'."
             )
         elif isinstance(rule, Named):
@@ -151,7 +150,7 @@ class _Walk:
                 continue
             if not isinstance(entry, DictConfig):
                 self.found[inner] = (
-                    f"{inner}={_shown(entry)} must be a section with the _target_ of a callback, or null."
+                    f"{inner}={shown(entry)} must be a section with the _target_ of a callback, or null."
                 )
             elif entry.get("_target_") in rule.ours:
                 self.section(entry, rule.ours[entry["_target_"]], inner)
@@ -196,81 +195,3 @@ def _inner(rule: Rule, around: DictConfig) -> list[str]:
         chosen = rule.sections.get(str(around.get(rule.by))) if rule.by in around else None
         return _inner(chosen or next(iter(rule.sections.values())), around)
     return list(rule) if isinstance(rule, Mapping) else []
-
-
-def misfit(name: str, value: Any, kind: Kind) -> str:
-    """The sentence about a ``value`` that is not of its ``kind``."""
-    hint = did_you_mean(str(value), kind.known)
-    if kind.what == f"one of {', '.join(kind.known)}":
-        return f"Unknown {name}={_shown(value)}; choose {kind.what}{hint}."
-    return f"{name}={_shown(value)} must be {kind.what}{hint}."
-
-
-def unknown(name: str, command: str, groups: Iterable[str] = ()) -> str:
-    """The sentence about a setting that ``command`` does not have; ``groups`` are names that are no settings."""
-    names = list(settings_of(command))
-    section, _, last = name.rpartition(".")
-    beside = [other for other in names if other.rpartition(".")[0] == section]
-    same = [other for other in names if other.rpartition(".")[2] == last]
-    takes = [other.rpartition(".")[2] for other in beside]
-    close = near(last, [*takes, *(groups if not section else ())])
-    found = (f"{section}.{close}" if section else close) if close else next(iter(same), None)
-    if not found and not takes:
-        found = near(name, names, 0.75)
-    if found:
-        return f"There is no setting {name}; did you mean {found}?"
-    where = f"{section} takes" if section else "The settings are"
-    return f"There is no setting {name}. {where} {', '.join(takes)}." if takes else f"There is no setting {name}."
-
-
-def settings_of(command: str) -> Iterator[str]:
-    """Names of all settings and sections of ``command``, shallow ones first."""
-    yield from sorted(set(_names(COMMANDS[command], "")), key=lambda name: name.count("."))
-
-
-def _names(rule: Rule, path: str) -> Iterator[str]:
-    if isinstance(rule, Maybe):
-        yield from _names(rule.rule, path)
-    elif isinstance(rule, Plus):
-        yield from _names(rule.rules, path)
-    elif isinstance(rule, Chosen):
-        for section in rule.sections.values():
-            yield from _names(section, path)
-    elif isinstance(rule, Callbacks):
-        yield from _names(rule.names(), path)
-    elif isinstance(rule, Mapping):
-        for key, inner in rule.items():
-            name = f"{path}.{key}" if path else key
-            yield name
-            yield from _names(inner, name)
-
-
-def kind_of(name: str, command: str) -> Rule | None:
-    """The rule of the setting ``name``; None where there is none, or it depends on other settings."""
-    rule: Rule | None = COMMANDS[command]
-    for key in name.split("."):
-        while isinstance(rule, Maybe | Plus):
-            rule = rule.rule if isinstance(rule, Maybe) else rule.rules
-        if isinstance(rule, Chosen):
-            rule = next((s for s in rule.sections.values() if isinstance(s, Mapping) and key in s), None)
-        rule = rule.get(key) if isinstance(rule, Mapping) else None
-    while isinstance(rule, Maybe):
-        rule = rule.rule
-    return rule
-
-
-def takes_text(name: str, command: str) -> bool:
-    """Whether the setting ``name`` is a text, such as a path or a pattern, or may be one."""
-    rule = kind_of(name, command)
-    return isinstance(rule, Kind) and rule.fits("a-[b]*")
-
-
-def _shown(value: Any) -> str:
-    """``value`` as one would type it, cut where it is long."""
-    if isinstance(value, Mapping):
-        text = "{" + ", ".join(f"{key}: {_shown(inner)}" for key, inner in value.items()) + "}"
-    elif isinstance(value, Iterable) and not isinstance(value, str):
-        text = f"[{', '.join(map(_shown, value))}]"
-    else:
-        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
