@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-import sae_lightning.backbones  # noqa: F401  registers a resolver that configs use
+import sae_lightning.settings.resolvers  # noqa: F401  registers a resolver that configs use
 from sae_lightning.apps.explore import EACH, TOGETHER
 from sae_lightning.benchmark.parts import parts_of
 from sae_lightning.data import SOURCES

@@ -15,7 +15,7 @@ def main(cfg: DictConfig) -> None:
     from sae_lightning.benchmark.printed import print_scores
     from sae_lightning.benchmark.run import evaluate, scored
     from sae_lightning.benchmark.suite import PartError
-    from sae_lightning.tracking import publish
+    from sae_lightning.tracking.publish import publish
 
     failed: PartError | None = None
     try:

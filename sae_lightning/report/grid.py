@@ -9,22 +9,22 @@ import jinja2
 
 from sae_lightning import __version__
 from sae_lightning.analysis.paper import FOLDER, read_paper
-from sae_lightning.report import grid_ablations as ablations
-from sae_lightning.report import grid_details as details
-from sae_lightning.report import grid_overview as overview
-from sae_lightning.report import grid_tasks as tasks
+from sae_lightning.report.grid_ablations import families, layers, probing, thresholds
+from sae_lightning.report.grid_details import cross_domain, raw_moran
 from sae_lightning.report.grid_guide import guide
+from sae_lightning.report.grid_overview import dissociation_section, means_table, profiles, settings, what_was_run
 from sae_lightning.report.grid_paper import Paper
 from sae_lightning.report.grid_runs import Grid, load
 from sae_lightning.report.grid_section import Section, plural, prose
 from sae_lightning.report.grid_tables import files, view
+from sae_lightning.report.grid_tasks import hypotheses, lift, metric_task
 from sae_lightning.report.grid_variance import decomposition
 from sae_lightning.saes.artefact import write_text
 
 SECTIONS: tuple[Callable[[Grid, Paper], Section], ...] = (
-    overview.what_was_run, overview.profiles, overview.means_table, details.raw_moran, overview.dissociation,
-    tasks.metric_task, decomposition, tasks.hypotheses, ablations.probing, details.cross_domain, ablations.thresholds,
-    tasks.lift, ablations.layers, ablations.families, guide, overview.settings,
+    what_was_run, profiles, means_table, raw_moran, dissociation_section,
+    metric_task, decomposition, hypotheses, probing, cross_domain, thresholds,
+    lift, layers, families, guide, settings,
 )  # fmt: skip
 
 

@@ -7,8 +7,7 @@ import math
 import pandas as pd
 
 from sae_lightning.analysis.cells import KIND, missing_cells
-from sae_lightning.analysis.dissociation import ALL
-from sae_lightning.analysis.dissociation import dissociation as correlated
+from sae_lightning.analysis.dissociation import ALL, dissociation
 from sae_lightning.analysis.grid import METRICS
 from sae_lightning.report.grid_figures import ORDER, normalised, profile, scatter
 from sae_lightning.report.grid_maps import setting_frames, setting_maps
@@ -131,7 +130,7 @@ def _printed_means(paper: Paper) -> list[Table]:
     return [Table("means-paper", f"Means of backbones, {PAPER}", heads, rows, note)] if found else []
 
 
-def dissociation(grid: Grid, paper: Paper) -> Section:
+def dissociation_section(grid: Grid, paper: Paper) -> Section:
     """Preservation against FVU [Fig. 2a]."""
     own = grid.main.dropna(subset=["M2", "M3"])
     if own.empty:
@@ -143,7 +142,7 @@ def dissociation(grid: Grid, paper: Paper) -> Section:
     about = "A lower FVU need not mean that a probe still reads as much. [ViSAEBench §5.2, Fig. 2a]"
     heads = [Head("over"), Head("ρ", ".2f", sign=True), Head("p", P), Head("n", ".0f"), Head("mean FVU"),
              Head("mean preservation")]  # fmt: skip
-    found = correlated(grid.main).set_index("backbone")
+    found = dissociation(grid.main).set_index("backbone")
     order = [b for b in dict.fromkeys(grid.main["backbone"]) if b in found.index]
     rows = [[f"settings of {grid.names[b]}", *found.loc[b, ["rho", "p", "n", "x", "y"]]] for b in order]
     rows.append(["means of backbones", *found.loc[ALL, ["rho", "p", "n", "x", "y"]]])

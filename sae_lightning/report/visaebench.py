@@ -10,10 +10,10 @@ from sae_lightning.report.encoding import encoding
 from sae_lightning.report.visaebench_tables import (
     MAIN,
     Scored,
-    as_csv,
-    as_markdown,
     by_backbone,
     raw_note,
+    scores_csv,
+    scores_markdown,
     table,
 )
 from sae_lightning.report.visaebench_topics import topics
@@ -39,4 +39,4 @@ def section(saes: Sequence[Scored]) -> dict[str, Any] | None:
 
 def files(saes: Sequence[Scored]) -> dict[str, str]:
     """The texts of visaebench.csv and visaebench.md; none without SAEs."""
-    return {"visaebench.csv": as_csv(saes), "visaebench.md": as_markdown(saes)} if saes else {}
+    return {"visaebench.csv": scores_csv(saes), "visaebench.md": scores_markdown(saes)} if saes else {}

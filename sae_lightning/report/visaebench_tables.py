@@ -206,7 +206,7 @@ def _first(saes: Sequence[Scored], metric: str, setting: str = "") -> float:
     return next((v for sae in saes if math.isfinite(v := sae.value(metric, setting))), NAN)
 
 
-def as_csv(saes: Sequence[Scored]) -> str:
+def scores_csv(saes: Sequence[Scored]) -> str:
     """All rows of all SAEs with unrounded values; an empty cell where there is no number."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -219,7 +219,7 @@ def as_csv(saes: Sequence[Scored]) -> str:
     return buffer.getvalue()
 
 
-def as_markdown(saes: Sequence[Scored], columns: Sequence[Column] = MAIN) -> str:
+def scores_markdown(saes: Sequence[Scored], columns: Sequence[Column] = MAIN) -> str:
     """The table of headlines, the best value of a column in bold."""
     lines = ["| features | SAE | " + " | ".join(column.heading for column in columns) + " |"]
     lines.append("|---|---|" + "---:|" * len(columns))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from sae_lightning.backbones import BackboneError, default_layer, folder_name, load_backbone, timm_models
+from sae_lightning.backbones import BackboneError, default_layer, folder_name, load_backbone
+from sae_lightning.backbones import timm_models as library
 from tests.backbones.models import CLIP, VISION, backbone, timm, transformers
 
 VIT = VISION | {"model_type": "vit"}
@@ -38,12 +39,12 @@ def test_finding_a_large_models_last_layer_takes_no_weights(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("weights were built")
 
-    monkeypatch.setattr(timm_models, "_build", refuse)
+    monkeypatch.setattr(library, "_build", refuse)
     cfg = timm("vit_giant_patch14_dinov2.lvd142m", pretrained=True)  # 1.1 billion weights
     assert default_layer(cfg) == 39
-    before = timm_models.timm_anatomy.cache_info().hits
+    before = library.timm_anatomy.cache_info().hits
     assert default_layer(cfg) == 39
-    assert timm_models.timm_anatomy.cache_info().hits == before + 1
+    assert library.timm_anatomy.cache_info().hits == before + 1
 
 
 def test_layers_beyond_the_first_are_refused():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-import sae_lightning.backbones  # noqa: F401  registers a resolver that configs use
+import sae_lightning.settings.resolvers  # noqa: F401  registers a resolver that configs use
 from sae_lightning.commands.paths import absolute, located
 from tests.configs import composed
 

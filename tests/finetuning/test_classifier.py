@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from sae_lightning.finetuning import artefact
+from sae_lightning.finetuning.artefact import load, save
 from sae_lightning.finetuning.build import build, rebuilding
 from sae_lightning.finetuning.errors import FinetuneError
 from tests.backbones.models import CLIP
@@ -127,9 +127,9 @@ def test_an_artefact_gives_the_same_outputs_without_hub_or_files(section, tmp_pa
     with torch.no_grad():
         for p in classifier.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    artefact.save(classifier, preprocess, tmp_path, rebuilding(section), ["a", "b", "c"], {"seed": 5})
+    save(classifier, preprocess, tmp_path, rebuilding(section), ["a", "b", "c"], {"seed": 5})
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    loaded = artefact.load(tmp_path)
+    loaded = load(tmp_path)
     images = torch.randn(2, 3, preprocess.image_size, preprocess.image_size)
     for one, two in zip(classifier.eval()(images), loaded.classifier(images), strict=True):
         assert torch.equal(one, two)
@@ -137,7 +137,7 @@ def test_an_artefact_gives_the_same_outputs_without_hub_or_files(section, tmp_pa
     assert loaded.cfg["class_names"] == ["a", "b", "c"]
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(FinetuneError, match="no whole fine-tuned model"):
-        artefact.load(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

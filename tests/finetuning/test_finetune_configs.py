@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import sae_lightning.backbones  # noqa: F401  registers a resolver that configs use
+import sae_lightning.settings.resolvers  # noqa: F401  registers a resolver that configs use
 from tests.configs import CONF
 
 PRESETS = sorted(path.stem for path in (CONF / "experiment" / "finetune").glob("*.yaml"))

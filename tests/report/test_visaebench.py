@@ -28,12 +28,12 @@ from sae_lightning.report.visaebench_tables import (
     MAIN,
     Column,
     Scored,
-    as_csv,
-    as_markdown,
     best,
     number,
     raw_note,
     scored_runs,
+    scores_csv,
+    scores_markdown,
     table,
 )
 from sae_lightning.report.visaebench_topics import topics
@@ -147,7 +147,7 @@ def test_headlines_are_the_rows_of_the_settings_of_the_paper():
 
 def test_csv_is_the_rows_and_markdown_the_headlines():
     saes = [sae(values=[0.1 + 0.2] * 7), sae("mae (tiny)", [NAN] * 7), sae("mae (tiny)", [0.7] * 7, variant="topk")]
-    lines = list(csv.DictReader(io.StringIO(as_csv(saes))))
+    lines = list(csv.DictReader(io.StringIO(scores_csv(saes))))
     expected = [(one.run["name"], row) for one in saes for row in one.rows]
     assert len(lines) == len(expected)
     for line, (name, row) in zip(lines, expected, strict=True):
@@ -156,7 +156,7 @@ def test_csv_is_the_rows_and_markdown_the_headlines():
         )  # fmt: skip
         assert line["value"] == "" if math.isnan(row["value"]) else float(line["value"]) == row["value"]
     assert (lines[0]["backbone"], lines[0]["expansion"], lines[0]["k"]) == ("dinov2 (tiny)", "8", "16")
-    head, _, first, second, third = as_markdown(saes).splitlines()
+    head, _, first, second, third = scores_markdown(saes).splitlines()
     assert head.count("|") == first.count("|") == second.count("|") == third.count("|") == len(MAIN) + 3
     assert "| dinov2 (tiny) L4 | batchtopk ×8 k 16 | 0.300 | **0.300** |" in first
     assert "| – | – |" in second

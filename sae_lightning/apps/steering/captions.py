@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.saes import SAE
-from sae_lightning.vlms import VLM
+from sae_lightning.vlms.base import VLM
 from sae_lightning.vlms.steer import Edit, steer
 
 ALIKE = 0.99  # least mean cosine of the tower's tokens with the run's features for its SAE to fit
