@@ -7,13 +7,13 @@ import pytest
 from omegaconf import OmegaConf
 
 import sae_lightning.settings.resolvers  # noqa: F401  registers a resolver that configs use
-from sae_lightning.apps.explore import EACH, TOGETHER
-from sae_lightning.benchmark.parts import parts_of
+from sae_lightning.apps.app import EACH, TOGETHER
 from sae_lightning.data import SOURCES
+from sae_lightning.evaluation.parts import parts_of
+from sae_lightning.runs.identity import run_name
 from sae_lightning.saes import VARIANTS
 from sae_lightning.saes.losses import TERMS
 from sae_lightning.settings import mistakes
-from sae_lightning.training.identity import run_name
 from sae_lightning.training.loggers import KINDS
 from tests.configs import composed
 

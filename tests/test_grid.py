@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from sae_lightning.training.plan import states
+from sae_lightning.runs.state import states
 from tests.processes import Command, run, wait_for
 
 TRAIN = [

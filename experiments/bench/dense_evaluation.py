@@ -18,7 +18,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from sae_lightning.benchmark.streaming import batches
+from sae_lightning.evaluation.scoring_pass import batches
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.metrics.monosemanticity import baseline, choose_live
 from sae_lightning.metrics.moran import grid_weights

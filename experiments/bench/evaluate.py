@@ -34,16 +34,15 @@ from torch import Tensor
 from experiments.bench.dense_evaluation import Found
 from experiments.bench.dense_evaluation import evaluate as dense
 from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, print_table, shared_parser, write_json
-from sae_lightning.benchmark.absorption import absorption
-from sae_lightning.benchmark.preservation import fit_raw, preservation
-from sae_lightning.benchmark.scoring_pass import Gather, ScoringPass
-from sae_lightning.benchmark.similarity import Judge
-from sae_lightning.benchmark.sparse_probing import sparse_probing
-from sae_lightning.benchmark.streaming import stream
+from sae_lightning.evaluation.scoring_pass import Gather, ScoringPass, stream
+from sae_lightning.evaluation.similarity import Judge
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
 from sae_lightning.metrics import MonoScore
 from sae_lightning.metrics import monosemanticity as m5
+from sae_lightning.metrics.absorption import absorption
+from sae_lightning.metrics.preservation import fit_raw, preservation
+from sae_lightning.metrics.sparse_probing import sparse_probing
 from sae_lightning.saes import BatchTopK, Normalizer
 
 D, K, GRID, CLASSES, TOP = 768, 64, (14, 14), 100, 16

@@ -33,8 +33,8 @@ from rich.progress import Progress
 from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, print_table, shared_parser, write_json
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
+from sae_lightning.training.fit import train
 from sae_lightning.training.packed import train_packed
-from sae_lightning.training.run import train
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 DIRECTIONS = 512

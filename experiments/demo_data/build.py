@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sae_lightning.data.captions import caption
-from sae_lightning.data.parquet import CIFAR10_CLASSES, CIFAR10_GROUPS, DEMO
+from experiments.demo_data.captions import caption
+from sae_lightning.data.bundled import CIFAR10_CLASSES, CIFAR10_GROUPS, DEMO
 
 PARTS = {"train": ("train", 5000), "val": ("test", 1000), "test": ("test", 2000)}
 SEED = 42

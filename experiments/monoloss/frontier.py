@@ -16,8 +16,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sae_lightning.benchmark.evaluate import SCORES, finished_runs
-from sae_lightning.report.pairs import monoloss_of, shown, summary
+from sae_lightning.report.monoloss import shown, summary
+from sae_lightning.runs.identity import monoloss_of
+from sae_lightning.runs.run import SCORES, finished_runs
 from sae_lightning.saes.artefact import read_cfg
 
 AXES = {"monoscore": "MonoScore", "purity": "class purity"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
-from sae_lightning.training.preempt import asked
+from sae_lightning.distributed.stopping import asked
 
 
 class Hold(L.Callback):

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from experiments.demo_data.captions import caption
 from sae_lightning.backbones.tiny import PIXEL_MEAN, PIXEL_STD
-from sae_lightning.data.captions import caption
-from sae_lightning.data.parquet import CIFAR10_CLASSES as CLASS_NAMES
+from sae_lightning.data.bundled import CIFAR10_CLASSES as CLASS_NAMES
 
 
 @dataclass

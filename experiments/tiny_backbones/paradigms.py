@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.tiny_backbones.cifar import CLASS_NAMES, Cifar, colour_jitter, normalise, random_resized_crop
+from experiments.demo_data.captions import vocabulary
+from experiments.tiny_backbones.cifar import Cifar, colour_jitter, normalise, random_resized_crop
 from sae_lightning.backbones.tiny import PATCH_SIZE, WIDTH, TinyTextTower, tiny_vit
-from sae_lightning.data.captions import vocabulary
+from sae_lightning.data.bundled import CIFAR10_CLASSES
 
 
 def embed(vit: nn.Module, images: Tensor, mask_token: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
@@ -78,12 +79,12 @@ class Supervised(Paradigm):
 
     def __init__(self) -> None:
         super().__init__("deit")
-        self.head = nn.Linear(WIDTH, len(CLASS_NAMES))
+        self.head = nn.Linear(WIDTH, len(CIFAR10_CLASSES))
 
     def loss(self, cifar: Cifar, index: Tensor) -> Tensor:
         x = random_resized_crop(normalise(cifar.images[index]), 32, (0.35, 1.0))
         x = colour_jitter(x, 0.3)
-        target = F.one_hot(cifar.labels[index], len(CLASS_NAMES)).float()
+        target = F.one_hot(cifar.labels[index], len(CIFAR10_CLASSES)).float()
         share = float(torch.distributions.Beta(0.2, 0.2).sample())
         x, target = share * x + (1 - share) * x.flip(0), share * target + (1 - share) * target.flip(0)
         return F.cross_entropy(self.head(self.pooled(x)).float(), target, label_smoothing=0.1)
@@ -95,7 +96,7 @@ class ImageText(Paradigm):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.sigmoid = name == "siglip"
-        self.text = TinyTextTower(vocabulary(CLASS_NAMES))
+        self.text = TinyTextTower(vocabulary(CIFAR10_CLASSES))
         self.project = nn.Linear(WIDTH, WIDTH, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.3 if self.sigmoid else 2.66))
         self.bias = nn.Parameter(torch.tensor(-5.0))

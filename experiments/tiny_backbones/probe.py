@@ -19,9 +19,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.tiny_backbones.cifar import CLASS_NAMES, Cifar, load, normalise
-from sae_lightning.backbones import Backbone, Tap, load_backbone
+from experiments.tiny_backbones.cifar import Cifar, load, normalise
+from sae_lightning.backbones.backbone import Backbone, Tap
+from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.backbones.tiny import TINY_NAMES
+from sae_lightning.data.bundled import CIFAR10_CLASSES
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "backbone"
 OUT = Path(__file__).with_name("probes.json")
@@ -50,7 +52,7 @@ def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
 
 def zero_shot(backbone: Backbone, embeddings: Tensor, labels: Tensor) -> float:
     """Accuracy of the nearest prompt "a photo of a <class>"."""
-    prompts = [f"a photo of {'an' if c[0] in 'aeiou' else 'a'} {c}" for c in CLASS_NAMES]
+    prompts = [f"a photo of {'an' if c[0] in 'aeiou' else 'a'} {c}" for c in CIFAR10_CLASSES]
     texts = torch.nn.functional.normalize(backbone.encode_text(prompts), dim=-1)
     guess = (embeddings @ texts.T).argmax(1)
     return float((guess == labels).float().mean())

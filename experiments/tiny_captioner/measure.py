@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from experiments.tiny_captioner.data import Pictures, pictures
 from experiments.tiny_captioner.pixels import COLOURS
-from sae_lightning.data.parquet import CIFAR10_CLASSES
+from sae_lightning.data.bundled import CIFAR10_CLASSES
 from sae_lightning.vlms import load_vlm
-from sae_lightning.vlms.concepts import CLASS_WORDS, concepts_in, mentions
+from sae_lightning.vlms.words import CLASS_WORDS, concepts_in, mentions
 
 OUT = Path(__file__).with_name("results.json")
 NOUNS = {word for words in CLASS_WORDS.values() for word in words} | {"animal", "vehicle"}

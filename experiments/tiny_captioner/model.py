@@ -10,9 +10,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from sae_lightning.backbones.bundled import BESIDE, weights_file
-from sae_lightning.backbones.tiny import DEPTH, HEADS, IMAGE_SIZE, PATCH_SIZE, PIXEL_MEAN, PIXEL_STD, WIDTH
-from sae_lightning.vlms.random_llava import llava_processor
+from sae_lightning.backbones.tiny import (
+    BESIDE,
+    DEPTH,
+    HEADS,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    WIDTH,
+    weights_file,
+)
+from sae_lightning.vlms.load import llava_processor
 from sae_lightning.vlms.words import IMAGE, SPECIAL, word_tokenizer
 
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.colors import rgb_to_hsv
 
-from sae_lightning.data.captions import background_colour, tone
+from experiments.demo_data.captions import background_colour, tone
 
 COLOURS = ("black", "white", "grey", "red", "orange", "brown", "yellow", "green", "blue", "purple")
 APART = 60.0  # RGB distance from the background at which a pixel belongs to the object

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from experiments.tiny_captioner.pixels import Measured
-from sae_lightning.data.parquet import CIFAR10_CLASSES, CIFAR10_GROUPS
-from sae_lightning.vlms.concepts import CLASS_WORDS
+from sae_lightning.data.bundled import CIFAR10_CLASSES, CIFAR10_GROUPS
+from sae_lightning.vlms.words import CLASS_WORDS
 
 # what a picture is called when nothing in it stands out, and when something does
 NEUTRAL = (

@@ -11,9 +11,9 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from sae_lightning.backbones.bundled import weights_file
+from sae_lightning.backbones.tiny import weights_file
 from sae_lightning.data import load_images
-from sae_lightning.saes.artefact import write_json
+from sae_lightning.files import write_json
 from sae_lightning.vlms import load_vlm
 from sae_lightning.vlms.load import CAPTIONER
 from sae_lightning.vlms.words import SPECIAL

@@ -22,8 +22,8 @@ from rich.progress import track
 
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.metrics import FVU
+from sae_lightning.runs.run import load_record
 from sae_lightning.saes import SAE
-from sae_lightning.training.run import load_record
 
 TOKENS = 16_384  # of the val split, for the recovery curve
 

@@ -20,22 +20,20 @@ from hydra import compose, initialize_config_dir
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
-from sae_lightning.benchmark import absorption, preservation, probes
-from sae_lightning.benchmark.evaluate import finished_runs
-from sae_lightning.benchmark.evaluated import Evaluated
-from sae_lightning.benchmark.job import PARTIAL, Job, Settings
-from sae_lightning.benchmark.part import MAIN
-from sae_lightning.benchmark.part_scores import sparse_codes
-from sae_lightning.benchmark.retrieval import image_recall
-from sae_lightning.benchmark.scoring_pass import Gather
-from sae_lightning.benchmark.segmentation import Probing, segmentation
-from sae_lightning.benchmark.similarity import Judge
-from sae_lightning.benchmark.sparse_probing import sparse_probing
-from sae_lightning.benchmark.streaming import batches, stream
-from sae_lightning.benchmark.table import Score
-from sae_lightning.metrics import Moran, decoder_cosine
+from sae_lightning.evaluation.evaluated import Evaluated
+from sae_lightning.evaluation.job import PARTIAL, Job, Settings
+from sae_lightning.evaluation.parts import sparse_codes
+from sae_lightning.evaluation.scoring_pass import Gather, batches, stream
+from sae_lightning.evaluation.similarity import Judge
+from sae_lightning.metrics import Moran, absorption, decoder_cosine, preservation, probes
 from sae_lightning.metrics import monosemanticity as m5
+from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.cknna import cknna
+from sae_lightning.metrics.part import MAIN
+from sae_lightning.metrics.retrieval import image_recall
+from sae_lightning.metrics.segmentation import Probing, segmentation
+from sae_lightning.metrics.sparse_probing import sparse_probing
+from sae_lightning.runs.run import finished_runs
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 Found = dict[tuple[str, str], float]  # (metric, how) → value; how "" is ours

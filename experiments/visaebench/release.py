@@ -29,11 +29,11 @@ from tqdm.auto import tqdm
 from experiments.visaebench.release_cards import address_of, index_card, sae_card
 from sae_lightning import __version__
 from sae_lightning.analysis.grid import read_grid
-from sae_lightning.benchmark.latents import LATENTS
-from sae_lightning.benchmark.table import TABLE, read_rows
+from sae_lightning.files import write_json
+from sae_lightning.runs.run import LATENTS
+from sae_lightning.runs.scores import TABLE, read_rows
 from sae_lightning.saes import SAE
-from sae_lightning.saes.artefact import ArtefactError, read_cfg, write_json
-from sae_lightning.saes.hub import HubError, upload
+from sae_lightning.saes.artefact import ArtefactError, HubError, read_cfg, upload
 
 FORMAT = 1  # of a released folder; raised when its content changes
 WEIGHTS, SUMS = "sae.safetensors", "SHA256SUMS"

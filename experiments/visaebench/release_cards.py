@@ -11,8 +11,8 @@ import pandas as pd
 from huggingface_hub import EvalResult, ModelCardData
 
 from sae_lightning.analysis.grid import METRICS, TASKS
-from sae_lightning.benchmark.table import value_of
-from sae_lightning.benchmark.visaebench import HEADLINES, headline
+from sae_lightning.metrics.part import HEADLINES, headline
+from sae_lightning.runs.scores import value_of
 
 LIBRARY = "sae-lightning"
 TAGS = ("sparse-autoencoder", "interpretability", "vision", "visaebench")

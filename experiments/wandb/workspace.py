@@ -14,8 +14,8 @@ import wandb_workspaces.expr as ex
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from sae_lightning.benchmark.visaebench import HEADLINES
-from sae_lightning.tracking.scores import GOALS
+from sae_lightning.metrics.part import HEADLINES
+from sae_lightning.report.publish import GOALS
 from sae_lightning.training.wandb_run import STEP
 
 TITLE = "ViSAEBench grid"

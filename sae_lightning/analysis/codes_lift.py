@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from sae_lightning.analysis.cells import backbone_means, backbone_stds
-from sae_lightning.analysis.correlation import spearman
-from sae_lightning.analysis.grid import tasks
+from sae_lightning.analysis.correlation import NO_TASKS, spearman, task_title
+from sae_lightning.analysis.figures import lifts
+from sae_lightning.analysis.grid import Grid, backbone_means, backbone_stds, tasks
+from sae_lightning.analysis.paper import PAPER, Paper
+from sae_lightning.rendering.page import Picture, Section
+from sae_lightning.rendering.table import Head, P, Spread, Table
 
 
 class Lift(NamedTuple):
@@ -51,3 +55,50 @@ def codes_lift(table: pd.DataFrame) -> Lift:
     overall_columns = ["task", "rho", "p", "p_t", "n", "lowest", "lowest_lift", "highest", "highest_lift", "above"]
     each_columns = ["task", "backbone", "raw", "codes", "lift", "lift_std"]
     return Lift(pd.DataFrame(overall, columns=overall_columns), pd.DataFrame(each, columns=each_columns))
+
+
+def lift(grid: Grid, paper: Paper) -> Section:
+    """What codes give over raw features, and whether weak backbones gain most [App. O, Table 8]."""
+    found = codes_lift(grid.main)
+    if found.tasks.empty:
+        return Section("Codes lift", missing=NO_TASKS)
+    each = found.backbones.assign(title=found.backbones["backbone"].map(grid.names))
+    panels = {task_title(str(task)): own for task, own in each.groupby("task", sort=False)}
+    return Section(
+        "Codes lift",
+        ("Lift is the score of codes over that of raw features, averaged over settings. A negative ρ of raw score and "
+         "lift says that weaker backbones gain more. [ViSAEBench App. O]",),
+        (Picture(lifts(panels, grid.colours)),), (_table_8(grid, found, paper), _each_lift(each, grid.titles)),
+        keys=True,
+    )  # fmt: skip
+
+
+def _table_8(grid: Grid, found: Lift, paper: Paper) -> Table:
+    heads = [Head("of"), Head("task"), Head("ρ(raw, lift)", ".2f", sign=True), Head("exact p", P), Head("p of t", P),
+             Head("lowest lift"), Head("highest lift"), Head("above 1")]  # fmt: skip
+    rows: list[list[object]] = [
+        [grid.here, task_title(r["task"]), r["rho"], r["p"], r["p_t"],
+         *(f"{grid.names[r[end]]} {r[f'{end}_lift']:.2f}" for end in ("lowest", "highest")),
+         f"{r['above']} of {r['n']}"]
+        for _, r in found.tasks.iterrows()
+    ]  # fmt: skip
+    rows += [[PAPER, task_title(t["task"]), t["rho"], None, t["p"], t["lowest"], t["highest"], "–"]
+             for t in paper.lifts()]  # fmt: skip
+    return Table("codes-lift", "Correlation of raw score and lift across backbones", heads, rows)
+
+
+def _each_lift(each: pd.DataFrame, order: Sequence[str]) -> Table:
+    heads = [Head("backbone"), *(Head(name, form, over=task_title(task))
+                                 for task in dict.fromkeys(each["task"])
+                                 for name, form in (("raw", ".3f"), ("codes", ".3f"), ("lift", ".3f")))]  # fmt: skip
+    rows: list[list[object]] = []
+    for title in order:
+        row: list[object] = [title]
+        for task in dict.fromkeys(each["task"]):
+            own = each[(each["task"] == task) & (each["title"] == title)]
+            r = own.iloc[0] if len(own) else None
+            row += [None] * 3 if r is None else [r["raw"], r["codes"], Spread(r["lift"], r["lift_std"])]
+        rows.append(row)
+    return Table(
+        "codes-lift-backbones", "Raw features, codes, and lift ± standard deviation over settings", heads, rows
+    )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pandas as pd
 
-from sae_lightning.analysis.cells import over_seeds
-from sae_lightning.analysis.correlation import spearman
-from sae_lightning.analysis.metric_tasks import across_backbones
+from sae_lightning.analysis.correlation import across_backbones, spearman
+from sae_lightning.analysis.figures import scatter
+from sae_lightning.analysis.grid import Grid, over_seeds
+from sae_lightning.analysis.paper import Paper
+from sae_lightning.rendering.page import EVALUATE, Picture, Section
+from sae_lightning.rendering.table import Head, P, Table
 
 ALL = "all"
 
@@ -23,3 +26,24 @@ def dissociation(table: pd.DataFrame, x: str = "M2", y: str = "M3") -> pd.DataFr
     found = across_backbones(table, x, y)
     rows.append((ALL, found.rho, found.p, found.p_t, found.n, cells[x].mean(), cells[y].mean()))
     return pd.DataFrame(rows, columns=["backbone", "rho", "p", "p_t", "n", "x", "y"])
+
+
+def dissociation_section(grid: Grid, paper: Paper) -> Section:
+    """Preservation against FVU [Fig. 2a]."""
+    own = grid.main.dropna(subset=["M2", "M3"])
+    if own.empty:
+        return Section("FVU and preservation", missing=f"No run has both M2 and M3; `{EVALUATE}` makes them.")
+    picture = Picture(
+        scatter(own, "M2", "M3", ("M2 FVU (lower is better)", "M3 preservation"), grid.colours), "",
+        "One mark a run: the shape is its expansion, the larger the larger its k. Rings: means of backbones.",
+    )  # fmt: skip
+    about = "A lower FVU need not mean that a probe still reads as much. [ViSAEBench §5.2, Fig. 2a]"
+    heads = [Head("over"), Head("ρ", ".2f", sign=True), Head("p", P), Head("n", ".0f"), Head("mean FVU"),
+             Head("mean preservation")]  # fmt: skip
+    found = dissociation(grid.main).set_index("backbone")
+    order = [b for b in dict.fromkeys(grid.main["backbone"]) if b in found.index]
+    rows = [[f"settings of {grid.names[b]}", *found.loc[b, ["rho", "p", "n", "x", "y"]]] for b in order]
+    rows.append(["means of backbones", *found.loc[ALL, ["rho", "p", "n", "x", "y"]]])
+    table = Table("fvu-preservation", "Spearman’s ρ of FVU and preservation", heads, rows,
+                  "A negative ρ: the lower FVU, the more is preserved. p is exact for n ≤ 8, of t above.")  # fmt: skip
+    return Section("FVU and preservation", (about,), (picture,), (table,), keys=True)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from sae_lightning.benchmark.table import read_rows, value_of
-from sae_lightning.benchmark.visaebench import HEADLINES, headline
-from sae_lightning.saes.artefact import ArtefactError, read_cfg
-from sae_lightning.training.identity import monoloss_of, same_but
+from sae_lightning.analysis.figures import ORDER, colours
+from sae_lightning.metrics.part import HEADLINES, headline
+from sae_lightning.runs.identity import monoloss_of, same_but
+from sae_lightning.runs.run import SCORES
+from sae_lightning.runs.scores import read_rows, value_of
+from sae_lightning.saes.artefact import ArtefactError, read_cfg, read_json
 
 
 class About(NamedTuple):
@@ -23,17 +27,23 @@ class About(NamedTuple):
 
 
 METRICS = {h.title.split()[0]: About(h.title, h.better) for h in HEADLINES}
+
 INPUTS = ("raw", "reconstruction", "codes")
+
 ENDS = tuple(f"/{name}" for name in INPUTS)
+
 SETTINGS = (
     "run", "data", "backbone", "title", "features", "layer", "variant", "monoloss", "expansion", "k", "seed", "d_in",
     "d_sae", "l0", "dead_share", "recipe",
 )  # fmt: skip
+
 OTHER_COLUMNS = (  # leaves of a run's identity that the table has as columns
     "data.*", "backbone", "layer", "features", "sae.name", "callbacks.MonoLoss", "callbacks.MonoLoss.weight",
     "expansion", "d_sae", "sae.settings.k", "sae.target_l0", "seed",
 )  # fmt: skip
+
 FLOATS = ("layer", "monoloss", "expansion", "k", "l0", "dead_share")
+
 # rows that are downstream tasks, as metric and setting; whose column they are, as groups of the match
 TASKS = [
     (re.compile(r"retrieval_(?P<input>raw|reconstruction|codes) k=1"), "retrieval"),
@@ -89,3 +99,156 @@ def _tasks(scores: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, float]]:
             if match := pattern.fullmatch(f"{row['metric']} {row['setting']}"):
                 of = match.groupdict()
                 yield f"{name.format(**of)}/{of.get('input', 'codes')}", row["value"]
+
+
+CONFIGURATION = ["expansion", "k"]
+
+CELL = ["backbone", *CONFIGURATION]
+
+KIND = ["data", "features", "variant", "monoloss"]
+
+FAMILY = [*KIND, "recipe"]
+
+
+def main_family(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that a cross-backbone analysis compares: of the most frequent data, features, variant, MonoLoss weight
+    and other settings (the first of equals) those of the layer that each backbone has most runs of (the deepest of
+    equals). So runs of one cell differ by their seed alone.
+    """
+    if table.empty:
+        return table
+    family = [column for column in FAMILY if column in table]
+    sizes = table.groupby(family, dropna=False, sort=False).size()
+    rows = table[(table[family] == list(sizes.idxmax())).all(axis=1)]  # type: ignore[arg-type]
+    return rows[rows["layer"].fillna(-1) == rows["backbone"].map(_usual_layers(rows))]
+
+
+def _usual_layers(rows: pd.DataFrame) -> dict[str, float]:
+    layers = rows["layer"].fillna(-1)
+    return {name: float(max(layers[of.index].mode())) for name, of in rows.groupby("backbone")}
+
+
+def configuration_names(table: pd.DataFrame) -> pd.Series:
+    """``x8 k64`` of each row; ``x8`` without a k."""
+    k = table["k"].map(lambda k: f" k{k:g}", na_action="ignore").astype(object).fillna("")
+    return table["expansion"].map(lambda x: f"x{x:g}").astype(object) + k
+
+
+def missing_cells(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Backbones and configurations that the table has, but not together."""
+    have = list(zip(table["backbone"], configuration_names(table), strict=True))
+    wanted = product(dict.fromkeys(table["backbone"]), dict.fromkeys(configuration_names(table)))
+    return [cell for cell in wanted if cell not in set(have)]
+
+
+def shared_configurations(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the configurations that every backbone of the table has: a fair comparison in an unfinished grid."""
+    names = configuration_names(table)
+    of = table.groupby(names)["backbone"].nunique()
+    return table[names.map(of) == table["backbone"].nunique()]
+
+
+def over_seeds(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Means over the seeds of each cell, indexed by backbone, expansion and k; NaN is left out of means."""
+    return table.groupby(CELL, dropna=False)[list(columns)].mean()
+
+
+def backbone_means(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Means over configurations, indexed by backbone: what ViSAEBench correlates across backbones [§4.5].
+
+    Seeds of a cell are averaged first, so that no configuration counts more for having several. A column that the
+    table lacks is NaN.
+    """
+    wide = table.reindex(columns=[*CELL, *columns])
+    return over_seeds(wide, columns).groupby(level="backbone").mean()
+
+
+def backbone_stds(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Sample standard deviations over configurations, as ``backbone_means``; NaN with one configuration."""
+    wide = table.reindex(columns=[*CELL, *columns])
+    return over_seeds(wide, columns).groupby(level="backbone").std()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the page is over: ``frame`` of all runs, ``main`` of those compared, and ``rows`` of all runs' scores.
+
+    ``rows`` has columns run, metric, setting, value; ``colours`` are by title of a backbone, in the page's order.
+    """
+
+    frame: pd.DataFrame
+    main: pd.DataFrame
+    rows: pd.DataFrame
+    split: str
+    colours: dict[str, str]
+
+    @property
+    def titles(self) -> list[str]:
+        """The main runs' backbones in the page's order."""
+        return [title for title in self.colours if title in set(self.main["title"])]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Titles of backbones by their short names."""
+        return dict(zip(self.frame["backbone"], self.frame["title"], strict=True))
+
+    def means(self, columns: Sequence[str], frame: pd.DataFrame | None = None) -> pd.DataFrame:
+        """Means of columns of the main runs, or of a ``frame``, over configurations: [title, column] in page order."""
+        return backbone_means(self.main if frame is None else frame, columns).rename(index=self.names).loc[self.titles]
+
+    def stds(self, columns: Sequence[str], frame: pd.DataFrame | None = None) -> pd.DataFrame:
+        """Standard deviations over configurations, as ``means``."""
+        return backbone_stds(self.main if frame is None else frame, columns).rename(index=self.names).loc[self.titles]
+
+    @property
+    def tiny(self) -> bool:
+        """Whether a backbone is a small stand-in."""
+        return any("(tiny)" in title for title in self.frame["title"])
+
+    @property
+    def scale(self) -> str:
+        """The main runs' encoders, widths and data, such as ``tiny ViT, 128 wide, demo``."""
+        kinds = [title.removeprefix(name).strip(" ()") for name, title in self.names.items() if title in self.titles]
+        widths = [f"{width:g}" for width in sorted(set(self.main["d_in"]))]
+        said = ["tiny ViT" if kind == "tiny" else kind for kind in dict.fromkeys(kinds) if kind]
+        return ", ".join([*said, f"{' or '.join(widths)} wide", *dict.fromkeys(self.main["data"])])
+
+    @property
+    def here(self) -> str:
+        """What stands over our figures where the paper's are beside them."""
+        return f"here: {self.scale}"
+
+    def curves(self, metric: str) -> pd.DataFrame:
+        """A metric's settings with the main runs' columns: setting, value, title, expansion, k."""
+        own = self.rows[self.rows["metric"] == metric]
+        return own.merge(self.main[["run", "title", "expansion", "k", "seed"]], on="run")
+
+    def comparable(self) -> pd.DataFrame:
+        """The main runs, with those that differ by variant alone: of their data, features and layers, no MonoLoss."""
+        like = ["data", "features", "backbone", "layer"]
+        return self.frame[self.frame["monoloss"] == 0].merge(self.main[like].drop_duplicates(), on=like)
+
+
+def load(runs: Sequence[Path]) -> Grid:
+    """The grid of evaluated run folders; only those with scores.
+
+    FileNotFoundError where none has scores, ValueError where they were scored on different splits.
+    """
+    scored = [run for run in runs if (run / SCORES).is_file()]
+    if not scored:
+        raise FileNotFoundError(f"None of {len(runs)} runs has scores; make them with evaluate.py metrics=visaebench.")
+    anew = "make it anew: python evaluate.py runs={}"
+    splits = sorted({read_json(run / SCORES, anew.format(run.name))["split"] for run in scored})
+    if len(splits) > 1:
+        raise ValueError(f"The runs were scored on different splits ({', '.join(splits)}); evaluate them on one.")
+    frame = in_order(read_grid(scored, splits[0]))
+    found = [row for run in scored for row in read_rows(run, strict=True) if row["split"] == splits[0]]
+    rows = pd.DataFrame(found, columns=["run", "metric", "setting", "value"])
+    return Grid(frame, main_family(frame), rows, splits[0], colours(frame))
+
+
+def in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """The runs by backbone in the paper's order, then expansion, k and seed."""
+    rank = frame["backbone"].map({name: i for i, name in enumerate(ORDER)}).fillna(len(ORDER))
+    ordered = frame.assign(rank=rank).sort_values(["rank", "backbone", "layer", "expansion", "k", "seed"])
+    return ordered.drop(columns="rank").reset_index(drop=True)

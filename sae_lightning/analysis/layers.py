@@ -6,10 +6,14 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from sae_lightning.analysis.cells import CONFIGURATION, FAMILY
-from sae_lightning.analysis.grid import METRICS
+from sae_lightning.analysis.figures import steps
+from sae_lightning.analysis.grid import CONFIGURATION, FAMILY, METRICS, Grid
+from sae_lightning.analysis.paper import Paper
+from sae_lightning.rendering.page import TRAIN, Picture, Section
+from sae_lightning.rendering.table import Head, Table
 
 MATCH = [*FAMILY, "backbone", *CONFIGURATION, "seed"]
+
 COLUMNS = ["backbone", "metric", "early_layer", "late_layer", "early", "late", "difference", "cells", "consistent"]
 
 
@@ -38,3 +42,45 @@ def layer_differences(
                 consistent = bool((change > 0).all() or (change < 0).all())
                 rows.append((backbone, metric, first, last, a, b, b - a, len(values), consistent))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def layers(grid: Grid, paper: Paper) -> Section:
+    """Differences of metrics between an early and a late layer [App. D, Fig. 4]."""
+    title = "Layers"
+    found = layer_differences(grid.frame)
+    if found.empty:
+        return Section(title, missing="No backbone has runs on two layers that differ by nothing else: "
+                       f"`{TRAIN.replace('grid', 'layers')}` adds an early one; evaluate them.")  # fmt: skip
+    found = found.assign(title=found["backbone"].map(grid.names))
+    same = found["early_layer"].nunique() == found["late_layer"].nunique() == 1
+    ends = [f"layer {found[f'{end}_layer'].iloc[0]:g}" if same else f"{end} layer" for end in ("early", "late")]
+    panels = {}
+    for metric, own in found.groupby("metric", sort=False):
+        frame = own.set_index("title")[["early", "late"]].T
+        panels[METRICS[str(metric)].title] = frame.set_axis(ends, axis=0)
+    return Section(
+        title, ("Means over runs that differ by nothing but the layer. The paper compares layers 3 and 11 of CLIP, "
+                "DINOv2 and SigLIP. [ViSAEBench App. D, Fig. 4]",),
+        (Picture(steps(panels, grid.colours)),), (_layer_table(found),), keys=True,
+    )  # fmt: skip
+
+
+def _layer_table(found: pd.DataFrame) -> Table:
+    """A line a metric, three columns a backbone."""
+    overs = {t: f"{t}, layer {own['early_layer'].iloc[0]:g} → {own['late_layer'].iloc[0]:g}"
+             for t, own in found.groupby("title", sort=False)}  # fmt: skip
+    heads = [Head("metric"), *(Head(name, over=over, sign=name == "difference") for over in overs.values()
+                               for name in ("early", "late", "difference"))]  # fmt: skip
+    by = found.set_index(["metric", "title"])
+    rows: list[list[object]] = []
+    for metric in dict.fromkeys(found["metric"]):
+        row: list[object] = [METRICS[metric].title]
+        for title in overs:
+            own = by.loc[(metric, title)] if (metric, title) in by.index else {}
+            row += [own.get(name) for name in ("early", "late", "difference")]
+        rows.append(row)
+    cells = found["cells"]
+    note = f"{cells.min()} to {cells.max()}" if cells.min() < cells.max() else f"{cells.min()}"
+    one_sign = [f"{r['metric']} {r['title']}" for _, r in found.iterrows() if r["consistent"]]
+    note += f" matched runs each. Of one sign in all of them: {', '.join(one_sign) or 'none'}."
+    return Table("layers", "M1–M7 of an early and a late layer", heads, rows, note)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import pandas as pd
 
-from sae_lightning.analysis.cells import CELL, backbone_means, main_family, over_seeds
 from sae_lightning.analysis.correlation import spearman
-from sae_lightning.analysis.grid import METRICS
+from sae_lightning.analysis.grid import CELL, METRICS, Grid, backbone_means, main_family, over_seeds
+from sae_lightning.analysis.paper import PAPER, Paper
+from sae_lightning.rendering.page import TRAIN, Section, some
+from sae_lightning.rendering.table import Head, P, Table
 
 
 class Consistency(NamedTuple):
@@ -98,3 +101,63 @@ def differences(
 
 def _one_sign(values: pd.Series) -> bool:
     return bool((values > 0).all() or (values < 0).all())
+
+
+def families(grid: Grid, paper: Paper) -> Section:
+    """Whether another variant ranks the backbones alike [App. Q, Table 9]."""
+    title, first = "Families of SAEs", str(grid.main["variant"].iloc[0])
+    comparable = grid.comparable()
+    others = [v for v in dict.fromkeys(comparable["variant"]) if v != first]
+    if not others:
+        return Section(title, missing=f"All runs are of {first}: train a second variant on the same backbones, "
+                       f"`{TRAIN.replace('grid', 'jumprelu')}`, and evaluate it.")  # fmt: skip
+    about, tables = ["Backbones from best to worst by their means, over runs whose L0 is within 2 of k. "
+                     "[ViSAEBench App. Q, Table 9]"], []  # fmt: skip
+    for second in others:
+        found = rank_consistency(comparable, first, second)
+        if len(found.dropped):
+            left = [f"{run} ({why})" for run, why in zip(found.dropped["run"], found.dropped["reason"], strict=True)]
+            about.append(f"Left out with {second}: {some(left, 4)}.")
+        tables += [_table_9(grid, found, first, second, paper), *_differences(grid, found, first, second)]
+    return Section(title, tuple(about), tables=tuple(tables))
+
+
+def _table_9(grid: Grid, found: Consistency, first: str, second: str, paper: Paper) -> Table:
+    theirs = paper.ranks() if (first, second) == ("batchtopk", "jumprelu") else {}
+    heads = [Head("metric"), Head(first, over=grid.here), Head(second, over=grid.here),
+             Head("ρ", ".2f", over=grid.here, sign=True), Head("exact p", P, over=grid.here),
+             Head("p of t", P, over=grid.here),
+             *([Head(first, over=PAPER), Head(second, over=PAPER), Head("ρ", ".2f", over=PAPER, sign=True),
+                Head("p as printed", P, over=PAPER)] if theirs else [])]  # fmt: skip
+    rows = []
+    for _, r in found.metrics.iterrows():
+        own = [METRICS[r["metric"]].title, *(_ranking(grid, r[side]) for side in ("first", "second")), r["rho"],
+               r["p"], r["p_t"]]  # fmt: skip
+        printed = theirs.get(r["metric"], {})
+        rows.append([*own, *(printed.get(c) for c in ("batchtopk", "jumprelu", "rho", "p") if theirs)])
+    return Table(f"ranks-{_slug(second)}", f"Rankings of backbones by {first} and by {second}", heads, rows)
+
+
+def _ranking(grid: Grid, names: tuple[str, ...]) -> str:
+    return ", ".join(grid.names[name].removesuffix(" (tiny)") for name in names) or "–"
+
+
+def _differences(grid: Grid, found: Consistency, first: str, second: str) -> list[Table]:
+    rows = found.differences
+    if rows.empty:
+        return []
+    of = [name for name in grid.names if name in set(rows["backbone"])]
+    wide = rows.pivot(index="metric", columns="backbone", values="difference")
+    overall = rows[rows["backbone"] == "all"].set_index("metric")
+    heads = [Head("metric"), Head("all", sign=True), *(Head(grid.names[name], sign=True) for name in of),
+             Head("same sign for all"), Head("matched cells", ".0f")]  # fmt: skip
+    lines = [
+        ["dead share" if m == "dead_share" else METRICS[str(m)].title, r["difference"], *(wide.at[m, b] for b in of),
+         "yes" if r["consistent"] else "no", r["cells"]]
+        for m, r in overall.iterrows()
+    ]  # fmt: skip
+    return [Table(f"differences-{_slug(second)}", f"{second} minus {first} at the same expansion and k", heads, lines)]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

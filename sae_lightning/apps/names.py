@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.opened import Opened
+from sae_lightning.runs.run import Opened
 
 TABLE = "naming.parquet"  # of the application naming; ``shown`` is the name, "" where there is none
 PURE, IMAGES = 0.5, 20  # least share of one class in a latent's activation, and images it fires on, to be called so

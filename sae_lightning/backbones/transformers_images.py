@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,39 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 
-from sae_lightning.backbones.errors import BackboneError, reason
+from sae_lightning.backbones.backbone import BackboneError, reason
 from sae_lightning.backbones.settings import Published
-from sae_lightning.backbones.transformers_build import silent
 from sae_lightning.data.geometry import MiddleCrop
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without transformers' warnings, such as its table of tensors that belong to other parts of a checkpoint, and
+    without its bars; those of downloads stay."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
 
 # PIL's codes of resampling filters, as image processors give them
 FILTERS = {
     0: InterpolationMode.NEAREST, 1: InterpolationMode.LANCZOS, 2: InterpolationMode.BILINEAR,
     3: InterpolationMode.BICUBIC, 4: InterpolationMode.BOX, 5: InterpolationMode.HAMMING,
 }  # fmt: skip
+
 PLACING = ("resize", "center_crop")  # what a processor does to the places of pixels …
+
 DOING = (*PLACING, "preprocess", "_preprocess", "process_image", "rescale", "normalize", "pad")  # … and all it does
 
 Transform = Callable[[Image.Image], Tensor]

@@ -12,10 +12,9 @@ if TYPE_CHECKING:
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
-    from sae_lightning.benchmark.printed import print_scores
-    from sae_lightning.benchmark.run import evaluate, scored
-    from sae_lightning.benchmark.suite import PartError
-    from sae_lightning.tracking.publish import publish
+    from sae_lightning.evaluation.printed import print_scores
+    from sae_lightning.evaluation.suite import PartError, evaluate, scored
+    from sae_lightning.report.publish import publish
 
     failed: PartError | None = None
     try:

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.table import Table
 
-    from sae_lightning.apps.result import Result
+    from sae_lightning.runs.results import Result
 
 
 @command("explore")
 def main(cfg: DictConfig) -> None:
     from rich.console import Console
 
-    from sae_lightning.apps.explore import explore
+    from sae_lightning.apps.app import explore
 
     console = Console()
     for result in explore(cfg):

@@ -16,8 +16,8 @@ def main(cfg: DictConfig) -> None:
     from rich.table import Table
 
     from sae_lightning.data import load_images
-    from sae_lightning.features.ensure import extract_stores, plain, taps_of
     from sae_lightning.features.manifest import MANIFEST
+    from sae_lightning.features.source import extract_stores, plain, taps_of
     from sae_lightning.features.store import FeatureStore
 
     table = Table(title="Feature stores")

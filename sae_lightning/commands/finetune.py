@@ -16,7 +16,7 @@ def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from sae_lightning.commands.hydra import point_to
-    from sae_lightning.finetuning.run import finetune
+    from sae_lightning.finetuning.fit import finetune
 
     folder = finetune(cfg)
     point_to(Path(HydraConfig.get().runtime.output_dir), [folder])

@@ -24,7 +24,7 @@ from sae_lightning.commands.help import CONF, own_folder
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sae_lightning.locks import Lock
+    from sae_lightning.files import Lock
 
 POINTER = "run_folders"  # written by a command into Hydra's job folder; launchers share only the file system
 COMMAND = "SAE_LIGHTNING_COMMAND"  # environment of jobs: whose they are, as two sweeps may have one folder
@@ -94,12 +94,12 @@ class ClosingTable(Callback):
 
     def row(self, folder: Path) -> tuple[list[str], str]:
         """The cells of a run, one in words where it is not finished, and what is to be said of it below the table."""
-        from sae_lightning.damage import whole
+        from sae_lightning.files import whole
         from sae_lightning.saes.artefact import ArtefactError, read_json
 
         files = [folder / name for name in ("cfg.json", "result.json")]  # the second is written last
         if not all(map(whole, files)):
-            from sae_lightning.training.failed import failure
+            from sae_lightning.runs.state import failure
 
             why = failure(folder)
             return (["not finished"], "") if why is None else (["failed"], f"failed. {why}")
@@ -111,7 +111,7 @@ class ClosingTable(Callback):
         cells = [_Cell().format(shown, **(made | result), scores=scores) for shown in self.columns.values()]
         if "in_part" not in result:
             return cells, ""
-        from sae_lightning.training.failed import in_words
+        from sae_lightning.runs.state import in_words
 
         return cells, in_words(result["in_part"])
 
@@ -182,7 +182,7 @@ def take(gpus: list[str], folder: Path) -> str:
     """One of ``gpus`` that no other process which uses ``folder`` has; the same again in later calls."""
     from filelock import Timeout
 
-    from sae_lightning.locks import Lock
+    from sae_lightning.files import Lock
 
     if _taken:
         return _taken[0][0]

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @command("report")
 def main(cfg: DictConfig) -> None:
-    from sae_lightning.benchmark.evaluate import finished_runs
     from sae_lightning.report.grid import build_grid
     from sae_lightning.report.page import build
+    from sae_lightning.runs.run import finished_runs
     from sae_lightning.settings.places import check_file
 
     out = Path(cfg.out or Path(cfg.paths.reports) / ("grid.html" if cfg.grid else "report.html"))

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from sae_lightning.training.plan import states  # with Lightning, which other commands do not need
+    from sae_lightning.runs.state import states  # with Lightning, which other commands do not need
 
     _require(args.folder)
     found = states(args.folder)
@@ -62,7 +62,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _remove(args: argparse.Namespace) -> int:
-    from sae_lightning.training.tidy import is_running, matching, remove
+    from sae_lightning.runs.state import is_running, matching, remove
 
     names = matching(args.folder, args.runs)
     busy = next((name for name in names if is_running(args.folder / name)), None)
@@ -77,7 +77,7 @@ def _remove(args: argparse.Namespace) -> int:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from sae_lightning.training.tidy import differences, shown
+    from sae_lightning.runs.state import differences, shown
 
     runs = [Path(name) if Path(name).is_dir() else args.folder / name for name in (args.first, args.second)]
     found = list(differences(*runs))
@@ -96,7 +96,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _clean(args: argparse.Namespace) -> int:
-    from sae_lightning.training.tidy import left_over, remove, without_use
+    from sae_lightning.runs.state import left_over, remove, without_use
 
     _require(args.folder)
     names, paths = without_use(args.folder), left_over(args.folder)

@@ -7,7 +7,7 @@ import os
 from omegaconf import DictConfig
 
 from sae_lightning.commands.paths import located
-from sae_lightning.limits import heed_cores
+from sae_lightning.distributed.limits import heed_cores
 
 RANKS = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "JSM_NAMESPACE_RANK", "WORLD_SIZE",

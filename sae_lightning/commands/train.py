@@ -16,10 +16,11 @@ def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from sae_lightning.commands.hydra import point_to
-    from sae_lightning.features.ensure import looking_once
-    from sae_lightning.training.identity import run_name
+    from sae_lightning.features.source import looking_once
+    from sae_lightning.runs.identity import run_name
+    from sae_lightning.runs.state import is_a_try
+    from sae_lightning.training.fit import train
     from sae_lightning.training.packed import members_of, train_packed
-    from sae_lightning.training.run import is_a_try, train
 
     output = Path(HydraConfig.get().runtime.output_dir)
     members = members_of(cfg)

@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sae_lightning.data.arrange import arrange
+from sae_lightning.data.bundled import load_cifar10, load_demo, load_digits, load_mosaic
 from sae_lightning.data.decode import Item, decode
-from sae_lightning.data.digits import load_digits
 from sae_lightning.data.errors import DataError
-from sae_lightning.data.folder import load_folder
-from sae_lightning.data.hf import load_hf
-from sae_lightning.data.imagenet import load_imagenet
+from sae_lightning.data.folder import load_folder, load_imagenet
+from sae_lightning.data.huggingface import load_hf
 from sae_lightning.data.images import ImageData
 from sae_lightning.data.levels import Reading
-from sae_lightning.data.mask_sources import load_masks
-from sae_lightning.data.masks import Masks
-from sae_lightning.data.mosaic import load_mosaic
-from sae_lightning.data.parquet import load_cifar10, load_demo
+from sae_lightning.data.masks import Masks, load_masks
 from sae_lightning.data.siblings import sibling_groups
-from sae_lightning.data.splits import SPLITS, check_split
+from sae_lightning.data.splits import SPLITS, arrange, check_split
 from sae_lightning.data.stream import ImageStream
 from sae_lightning.data.webdataset import load_webdataset
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from sae_lightning.kernels.build import cache_folder
+from sae_lightning.files import cache_folder
 
 SCHEMA = pa.schema(
     {"path": pa.string(), "size": pa.int64(), "modified": pa.int64(), "changed": pa.int64(), "digest": pa.binary(16)}

@@ -10,16 +10,51 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from sae_lightning.data.errors import DataError, brief
+from sae_lightning.data.errors import DataError, brief, remark
 from sae_lightning.data.levels import AS_FILED, Reading, Samples, picture_of, say_channels
-from sae_lightning.data.png import SIGNATURE, is_deep, png_samples, without_metadata
-from sae_lightning.data.remarks import remark
 from sae_lightning.data.tiff import is_tiff, pillow_knows, tiff_samples
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def without_metadata(data: bytes) -> bytes:
+    """A PNG with nothing but its pixels: profiles, texts and whatever else need not be understood are left out."""
+    kept = [SIGNATURE]
+    at = len(SIGNATURE)
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind = data[at + 4 : at + 8]
+        if kind[:1].isupper() or kind == b"tRNS":
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def is_deep(picture: Image.Image) -> bool:
+    """Whether this is a PNG of 16 bits in several channels, of which Pillow would keep the upper 8."""
+    if picture.format != "PNG" or picture.mode == "I;16":
+        return False
+    return str(picture.tile[0][3]).endswith(";16B")  # type: ignore[attr-defined]
+
+
+def png_samples(data: bytes) -> Samples:
+    """All bits of all channels of a PNG; RuntimeError when it is damaged."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_png
+
+    values = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    channels = values.permute(1, 2, 0).numpy()
+    return Samples(np.ascontiguousarray(channels), 16, 1 if channels.shape[2] < 3 else 3)
+
+
 Source = bytes | str | Path | Image.Image  # encoded bytes, a path, an address that fsspec opens, or a picture
+
 ADDRESS = re.compile(r"^[a-z0-9+]+://")
+
 LONGEST = 1000  # times its shorter edge; beyond, a few bytes become gigabytes when the shorter one is scaled up
+
 LAID_OUT = ("RGB", "RGBA", "RGBX", "L", "LA", "CMYK")  # modes whose channels are those of the file
+
 WITH_ALPHA = {"RGBA": 3, "RGBa": 3, "RGBX": 3, "LA": 1, "La": 1}  # and how many channels are colours
 
 

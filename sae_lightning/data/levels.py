@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sae_lightning.data.errors import DataError
-from sae_lightning.data.remarks import remark
+from sae_lightning.data.errors import DataError, remark
 
 DEPTHS = (1, 8, 10, 12, 14, 16)  # bits that sensors and files have, whatever they are stored in
 CONTAINERS = (16, 32, 64)  # bits that may hold samples of fewer

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from sae_lightning.data.errors import DataError
-from sae_lightning.distributed.sockets import without_sockets
+from sae_lightning.distributed.processes import without_sockets
 
 SHARED = Path("/dev/shm")
 AHEAD = 3  # batches a worker: two that are asked for, and one that is being used

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +18,151 @@ import pyarrow.compute as pc
 
 from sae_lightning.data.contents import Contents
 from sae_lightning.data.errors import DataError, tell
-from sae_lightning.data.images import ImageData
-from sae_lightning.data.labels import (
+from sae_lightning.data.folder import level
+from sae_lightning.data.images import ImageData, Texts
+from sae_lightning.data.splits import (
+    SPLITS,
     UNLABELLED,
+    USUAL,
+    by_split,
     class_name,
+    cut,
     positions,
     sorted_names,
     tell_blank,
     tell_unseen,
+    train_share,
     without_withheld,
 )
-from sae_lightning.data.patterns import files_of, fixed_folder
-from sae_lightning.data.scan import level
-from sae_lightning.data.splits import SPLITS, USUAL, by_split, cut, train_share
 from sae_lightning.data.tar_headers import CutShortError
-from sae_lightning.data.tar_index import TarIndex, index_tars
-from sae_lightning.data.tar_reader import ArrowTexts, TarPictures
-from sae_lightning.data.tar_samples import Keys
-from sae_lightning.data.texts import Texts
+from sae_lightning.data.tar_index import Keys, TarIndex, index_tars
+
+RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
+
+WILD = re.compile(r"[*?\[{]")
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """``x-{000..010}.tar`` or ``{a,b}/x`` written out, as bash does: padded with zeros, nested, in order.
+
+    Braces with neither a comma nor a range of whole numbers stay as they are.
+    """
+    for start, end in _pairs(pattern):
+        choices = _choices(pattern[start + 1 : end])
+        if choices is not None:
+            tails = expand_braces(pattern[end + 1 :])
+            return [pattern[:start] + choice + tail for choice in choices for tail in tails]
+    return [pattern]
+
+
+def _pairs(pattern: str) -> Iterator[tuple[int, int]]:
+    """Each opening brace with its closing one, from the left."""
+    for start in (i for i, c in enumerate(pattern) if c == "{"):
+        depth = 0
+        for end in range(start, len(pattern)):
+            depth += {"{": 1, "}": -1}.get(pattern[end], 0)
+            if depth == 0:
+                yield start, end
+                break
+
+
+def _choices(inside: str) -> list[str] | None:
+    numbers = RANGE.fullmatch(inside)
+    if numbers:
+        first, last, step = int(numbers[1]), int(numbers[2]), abs(int(numbers[3] or 1)) or 1
+        padded = any(re.match(r"-?0\d", text) for text in (numbers[1], numbers[2]))
+        width = max(len(numbers[1]), len(numbers[2])) if padded else 0
+        values = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+        return [f"{value:0{width}d}" for value in values]
+    parts, depth = [""], 0
+    for c in inside:
+        depth += {"{": 1, "}": -1}.get(c, 0)
+        if c == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [text for part in parts for text in expand_braces(part)] if len(parts) > 1 else None
+
+
+def files_of(pattern: Path) -> list[Path]:
+    """The tar files of a pattern: a folder's ``*.tar``, wildcards (sorted), braces (in their order), or the file.
+
+    DataError when there is none, or when one that braces spell out is missing.
+    """
+    if pattern.is_dir():
+        found = sorted(p for p in pattern.glob("*.tar") if not p.name.startswith("."))
+        if not found:
+            raise DataError(f"No *.tar files lie in {pattern}; set data.path (and data.splits) to where they are.")
+        return found
+    if pattern.is_file():
+        return [pattern]
+    files: list[Path] = []
+    missing = []
+    for text in expand_braces(str(pattern)):
+        matches = sorted(glob.glob(text)) or [text]
+        files += [Path(match) for match in matches]
+        missing += [match for match in matches if not Path(match).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"There is no file {missing[0]}{more}; check the pattern {pattern}.")
+    return list(dict.fromkeys(files))
+
+
+def fixed_folder(pattern: Path) -> Path:
+    """The folder that is named before the first wildcard or brace: what ids are relative to."""
+    if pattern.is_dir():
+        return pattern
+    parts = pattern.parts
+    wild = next((i for i, part in enumerate(parts) if WILD.search(part)), len(parts) - 1)
+    return Path(*parts[: min(wild, len(parts) - 1)])
+
+
+class TarPictures:
+    """The encoded bytes of picture i; DataError when its tar has gone or become shorter."""
+
+    def __init__(self, index: TarIndex) -> None:
+        self.tars = [(str(path), time) for path, time in zip(index.tars, index.marks[:, 1].tolist(), strict=True)]
+        self.tar = index.table["tar"].to_numpy()
+        self.offset, self.size = index.table["offset"].to_numpy(), index.table["size"].to_numpy()
+
+    def __call__(self, row: int) -> bytes:
+        path, time = self.tars[self.tar[row]]
+        size = int(self.size[row])
+        try:
+            file = _open(path, time)
+            data = os.pread(file.descriptor, size, int(self.offset[row]))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}); it was there when it was indexed.") from error
+        if len(data) != size:
+            raise DataError(f"{path} has become shorter since it was indexed; copy it again.")
+        return data
+
+
+class ArrowTexts:
+    """Text i of an Arrow array."""
+
+    def __init__(self, texts: pa.StringArray) -> None:
+        self.texts = texts
+
+    def __call__(self, row: int) -> str:
+        return self.texts[row].as_py()
+
+
+class _File:
+    """A descriptor that is closed when nobody holds it any more, so that a thread may go on reading an evicted one."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@lru_cache(maxsize=128)
+def _open(path: str, time: int) -> _File:
+    """One open file a tar and process; ``time`` opens it anew when it has been replaced."""
+    return _File(path)
 
 
 def load_webdataset(cfg: dict[str, Any], split: str) -> ImageData:

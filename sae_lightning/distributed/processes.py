@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -18,8 +19,9 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Listener, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,9 +29,39 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
-from sae_lightning.distributed.sockets import without_sockets
+ELSEWHERE = ("/tmp", "/var/tmp", "/dev/shm")
+
+
+def without_sockets() -> str | None:
+    """Why multiprocessing cannot open sockets here, neither in TMPDIR nor ELSEWHERE; None where it can from now on."""
+    fault = _fault()
+    if fault is None:
+        return None
+    kept: dict[str, str] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    for place in ELSEWHERE:
+        try:
+            folder = tempfile.mkdtemp(prefix="pymp-", dir=place)
+        except OSError:
+            continue
+        kept["tempdir"] = folder  # where multiprocessing.util.get_temp_dir looks first
+        if _fault() is None:
+            Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)
+            return None
+        del kept["tempdir"]
+        shutil.rmtree(folder, ignore_errors=True)
+    return fault
+
+
+def _fault() -> str | None:
+    try:
+        Listener(family="AF_UNIX").close()
+    except OSError as error:
+        return str(error)
+    return None
+
 
 SHUTDOWN = 30.0  # seconds that processes have to end by themselves before they are killed
+
 # What SLURM or a closed terminal sends to all processes of a job: it is for the job's first process to answer.
 FOR_THE_JOB = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 

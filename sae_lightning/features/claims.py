@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.writer import StoreWriter
-from sae_lightning.locks import Lock
+from sae_lightning.files import Lock
 
 
 @dataclass(frozen=True)

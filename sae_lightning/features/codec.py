@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_lightning.features.manifest import StoreError
-from sae_lightning.features.moments import Moments
+from sae_lightning.features.manifest import Moments, StoreError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 DELIVERED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.float16}

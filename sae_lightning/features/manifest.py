@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from functools import reduce
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sae_lightning.files import write_atomically
 
 SCHEMA = 2
+
 MANIFEST = "manifest.json"
+
 TYPES: dict[str, tuple[type, ...]] = {  # of the fields below, as they are annotated
     "int": (int,), "float": (int, float), "str": (str,), "list[str]": (list,), "dict[str, str]": (dict,),
 }  # fmt: skip
+
 T = TypeVar("T")
 
 
@@ -111,25 +119,133 @@ def _typed(made: T) -> T:
     return made
 
 
-def partial_name(path: Path) -> Path:
-    """Where this process writes what will be ``path``: hidden beside it."""
-    return path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}")
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # elements turned into float64 at a time
 
 
-def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Give ``path`` the content so that a reader, or a kill, never sees half of it; OSError leaves nothing behind."""
-    partial = partial_name(path)
+@dataclass(frozen=True)
+class Moments:
+    """Of ``count`` tokens: ``mean`` [d], ``m2`` [d] summed squared deviations, ``norms`` summed lengths; float64.
+
+    ``lost`` [d] is the summed squared difference between the features and what was stored of them.
+    """
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+    norms: float
+    lost: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, lost: Tensor | None = None) -> Moments:
+        """Of tokens ``x`` [..., d] of any float type, on their device; two passes over pieces of them."""
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.device.type not in CHUNK:  # without float64
+            rows = rows.cpu()
+        parts = [_piece(piece) for piece in rows.split(max(1, CHUNK[rows.device.type] // rows.shape[1]))]
+        whole = merge(parts)
+        return whole if lost is None else cls(whole.count, whole.mean, whole.m2, whole.norms, lost.cpu().double())
+
+    @classmethod
+    def none(cls) -> Moments:
+        """Of no token; ``merge`` takes only others."""
+        nothing = torch.empty(0, dtype=torch.float64)
+        return cls(0, nothing, nothing, 0.0, nothing)
+
+    @property
+    def variance(self) -> float:
+        """Summed squared deviation from the mean, over tokens and dimensions."""
+        return float(self.m2.sum())
+
+    @property
+    def rounding(self) -> tuple[float, float]:
+        """The share of the variance that was lost, and the largest such share of one dimension.
+
+        Dimensions that hardly vary beside the median one are passed over.
+        """
+        varies = self.m2 > 1e-6 * self.m2.median()
+        share = (self.lost / self.m2.clamp_min(1e-300))[varies]
+        return float(self.lost.sum()) / max(self.variance, 1e-12), float(share.max()) if len(share) else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers and lists that give the same float64 values back."""
+        return {
+            "count": self.count, "mean": self.mean.tolist(), "m2": self.m2.tolist(), "norms": self.norms,
+            "lost": self.lost.tolist(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Moments:
+        """The inverse of ``to_json``."""
+        vectors = {key: torch.tensor(content[key], dtype=torch.float64) for key in ("mean", "m2", "lost")}
+        if vectors["lost"].ndim == 0:  # of an older store: known in sum only
+            vectors["lost"] = (vectors["lost"] / max(len(vectors["mean"]), 1)).expand_as(vectors["mean"])
+        return cls(content["count"], norms=content["norms"], **vectors)
+
+
+def _piece(rows: Tensor) -> Moments:
+    x = rows.double()
+    mean = x.mean(0)
+    norms = float(x.square().sum(1).sqrt().sum())
+    m2 = (x - mean).square().sum(0).cpu()
+    return Moments(len(x), mean.cpu(), m2, norms, torch.zeros_like(m2))
+
+
+def merge(parts: Iterable[Moments]) -> Moments:
+    """The moments of the union of parts, each given by its own [Chan et al. 1979]; at least one part."""
+    return reduce(_two, parts)
+
+
+def _two(a: Moments, b: Moments) -> Moments:
+    count = a.count + b.count
+    delta = b.mean - a.mean
+    m2 = a.m2 + b.m2 + delta.square() * (a.count * b.count / count)
+    return Moments(count, a.mean + delta * (b.count / count), m2, a.norms + b.norms, a.lost + b.lost)
+
+
+RECORDS = "records"
+
+
+@dataclass
+class Record:
+    """A finished shard: its checksums, its images in order, its moments, and what was left out of it.
+
+    ``labels`` are class indices, or class names where those are only known at the end. ``state`` is where a stream of
+    images stood after the shard's last one.
+    """
+
+    shard: Shard
+    shape: tuple[int, int]  # patches, d_in
+    moments: Moments
+    image_ids: list[str]
+    labels: list[int] | list[str]
+    captions: list[str] | None = None
+    skipped: list[str] = field(default_factory=list)
+    state: dict | None = None
+
+
+def record_path(folder: Path, index: int) -> Path:
+    """``records/00007.json`` of a store."""
+    return folder / RECORDS / f"{index:05d}.json"
+
+
+def shard_name(index: int) -> str:
+    """``shard-00007.safetensors``."""
+    return f"shard-{index:05d}.safetensors"
+
+
+def write_record(folder: Path, index: int, record: Record) -> None:
+    """Write the record; only now does the shard count as finished."""
+    write_atomically(record_path(folder, index), json.dumps(asdict(record) | {"moments": record.moments.to_json()}))
+
+
+def read_record(folder: Path, index: int) -> Record:
+    """The record of shard ``index``; StoreError when it is missing or unreadable."""
+    path = record_path(folder, index)
     try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def cause(error: OSError) -> str:
-    """Why a file could not be written, for a sentence."""
-    return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["shard"] = Shard(**content["shard"])
+        content["moments"] = Moments.from_json(content["moments"])
+        content["shape"] = tuple(content["shape"])
+        return Record(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} cannot be read ({error}); delete it and run extract.py again.") from error

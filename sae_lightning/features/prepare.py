@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sae_lightning.data import DataError, ImageData
-from sae_lightning.data.errors import brief
-from sae_lightning.data.remarks import gathering
+from sae_lightning.data.errors import brief, gathering
 
 
 class Sample(NamedTuple):

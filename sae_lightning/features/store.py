@@ -26,16 +26,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_lightning.data.labels import UNLABELLED, class_name
-from sae_lightning.data.splits import split_indices
+from sae_lightning.data.splits import UNLABELLED, class_name, split_indices
 from sae_lightning.features.codec import DELIVERED, Frame, decode, header, layout
-from sae_lightning.features.manifest import Manifest, StoreError
-from sae_lightning.features.moments import merge
-from sae_lightning.features.record import read_record
-from sae_lightning.features.rows import read_rows
-from sae_lightning.features.shard import check_shard, data_sha256
+from sae_lightning.features.manifest import Manifest, StoreError, merge, read_record
+from sae_lightning.features.shard import check_shard, read_rows
+from sae_lightning.files import data_sha256, file_sha256
 
 Index = slice | Tensor | np.ndarray | Sequence[int]
+
 DAMAGED = ("refuse", "skip")
 
 
@@ -312,8 +310,3 @@ class FeatureStore:
         scale = load("scale", at, n, 4).view(torch.float32)[:, 0]
         frame = Frame(*(load(name, 0, 1, 4 * self.d_in).view(torch.float32)[0] for name in ("shift", "spread")))
         return decode(q, scale, frame)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a whole file."""
-    return data_sha256(path, 0)

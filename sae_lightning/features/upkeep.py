@@ -8,8 +8,16 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from sae_lightning.features.manifest import MANIFEST, Manifest, StoreError
-from sae_lightning.features.record import RECORDS, read_record, record_path, shard_name, write_record
+from sae_lightning.features.manifest import (
+    MANIFEST,
+    RECORDS,
+    Manifest,
+    StoreError,
+    read_record,
+    record_path,
+    shard_name,
+    write_record,
+)
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import PLAN, StoreWriter, cannot_write, leftovers, state_lock, tidy, write_plan
 

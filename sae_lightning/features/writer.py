@@ -20,13 +20,25 @@ import pyarrow.parquet as pq
 from filelock import Timeout
 from safetensors.torch import save
 
-from sae_lightning.data.labels import sorted_names
+from sae_lightning.data.splits import sorted_names
 from sae_lightning.features.codec import check_dtype
-from sae_lightning.features.manifest import MANIFEST, SCHEMA, Manifest, Shard, StoreError, cause, write_atomically
-from sae_lightning.features.moments import Moments, merge
-from sae_lightning.features.record import RECORDS, Record, read_record, record_path, shard_name, write_record
-from sae_lightning.features.shard import ShardFile, data_sha256, sync_folder
-from sae_lightning.locks import Lock, kind
+from sae_lightning.features.manifest import (
+    MANIFEST,
+    RECORDS,
+    SCHEMA,
+    Manifest,
+    Moments,
+    Record,
+    Shard,
+    StoreError,
+    merge,
+    read_record,
+    record_path,
+    shard_name,
+    write_record,
+)
+from sae_lightning.features.shard import ShardFile
+from sae_lightning.files import Lock, cause, data_sha256, kind, sync_folder, write_atomically
 
 VERSIONS = ("torch", "timm", "transformers", "safetensors")
 PLAN, CLAIMS = "plan.json", "claims"

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lightning.interop import (
+from sae_lightning.files import write_json
+from sae_lightning.interop.layout import (
     Weights,
     build,
     check_shapes,
@@ -30,7 +31,6 @@ from sae_lightning.interop import (
     widths,
 )
 from sae_lightning.saes import SAE
-from sae_lightning.saes.artefact import write_json
 
 LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
 PLAIN = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lightning.interop import (
+from sae_lightning.files import write_json
+from sae_lightning.interop.layout import (
     Weights,
     build,
     check_shapes,
@@ -37,7 +38,6 @@ from sae_lightning.interop import (
     restore,
 )
 from sae_lightning.saes import SAE
-from sae_lightning.saes.artefact import write_json
 
 CLASSES = {
     "relu": "SAE",

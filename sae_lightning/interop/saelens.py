@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_lightning.interop import (
+from sae_lightning.files import write_json, write_tensors
+from sae_lightning.interop.layout import (
     Weights,
     build,
     check_shapes,
@@ -28,7 +29,6 @@ from sae_lightning.interop import (
     widths,
 )
 from sae_lightning.saes import SAE, Normalizer
-from sae_lightning.saes.artefact import write_json, write_tensors
 
 FORMAT = "6.54.0"  # the version of SAELens whose layout this is
 PLAIN = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}

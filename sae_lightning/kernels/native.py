@@ -3,16 +3,147 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_lightning.kernels import scratch
-from sae_lightning.kernels.build import load_native
+from sae_lightning.files import CacheError, _make_writable, cache_folder
 from sae_lightning.kernels.portable import offsets_of
+
+SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
+
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-std=gnu11"]
+
+
+def _processor() -> str:
+    """What the machine code depends on, so that a shared home folder serves nodes with different processors."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return "".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
+    except OSError:
+        return platform.processor()
+
+
+def _compile(compiler: str, library: Path) -> None:
+    """Build ``library``, with threads if the compiler has OpenMP; OSError says what it complained of."""
+    _make_writable(library.parent)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        files = [str(path) for path in SOURCES if path.suffix == ".c"]
+        for threads in ("-fopenmp", "-fopenmp-simd"):
+            command = [*compiler.split(), *FLAGS, threads, "-o", str(built), *files, "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                os.replace(built, library)
+                return
+    raise OSError(f"{compiler} says: {' '.join(done.stderr.split())[-300:]}")
+
+
+def _share_threads() -> None:
+    """Let the kernels run on PyTorch's own OpenMP threads: a second pool would wait for the first one's spinning."""
+    maps = Path("/proc/self/maps")
+    loaded = (
+        {line.split(maxsplit=5)[-1].strip() for line in maps.read_text(encoding="utf-8").splitlines()}
+        if maps.exists()
+        else set()
+    )
+    for path in sorted(loaded):
+        if "torch" in path and Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+
+@cache
+def load_native() -> ctypes.CDLL | None:
+    """The compiled kernels, or None (with one warning that says why) where they cannot be built.
+
+    ``SAE_LIGHTNING_NATIVE=0`` turns them off.
+    """
+    if os.environ.get("SAE_LIGHTNING_NATIVE") == "0" or sys.platform == "win32":
+        return None
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    made_from = "\n".join(
+        [*(path.read_text(encoding="utf-8") for path in SOURCES), *FLAGS, _processor(), compiler or ""]
+    )
+    try:
+        library = cache_folder() / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+        _share_threads()
+        with suppress(OSError):  # missing, or cut by a crash
+            return ctypes.CDLL(str(library))
+        if compiler is None:
+            raise OSError("there is no C compiler (cc) on the path")
+        _compile(compiler, library)
+        return _loaded(library)
+    except OSError as error:
+        place = isinstance(error, CacheError)
+        change = "Set SAE_LIGHTNING_CACHE to a folder that can be written" if place else "Install a C compiler"
+        warnings.warn(
+            f"The CPU kernels cannot be built ({error}); training on the CPU falls back to PyTorch's operators, "
+            f"which are slower. {change}, or set SAE_LIGHTNING_NATIVE=0 to silence this.",
+            stacklevel=2,
+        )
+        return None
+
+
+def _loaded(library: Path) -> ctypes.CDLL:
+    """A library that was just built; CacheError where its folder's file system lets nothing be executed."""
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise CacheError(f"cannot execute what lies in {library.parent}: {error}") from error
+
+
+KEPT = 8  # storages of one size that are kept
+
+STALE = 2000  # requests after which a size that nobody asked for is let go
+
+_storages: dict[tuple, list[torch.UntypedStorage]] = {}
+
+_asked: dict[tuple, int] = {}  # number of the last request for each size
+
+_lock = Lock()
+
+_uses = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised tensor of ``like``'s type and device, on memory that no other tensor uses any more.
+
+    On the CPU, the storage of an earlier one is taken again once nothing refers to it (a parameter's ``grad`` that
+    was set to None, say); CUDA's allocator does the same by itself.
+    """
+    if like.device.type != "cpu" or _uses is None:
+        return like.new_empty(shape)
+    with _lock:
+        return _empty(_uses, shape, like)
+
+
+def _empty(uses: Callable[[int], int], shape: tuple[int, ...], like: Tensor) -> Tensor:
+    size = (shape, like.dtype)
+    kept = _storages.setdefault(size, [])
+    _asked[size] = now = max(_asked.values(), default=0) + 1
+    for storage in kept:
+        if uses(storage._cdata) == 1:
+            return like.new_empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]
+    for old in [other for other, last in _asked.items() if now - last > STALE]:
+        del _storages[old], _asked[old]
+    fresh = like.new_empty(shape)
+    if len(kept) < KEPT and fresh.nbytes >= 1 << 20:
+        kept.append(fresh.untyped_storage())
+    return fresh
 
 
 def available(*tensors: Tensor) -> bool:
@@ -150,7 +281,7 @@ def union(latents: Tensor, offsets: Tensor, each: int, d_sae: int) -> tuple[Tens
 
 def decode_backward(latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of ``decode``: of W [d_sae, d] and of values [nnz], reading each row of ``grad`` once an entry."""
-    grad_W, grad_values = scratch.empty(tuple(W.shape), W), torch.empty_like(values)
+    grad_W, grad_values = empty(tuple(W.shape), W), torch.empty_like(values)
     _call(
         "decode_backward", *by_latent(latents, offsets, len(W)), values, W, grad, grad_W, grad_values, W.shape[1],
         len(W),
@@ -160,14 +291,14 @@ def decode_backward(latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor,
 
 def scatter(latents: Tensor, values: Tensor, offsets: Tensor, x: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     """[d_sae, d] sums of ``values[e] * x[row]`` over each latent's entries, and [d_sae] sums of values."""
-    out, total = scratch.empty((d_sae, x.shape[1]), x), x.new_empty(d_sae)
+    out, total = empty((d_sae, x.shape[1]), x), x.new_empty(d_sae)
     _call("scatter_rows", *by_latent(latents, offsets, d_sae), values, x, out, total, x.shape[1], d_sae)
     return out, total
 
 
 def to_bf16(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A bfloat16 copy of ``W`` [n, d], its rows' norms [n] and the norms [n] of what rounding took from them."""
-    out = scratch.empty(tuple(W.shape), W.new_empty(0, dtype=torch.bfloat16))
+    out = empty(tuple(W.shape), W.new_empty(0, dtype=torch.bfloat16))
     norms, errors = W.new_empty(len(W)), W.new_empty(len(W))
     _call("to_bf16", W, out, norms, errors, W.shape[1], len(W))
     return out, norms, errors

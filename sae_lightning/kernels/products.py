@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_lightning.kernels import scratch
-from sae_lightning.kernels.dispatch import choose
+from sae_lightning.kernels import native, portable, reference
+from sae_lightning.kernels import triton as on_triton
+from sae_lightning.kernels.portable import rows_of
+from sae_lightning.kernels.selection import Entries
+
+MODULES: dict[str, ModuleType] = {
+    "reference": reference, "portable": portable, "native": native, "triton": on_triton,
+}  # fmt: skip
+
+DENSE_FROM = {"native": 0.35, "triton": 0.10, "portable": 0.01, "reference": 0.0}  # docs/decisions.md
+
+_forced: list[str] = []
+
+
+def choose(*tensors: Tensor, density: float = 0.0) -> ModuleType:
+    """``native`` for float32 on the CPU, ``triton`` for float32 on CUDA, else ``portable``; ``reference``, which is
+    dense, where the share of active entries (``density``) makes dense products faster."""
+    if _forced:
+        return MODULES[_forced[-1]]
+    name = "portable"
+    if native.available(*tensors):
+        name = "native"
+    elif on_triton.available(*tensors):
+        name = "triton"
+    return reference if density > DENSE_FROM[name] else MODULES[name]
+
+
+@contextmanager
+def forced(name: str):
+    """Use one implementation whatever the tensors are; for tests and benchmarks."""
+    if name not in MODULES:
+        raise ValueError(f"Unknown kernels '{name}'; choose one of {', '.join(MODULES)}.")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
 
 
 def _density(latents: Tensor, n: int, d_sae: int) -> float:
@@ -49,7 +86,7 @@ class _NestedDecode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         latents, values, offsets, W = ctx.saved_tensors
-        out = scratch.empty(tuple(grad.shape), grad)
+        out = native.empty(tuple(grad.shape), grad)
         out[:, -1] = grad[:, -1]
         for level in range(ctx.h - 2, -1, -1):
             torch.add(grad[:, level], out[:, level + 1], out=out[:, level])
@@ -71,7 +108,7 @@ class _LevelErrors(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         levels, x = ctx.saved_tensors
-        out = scratch.empty(tuple(levels.shape), levels)
+        out = native.empty(tuple(levels.shape), levels)
         for level, scale in enumerate((2 / x.numel() * grad).unbind()):
             torch.sub(levels[:, level], x, out=out[:, level])
             out[:, level] *= scale
@@ -139,3 +176,59 @@ def sparse_pre_acts(
     if not torch.is_grad_enabled():
         return values
     return _PreActs.apply(x, b_pre, W, b_enc, latents, offsets, values)
+
+
+TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def normalize(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(features - mean) / std in float32; ``features`` [..., d] of any float type, ``mean`` [d] and ``std`` [] float32.
+
+    Differentiable; a gradient, or a double, takes PyTorch's operators.
+    """
+    plain = features.dtype in TYPES and mean.dtype == torch.float32 and features.device == mean.device
+    if not plain or (torch.is_grad_enabled() and features.requires_grad):
+        return (features.to(mean.dtype) - mean) / std
+    chosen = choose(mean, std)
+    if chosen not in (native, on_triton):
+        return (features.to(torch.float32) - mean) / std
+    return chosen.normalize(features.contiguous(), mean.contiguous(), std)
+
+
+def rank_groups(values: Tensor, offsets: Tensor, ks: Tensor) -> Tensor:
+    """The group of each entry, [nnz]: g where it is among its row's ``ks[g]`` largest but not its ``ks[g - 1]``.
+
+    ``ks`` [h] int64 ascends; entries beyond the last belong to the last group. Of equal values the earlier
+    entry (the lower latent) ranks first.
+    """
+    if native.available(values):
+        return native.rank_groups(values.contiguous(), offsets, ks)
+    rows = rows_of(offsets, len(values))
+    order = torch.argsort(values, descending=True, stable=True)
+    order = order[torch.argsort(rows[order], stable=True)]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - offsets[rows]
+    return torch.bucketize(rank, ks, right=True).clamp_max(len(ks) - 1)
+
+
+def grouped(latents: Tensor, values: Tensor, offsets: Tensor, group: Tensor, n_groups: int) -> Entries:
+    """The entries sorted by (row, group), ``offsets`` [N · n_groups + 1] then counting every group of every row."""
+    bag = rows_of(offsets, len(latents)) * n_groups + group
+    n_bags = (len(offsets) - 1) * n_groups
+    sort = native.by_latent if native.available(values.detach()) else portable.by_latent
+    starts, order, _ = sort(bag, torch.tensor([0, len(bag)], device=bag.device), n_bags)
+    return latents[order], values[order], starts
+
+
+def union(latents: Tensor, offsets: Tensor, each: int, d_sae: int) -> Entries:
+    """Which latents are active in each group of ``each`` rows, ascending, with offsets and each entry's place there.
+
+    The latents of group g are ``pooled[starts[g]:starts[g + 1]]``; entry e's latent is ``pooled[place[e]]``.
+    """
+    if native.available(torch.empty(0, device=latents.device)):
+        return native.union(latents.contiguous(), offsets, each, d_sae)
+    n_groups = (len(offsets) - 1) // each
+    key, place = torch.unique(
+        rows_of(offsets, len(latents)) // each * d_sae + latents, sorted=True, return_inverse=True
+    )
+    return key % d_sae, portable.offsets_of(torch.bincount(key // d_sae, minlength=n_groups)), place

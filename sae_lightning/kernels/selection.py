@@ -14,13 +14,17 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from sae_lightning.kernels import native, portable, scratch
+from sae_lightning.distributed.ranks import sum_over_ranks, world_size
+from sae_lightning.kernels import native, portable
 from sae_lightning.kernels.portable import offsets_of
 
 PART = {"cpu": 1 << 23, "cuda": 1 << 27}  # entries of the product that are held at once: a cache's worth, or 512 MB
+
 SAMPLE, GUESS = 64, 0.95  # rows that tell where a cut lies, and the share of it from which entries are looked at
+
 SPARSE_BELOW = 0.05  # share of candidates up to which computing them again beats a float32 product
 
 _one_dnn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -75,7 +79,7 @@ class Product:
                 pre = _cpu_product(part, W)
             else:
                 if buffer is None or len(buffer) != len(part):
-                    buffer = scratch.empty((len(part), len(W)), x)
+                    buffer = native.empty((len(part), len(W)), x)
                 pre = torch.mm(part, W.T, out=buffer)
             yield Rows(pre, self.x[start : start + n], None if slack is None else slack[start : start + n])
 
@@ -207,3 +211,45 @@ def join(parts: list[Entries]) -> Entries:
     offsets = [p[2][:-1] + start for p, start in zip(parts, starts, strict=False)]
     end = torch.tensor([starts[-1]], device=offsets[0].device)
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([*offsets, end])
+
+
+@torch.no_grad()
+def kth_largest_over_ranks(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of all ranks' ``values`` [n], of each rank the k largest at least; the least of all if fewer.
+
+    A scalar; infinity where no rank has any. Every rank sends its k largest.
+    """
+    if world_size() > 1:
+        if len(values) > k:
+            values = values[values >= kth_largest(values, k)][:k]
+        padded = values.new_full((k,), float("-inf"))
+        padded[: len(values)] = values
+        gathered = values.new_empty(world_size() * k)
+        dist.all_gather_into_tensor(gathered, padded)
+        values = gathered[gathered.isfinite()]
+    return kth_largest_of_all(values, k)
+
+
+def kth_largest_of_all(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of ``values`` [n], a scalar; the least of all if there are fewer, infinity if there is none."""
+    if len(values) < k:
+        return values.min() if len(values) else values.new_tensor(float("inf"))
+    return kth_largest(values, k)
+
+
+@torch.no_grad()
+def kth_positive_over_ranks(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of all ranks' positive ``values`` [n] as a scalar, exactly; 0 where there are fewer than k.
+
+    Without DDP by selection. Over ranks by bisection of the numbers' bits, which are in the order of the numbers: the
+    ranks add up counts, 31 times (63 in float64), and no rank holds the values of another.
+    """
+    if world_size() == 1:
+        return kth_largest(values, k) if len(values) >= k else values.new_zeros(())
+    whole = torch.int64 if values.dtype == torch.float64 else torch.int32
+    bits, low, high = values.contiguous().view(whole), 0, torch.iinfo(whole).max  # ``low`` or above are k at least
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = int(sum_over_ranks((bits >= middle).sum())) >= k
+        low, high = (middle, high) if enough else (low, middle)
+    return torch.tensor(low, dtype=whole, device=values.device).view(values.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -68,3 +68,15 @@ def require_samples(count: Tensor, metric: Metric) -> None:
     """ValueError when the metric has seen no sample."""
     if int(count) == 0:
         raise ValueError(f"{type(metric).__name__} has seen no sample; call update before compute.")
+
+
+class Score(NamedTuple):
+    """One figure: the ``metric``'s ``value`` in a ``setting``, such as ``k=128``; several are joined by commas.
+
+    A value that could not be computed is NaN, and ``why`` says the reason.
+    """
+
+    metric: str
+    value: float
+    setting: str = ""
+    why: str = ""

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from sae_lightning.kernels import nested_decode
-from sae_lightning.kernels.grouping import grouped, rank_groups
+from sae_lightning.kernels.products import grouped, rank_groups
 from sae_lightning.metrics.base import SumMetric, require_samples
 from sae_lightning.metrics.cknna import alignment, neighbours, samples_of
 from sae_lightning.metrics.reconstruction import Reconstruction
-from sae_lightning.saes.base import SAE
 from sae_lightning.saes.codes import SparseCodes
+from sae_lightning.saes.sae import SAE
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PART = 1 << 20  # numbers of reconstructions held at once, so that they stay in the processor's cache

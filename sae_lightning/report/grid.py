@@ -8,18 +8,20 @@ from pathlib import Path
 import jinja2
 
 from sae_lightning import __version__
-from sae_lightning.analysis.paper import FOLDER, read_paper
-from sae_lightning.report.grid_ablations import families, layers, probing, thresholds
-from sae_lightning.report.grid_details import cross_domain, raw_moran
-from sae_lightning.report.grid_guide import guide
-from sae_lightning.report.grid_overview import dissociation_section, means_table, profiles, settings, what_was_run
-from sae_lightning.report.grid_paper import Paper
-from sae_lightning.report.grid_runs import Grid, load
-from sae_lightning.report.grid_section import Section, plural, prose
-from sae_lightning.report.grid_tables import files, view
-from sae_lightning.report.grid_tasks import hypotheses, lift, metric_task
-from sae_lightning.report.grid_variance import decomposition
-from sae_lightning.saes.artefact import write_text
+from sae_lightning.analysis.codes_lift import lift
+from sae_lightning.analysis.dissociation import dissociation_section
+from sae_lightning.analysis.grid import Grid, load
+from sae_lightning.analysis.hypotheses import hypotheses, metric_task
+from sae_lightning.analysis.layers import layers
+from sae_lightning.analysis.overview import means_table, profiles, settings, what_was_run
+from sae_lightning.analysis.paper import FOLDER, Paper, read_paper
+from sae_lightning.analysis.rank_consistency import families
+from sae_lightning.analysis.recommendations import guide
+from sae_lightning.analysis.tables import cross_domain, probing, raw_moran, thresholds
+from sae_lightning.analysis.variance import decomposition
+from sae_lightning.files import write_text
+from sae_lightning.rendering.page import Section, plural, prose
+from sae_lightning.rendering.table import files, view
 
 SECTIONS: tuple[Callable[[Grid, Paper], Section], ...] = (
     what_was_run, profiles, means_table, raw_moran, dissociation_section,

@@ -2,50 +2,97 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
 from sae_lightning import __version__
-from sae_lightning.benchmark.evaluate import FILES, SCORES
-from sae_lightning.benchmark.latents import LATENTS, TOP_IMAGES, read_tensors, tensor_names
-from sae_lightning.data import ImageData, load_images
-from sae_lightning.features.ensure import fingerprint, tap_of
-from sae_lightning.features.store import StoreError
-from sae_lightning.report import visaebench
-from sae_lightning.report.applications import applications
-from sae_lightning.report.bands import band_grid
-from sae_lightning.report.figures import COLOURS, tradeoff, training_curves
-from sae_lightning.report.pairs import (
+from sae_lightning.files import write_text
+from sae_lightning.rendering.figures import COLOURS
+from sae_lightning.rendering.table import NOTHING, number
+from sae_lightning.report import figures
+from sae_lightning.report.benchmark import (
+    MAIN,
+    Scored,
+    by_backbone,
+    raw_note,
+    scored_runs,
+    scores_csv,
+    scores_markdown,
+    table,
+    topics,
+)
+from sae_lightning.report.figures import encoding, tradeoff, training_curves
+from sae_lightning.report.latents import audit, band_grid, latent_groups, pictures
+from sae_lightning.report.monoloss import (
     Group,
     as_csv,
     as_markdown,
     first_of_settings,
+    group_profile,
     groups_of,
+    profiles,
     rows,
     shown,
 )
-from sae_lightning.report.profiles import group_profile, profiles
-from sae_lightning.report.strips import heat, overlay, strip, thumbnail
-from sae_lightning.report.visaebench_tables import NOTHING, Scored, by_backbone, number, scored_runs
-from sae_lightning.saes.artefact import ArtefactError, read_cfg, read_json, write_text
-from sae_lightning.training.identity import monoloss_of
+from sae_lightning.runs.identity import monoloss_of
+from sae_lightning.runs.results import PAGE, RECORD, read_result
+from sae_lightning.runs.run import FILES, SCORES, TOP_IMAGES
+from sae_lightning.saes.artefact import ArtefactError, read_cfg, read_json, tensor_names
 
-GROUPS = {
-    "most used": "The latents that fire on the most patches.",
-    "random": "Drawn at random from all latents that fire.",
-    "purest": "Selected: the highest top-9 class purity among latents active on at least 10 images.",
-    "high Moran": "Drawn from the top 5 % of Moran's I among the latents that have one: connected regions.",
-    "mean Moran": "The latents whose Moran's I is nearest to the mean.",
-    "low Moran": "Drawn from the lowest 5 % of Moran's I: scattered patches.",
-}
-MORAN = " Moran"  # how the names of those groups end
-AUDITED = 8  # backbones whose latents of high, mean and low Moran's I are set side by side
+
+def applications(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:
+    """The applications of the runs ``folders``, and those over several runs of the same parent folder.
+
+    Each has a ``title``, the ``runs`` it speaks of, its ``headlines`` and ``href``: its page, copied into a folder of
+    ``<out>-pages`` beside the report ``out``. Results older than their run's SAE are left out.
+    """
+    found: list[tuple[str, Path | None, Path]] = []
+    found += [(run.name, run / "sae.safetensors", run / "apps") for run in folders]
+    found += [("several runs", None, parent / "apps") for parent in dict.fromkeys(run.parent for run in folders)]
+    gathered = []
+    for name, weights, folder in found:
+        for record in sorted(folder.glob(f"*/{RECORD}")):
+            old = weights is not None and record.stat().st_mtime < weights.stat().st_mtime
+            if old or not (record.parent / PAGE).is_file():
+                continue
+            result = read_result(record.parent)
+            pages = out.with_name(f"{out.stem}-pages") / f"{name.replace(' ', '-')}-{result.app}"
+            pages.mkdir(parents=True, exist_ok=True)
+            for page in record.parent.glob("*.html"):  # its page may link to others
+                shutil.copyfile(page, pages / page.name)
+            gathered.append({
+                "title": result.title, "runs": name, "headlines": result.headlines,
+                "href": f"{pages.parent.name}/{pages.name}/{PAGE}",
+            })  # fmt: skip
+    return gathered
+
+
+def section(saes: Sequence[Scored]) -> dict[str, Any] | None:
+    """What the page shows of M1–M7 but for pictures; None without SAEs. Figures without rows are empty."""
+    if not saes:
+        return None
+    of = encoding(saes)
+    return {
+        "saes": saes, "legend": of.legend(), "main": table(saes, MAIN, of.of_backbones()),
+        "notes": {title: raw_note(members) for title, members in by_backbone(saes).items()},
+        "topics": [
+            {"title": t.title, "about": t.about, "table": table(saes, t.columns, of.of_backbones())}
+            for t in topics(saes)
+        ],
+        "moran": figures.moran(saes, of), "monosemanticity": figures.monosemanticity(saes, of),
+        "dissociation": figures.dissociation(saes, of), "probing": figures.probing(saes, of),
+        "recovery": figures.recovery(saes, of), "histograms": figures.histograms(saes, of),
+    }  # fmt: skip
+
+
+def files(saes: Sequence[Scored]) -> dict[str, str]:
+    """The texts of visaebench.csv and visaebench.md; none without SAEs."""
+    return {"visaebench.csv": scores_csv(saes), "visaebench.md": scores_markdown(saes)} if saes else {}
 
 
 def load_run(folder: Path) -> dict[str, Any]:
@@ -66,66 +113,6 @@ def load_run(folder: Path) -> dict[str, Any]:
         "metrics": scores["metrics"], "split": scores["split"], "n_images": scores["n_images"],
         "n_tokens": scores["n_tokens"], "store": scores["store"], "similarity": scores["similarity"],
     }  # fmt: skip
-
-
-def latent_groups(
-    run: Mapping[str, Any], images: ImageData, ends: str = "", n_cards: int | None = None, n_images: int | None = None
-) -> list[dict[str, Any]]:
-    """The cards of a run's chosen latents, grouped; strips are drawn from the images' own pixels.
-
-    Only groups whose name ``ends`` so, with the first ``n_cards`` latents and ``n_images`` images of each.
-    """
-    t, metadata = read_tensors(run["folder"] / TOP_IMAGES)
-    moran = read_tensors(run["folder"] / LATENTS)[0].get("moran")
-    names, ids = metadata["groups"].split("|"), json.loads(metadata["image_ids"])
-    height, width = map(int, metadata["grid"].split("x"))
-    place = dict(zip(ids, images.index_of(list(ids.values())).tolist(), strict=True))  # rows of the store
-    groups = []
-    for g, name in enumerate(names):
-        cards: list[dict[str, Any]] = []
-        members = (t["group"] == g).nonzero().squeeze(1).tolist()
-        if not name.endswith(ends) or not members:
-            continue
-        for i in members[:n_cards]:
-            chosen = [place[str(int(x))] for x in t["images"][i] if x >= 0][:n_images]
-            if not chosen:
-                continue
-            pictures = [thumbnail(images[x]) for x in chosen]
-            maps = t["maps"][i].float().numpy().reshape(-1, height, width)
-            peak = float(t["peak"][i])
-            lit = [heat(p, m) if name.endswith(MORAN) else overlay(p, m, peak)
-                   for p, m in zip(pictures, maps, strict=False)]  # fmt: skip
-            label, count = int(t["label"][i]), len(chosen)
-            cards.append({
-                "latent": int(t["latents"][i]), "plain": strip(pictures), "lit": strip(lit),
-                "share": float(t["firing_share"][i]), "peak": peak,
-                "fired": int(t["images_fired"][i]), "shown": count,
-                "makeup": f"{round(float(t['purity'][i]) * count)}/{count} {images.class_names[label]}",
-                "purity": float(t["purity"][i]),
-                "moran": NOTHING if moran is None else number(float(moran[int(t["latents"][i])])),
-                "alt": ", ".join(images.class_names[images.labels[x]] for x in chosen),
-            })  # fmt: skip
-        groups.append({
-            "name": name, "title": name[0].upper() + name[1:], "about": GROUPS.get(name, ""), "cards": cards,
-            "heat": name.endswith(MORAN),
-        })  # fmt: skip
-    return groups
-
-
-def pictures(run: Mapping[str, Any]) -> ImageData | None:
-    """The pictures that a run was scored on; None where the config names only a store, or a stream of images.
-
-    StoreError when they, or the backbone, have changed since.
-    """
-    cfg = OmegaConf.create(run["cfg"]["config"])
-    if cfg.data.source == "store":
-        return None
-    images = load_images(OmegaConf.to_container(cfg.data), run["split"])  # type: ignore[arg-type]
-    if fingerprint(cfg, images, tap_of(cfg)) != run["store"]:
-        raise StoreError(
-            f"The images or the backbone of {run['name']} are not those it was scored on; evaluate it again."
-        )
-    return images if isinstance(images, ImageData) else None
 
 
 def comparison(group: Group, grids: bool) -> dict[str, Any]:
@@ -149,20 +136,6 @@ def _grid(pair: tuple[Mapping[str, Any], Mapping[str, Any]]) -> list[dict[str, A
     """The band grid of a run without and one with MonoLoss; empty where there are no pictures."""
     without, with_loss = pictures(pair[0]), pictures(pair[1])
     return [] if without is None or with_loss is None else band_grid(pair, (without, with_loss))
-
-
-def audit(saes: Sequence[Scored]) -> list[dict[str, Any]]:
-    """A latent each of high, mean and low Moran's I of one SAE a backbone, the first that has them [App. H, Fig. 5]."""
-    rows = []
-    for title, members in list(by_backbone(saes).items())[:AUDITED]:
-        for sae in members:
-            found = pictures(sae.run)
-            cells = [] if found is None else latent_groups(sae.run, found, MORAN, n_cards=1, n_images=6)
-            cells = [cell for cell in cells if cell["cards"]]
-            if cells:
-                rows.append({"title": title, "label": sae.label, "cells": cells})
-                break
-    return rows
 
 
 def load_runs(folders: list[Path]) -> list[dict[str, Any]]:
@@ -211,14 +184,14 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
         tiny=any("(tiny)" in run["cfg"]["backbone"] for run in runs), shown=len(in_detail),
         judges={run["similarity"]["title"]: run["similarity"]["baseline"] for run in runs},
         comparisons=[comparison(group, i < grids) for i, group in enumerate(groups)],
-        visaebench=visaebench.section(saes), audit=audit(saes) if detailed else [],
+        visaebench=section(saes), audit=audit(saes) if detailed else [],
         applications=applications(folders, out),
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     if groups:
         write_text(out.parent / "monoloss.csv", as_csv(groups))
         write_text(out.parent / "monoloss.md", as_markdown(groups))
-    for name, text in visaebench.files(saes).items():
+    for name, text in files(saes).items():
         write_text(out.parent / name, text)
     write_text(out, html)
     return out

@@ -1,15 +1,14 @@
 """Sparse autoencoders as plain ``nn.Module``s, usable without Hydra or Lightning."""
 
 from sae_lightning.saes.artefact import ArtefactError
-from sae_lightning.saes.base import SAE, Pass
 from sae_lightning.saes.batchtopk import BatchTopK
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
 from sae_lightning.saes.gated import Gated
 from sae_lightning.saes.jumprelu import JumpReLU
 from sae_lightning.saes.matryoshka import Matryoshka, MatryoshkaTopK
 from sae_lightning.saes.msae import MSAE
-from sae_lightning.saes.normalizer import Normalizer
 from sae_lightning.saes.relu import ReLU
+from sae_lightning.saes.sae import SAE, Normalizer, Pass
 from sae_lightning.saes.topk import TopK
 
 VARIANTS: dict[str, type[SAE]] = {

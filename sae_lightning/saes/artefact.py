@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from safetensors.torch import save as serialized
 from torch import Tensor
 
-from sae_lightning.saes.base import SAE
+from sae_lightning.files import write_json, write_tensors
+from sae_lightning.saes.sae import SAE
 
 SCHEMA = 2  # 1 had W_enc as [d_in, d_sae]
+
 WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -31,31 +32,6 @@ def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     while named and all(name.startswith("module.") for name in named):
         named = {name.removeprefix("module."): tensor for name, tensor in named.items()}
     return named
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file, so that a reader, also after a power cut, sees the old one or the whole new one."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """The same with bytes; the file has the mode that the umask gives."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file written in the same way, which colleagues can read: safetensors' own are the user's alone."""
-    write_bytes(path, serialized({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -123,3 +99,141 @@ def load(folder: Path) -> SAE:
     except RuntimeError as error:
         raise ArtefactError(f"{weights} does not fit its cfg.json: {error}") from error
     return sae.eval()
+
+
+FILES = ("sae.safetensors", "cfg.json")
+
+CARD = """# {title}
+
+A sparse autoencoder for the features of a vision encoder, trained with sae-lightning.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from sae_lightning.saes import SAE
+
+sae = SAE.from_pretrained("{repo_id}")
+codes = sae.encode(features)          # raw features [..., {d_in}] of the encoder's layer
+reconstruction = sae(features)
+```
+
+`sae.safetensors` holds the weights with the normaliser, `cfg.json` what rebuilds the SAE and how it was trained.
+"""
+
+
+class HubError(RuntimeError):
+    """The model hub cannot be reached, or it refuses."""
+
+
+def from_pretrained(name: str | Path, revision: str | None = None) -> SAE:
+    """The SAE in the folder ``name``, or in the hub's repository of that name, in evaluation mode.
+
+    A repository is "org/name"; what follows is a folder in it, as "org/name/folder" for one SAE of a release.
+    ArtefactError when neither is there or the files do not fit.
+    """
+    folder = Path(name) if Path(name).is_dir() else _download(str(name), revision)
+    if not (folder / "cfg.json").is_file():
+        raise ArtefactError(
+            f"There is no SAE (cfg.json) at '{name}'. Of a release that holds several, name one: '{name}/<folder>'."
+        )
+    return load(folder)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The folder with the artefact's files of "org/name" or "org/name/folder", in the hub's cache."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    parts = name.strip("/").split("/")
+    repo_id, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    wanted = [f"{inside}/{file}" if inside else file for file in FILES]
+    try:
+        folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ArtefactError(
+            f"'{name}' is no folder here and cannot be had from the model hub ({type(error).__name__}). "
+            "Check the name, the connection, and for a private repository the login."
+        ) from error
+    return Path(folder) / inside
+
+
+def push_to_hub(sae: SAE, repo_id: str, private: bool = False, record: dict[str, Any] | None = None) -> str:
+    """Upload ``sae`` with its card to the hub's repository ``repo_id``; returns the commit's address.
+
+    ``record`` is added to ``cfg.json`` (backbone, layer, data, scores …). HubError as in ``upload``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save(folder, **(record or {}))
+        write_card(Path(folder), repo_id)
+        return upload(Path(folder), repo_id, f"Add a {sae.variant} SAE", private)
+
+
+def upload(folder: Path, repo_id: str, message: str, private: bool = False, only: list[str] | None = None) -> str:
+    """Upload ``folder``, or its files that match ``only``, to the repository ``repo_id``, which is made if need be.
+
+    What is there already with the same content is not sent again. Returns the commit's address. HubError without a
+    login or a connection, and when the hub refuses.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    if huggingface_hub.get_token() is None:
+        raise HubError(
+            f"No login at the model hub, so '{repo_id}' cannot be written; call `hf auth login` or set HF_TOKEN."
+        )
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, allow_patterns=only)
+    except (HTTPError, HFValidationError, OSError) as error:
+        said = " ".join(str(error).split())
+        raise HubError(
+            f"'{repo_id}' could not be written to the model hub ({type(error).__name__}: {said}). "
+            "Check the name, the connection, and that the login may write there."
+        ) from error
+    return str(commit)
+
+
+def write_card(folder: Path, repo_id: str) -> Path:
+    """Write ``README.md`` for the artefact in ``folder``, from what its ``cfg.json`` says."""
+    from huggingface_hub import ModelCardData
+
+    cfg = read_cfg(folder)
+    shown = {"variant": cfg["variant"], "d_in": cfg["d_in"], "d_sae": cfg["d_sae"]} | cfg["sae"]
+    shown |= {name: cfg[name] for name in ("backbone", "layer", "data", "seed") if name in cfg}
+    data = ModelCardData(
+        library_name="sae-lightning", tags=["sparse-autoencoder", "interpretability", cfg["variant"]], pipeline_tag=None
+    )
+    rows = "\n".join(f"| {name} | {value} |" for name, value in shown.items())
+    text = CARD.format(title=repo_id.rsplit("/", 1)[-1], rows=rows, repo_id=repo_id, d_in=cfg["d_in"])
+    path = folder / "README.md"
+    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+    return path
+
+
+def put_tensors(path: Path, tensors: dict[str, Tensor], anew: bool = False) -> None:
+    """Write tensors into a safetensors file beside those that it holds, or with ``anew`` in place of them."""
+    held = {} if anew or not path.is_file() else read_tensors(path)[0]
+    write_tensors(path, held | tensors)
+
+
+def tensor_names(path: Path) -> set[str]:
+    """The names of a safetensors file's tensors; none where there is no file, or a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError):
+        return set()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata; ArtefactError where it is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(
+            f"{path} cannot be read ({error}); make it anew: python evaluate.py runs={path.parent.name}."
+        ) from error

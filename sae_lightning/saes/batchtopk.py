@@ -10,17 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sae_lightning.distributed.ranks import sum_over_ranks, world_size
 from sae_lightning.kernels import selection
-from sae_lightning.saes.base import SAE
+from sae_lightning.kernels.selection import kth_largest_of_all, kth_largest_over_ranks, kth_positive_over_ranks
 from sae_lightning.saes.codes import SparseCodes
-from sae_lightning.saes.input_norm import input_norm
-from sae_lightning.saes.ranks import (
-    kth_largest,
-    kth_largest_over_ranks,
-    kth_positive_over_ranks,
-    sum_over_ranks,
-    world_size,
-)
+from sae_lightning.saes.sae import SAE, input_norm
 
 INFINITE = float("inf")
 NOT_OURS = -1.0  # no threshold of training's
@@ -80,7 +74,7 @@ class BatchTopK(SAE):
             stacklevel=2,
         )
         if self.k_per == "batch":
-            return self.with_gradient(x, self._batch_entries(x, max(1, round(self.k)), kth_largest)[0])
+            return self.with_gradient(x, self._batch_entries(x, max(1, round(self.k)), kth_largest_of_all)[0])
         return self.with_gradient(x, selection.topk(x - self.b_pre, self.W_enc, self.b_enc, math.ceil(self.k)))
 
     def inference_threshold(self) -> Tensor:

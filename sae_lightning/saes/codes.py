@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 
+import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from sae_lightning.kernels import sparse_decode
-from sae_lightning.kernels.grouping import rank_groups, union
 from sae_lightning.kernels.portable import offsets_of, rows_of
+from sae_lightning.kernels.products import rank_groups, union
 from sae_lightning.kernels.selection import keep
 
 POOLS = ("max", "mean")  # of a latent's values on an image's tokens
+
 Frame = tuple[Tensor, Tensor]  # shift and scale [N, 1] that an input norm took from each sample
 
 
@@ -168,3 +171,16 @@ class DenseCodes(SparseCodes):
     def map(self, function: Callable[[Tensor, Tensor | slice], Tensor]) -> SparseCodes:
         values = torch.relu(function(self.dense, slice(None)))
         return DenseCodes(torch.where(self.dense.detach() > 0, values, 0), self.frame)
+
+
+def as_csr(codes: SparseCodes) -> csr_matrix:
+    """Codes [n, d_sae] as SciPy holds them, float32."""
+    rows = (codes.values.float().numpy(), codes.latents.numpy(), codes.offsets.numpy())
+    return csr_matrix(rows, (codes.n_samples, codes.d_sae))
+
+
+def as_codes(matrix: csr_matrix) -> SparseCodes:
+    """``matrix`` [n, d_sae] as SparseCodes, float32, which metrics take."""
+    rows = matrix.sorted_indices()
+    latents, offsets = (torch.from_numpy(index.astype(np.int64)) for index in (rows.indices, rows.indptr))
+    return SparseCodes(latents, torch.from_numpy(rows.data.astype(np.float32)), offsets, matrix.shape[1])

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_lightning.saes.base import SAE, Pass
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
+from sae_lightning.saes.sae import SAE, Pass
 
 
 class Gated(SAE):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sae_lightning.distributed.ranks import world_size
 from sae_lightning.kernels import selection
-from sae_lightning.saes.base import PROBE, SAE, Pass
+from sae_lightning.kernels.selection import kth_largest_over_ranks
 from sae_lightning.saes.codes import SparseCodes
-from sae_lightning.saes.input_norm import input_norm
-from sae_lightning.saes.ranks import kth_largest_over_ranks, world_size
+from sae_lightning.saes.sae import PROBE, SAE, Pass, input_norm
 
 REACH = {"rectangle": 0.5, "gaussian": 6.5, "silverman": 30.0}  # bandwidths beyond which a kernel is below 1e-9
 

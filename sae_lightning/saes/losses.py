@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae_lightning.distributed.ranks import mean_over_ranks
 from sae_lightning.kernels import level_errors
-from sae_lightning.saes.base import SAE, Pass
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.gated import Gated
-from sae_lightning.saes.ranks import mean_over_ranks
+from sae_lightning.saes.sae import SAE, Pass
 from sae_lightning.saes.topk import topk_codes
 
 LossTerm = Callable[..., Tensor]

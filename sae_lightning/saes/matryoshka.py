@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sae_lightning.kernels import nested_decode
-from sae_lightning.kernels.grouping import grouped
-from sae_lightning.saes.base import SAE, Pass
+from sae_lightning.kernels.products import grouped
 from sae_lightning.saes.batchtopk import BatchTopK
+from sae_lightning.saes.sae import SAE, Pass
 from sae_lightning.saes.topk import TopK
 
 FRACTIONS = (0.0625, 0.1875, 0.4375, 1.0)

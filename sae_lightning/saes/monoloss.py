@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae_lightning.distributed.ranks import least_over_ranks, sum_over_ranks, world_size
 from sae_lightning.kernels import native
-from sae_lightning.kernels.dispatch import choose
 from sae_lightning.kernels.portable import rows_of
+from sae_lightning.kernels.products import choose
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
-from sae_lightning.saes.ranks import least_over_ranks, sum_over_ranks, world_size
 
 NOTHING = 1e-6  # a denominator below this share of (Σ ã)² is numerically zero
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sae_lightning.kernels import nested_decode, selection
-from sae_lightning.kernels.grouping import grouped, rank_groups
-from sae_lightning.saes.base import SAE, Pass
+from sae_lightning.kernels.products import grouped, rank_groups
 from sae_lightning.saes.codes import SparseCodes
+from sae_lightning.saes.sae import SAE, Pass
 
 
 def powers_of_two(first: int, d_sae: int) -> list[int]:

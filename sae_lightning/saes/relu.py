@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sae_lightning.saes.base import SAE
 from sae_lightning.saes.codes import SparseCodes
+from sae_lightning.saes.sae import SAE
 
 
 class ReLU(SAE):

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from sae_lightning.kernels import portable, selection
-from sae_lightning.saes.base import SAE
 from sae_lightning.saes.codes import SparseCodes
+from sae_lightning.saes.sae import SAE
 
 
 def topk_codes(pre_acts: Tensor, k: int) -> SparseCodes:

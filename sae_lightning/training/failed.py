@@ -6,7 +6,6 @@ as they were before the step.
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,13 +19,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lightning.saes.artefact import write_json
+from sae_lightning.distributed.launch import node
+from sae_lightning.files import write_json
+from sae_lightning.runs.state import FAILED, failure
 from sae_lightning.training.checkpoints import remove_checkpoints
-from sae_lightning.training.nodes import node
 
-FAILED = "failed.json"
 KEPT = (FAILED, "checkpoints", "history.csv", "sae.safetensors", "trained.json", "result.json")
+
 LEFT = "failed"
+
 ADVICE = "lower optimizer.lr, clip with trainer.gradient_clip_val, or set trainer.precision=32-true"
 
 
@@ -99,12 +100,6 @@ def fail(folder: Path, sentence: str, step: int) -> None:
     remove_checkpoints(folder)
 
 
-def failure(folder: Path) -> str | None:
-    """Why the run in ``folder`` has failed; None where it has not."""
-    path = folder / FAILED
-    return json.loads(path.read_text(encoding="utf-8"))["about"] if path.is_file() else None
-
-
 @contextmanager
 def worth_keeping(folder: Path, keep: bool = True) -> Iterator[None]:
     """Make the run folder ``folder``; it goes again where nothing is left in it to keep, or with ``keep=False``.
@@ -137,12 +132,6 @@ def in_part(trainer: L.Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
         elif not endless:
             found["stopped_early"] = f"after {done} of {planned} batches"
     return found
-
-
-def in_words(part: Mapping[str, Any]) -> str:
-    """``in part: limit_train_batches=3``; empty for a whole training."""
-    said = [f"{name}={value}" if name != "stopped_early" else f"stopped {value}" for name, value in part.items()]
-    return f"in part: {', '.join(said)}" if said else ""
 
 
 def begin_anew(folder: Path) -> None:

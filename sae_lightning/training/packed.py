@@ -7,32 +7,143 @@ same run alone and each may go on later alone or in another pack.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
-from sae_lightning.damage import set_damaged_aside
-from sae_lightning.features.ensure import ensure_store, looking_once
+from sae_lightning.distributed.launch import launch_ranks, n_ranks, wants_ranks
+from sae_lightning.distributed.limits import cores, free_memory
+from sae_lightning.distributed.stopping import Preempted, heeding
 from sae_lightning.features.shared import Seat, SharedStream, StreamStoppedError
-from sae_lightning.kernels.build import lend_cache
-from sae_lightning.locks import held
+from sae_lightning.features.source import ensure_store, looking_once
+from sae_lightning.files import held, lend_cache, set_damaged_aside, write_text
+from sae_lightning.runs.identity import run_name
+from sae_lightning.runs.run import PRODUCTS, is_finished
+from sae_lightning.runs.state import is_a_try
 from sae_lightning.training.checkpoints import mend_checkpoint
 from sae_lightning.training.failed import begin_anew, worth_keeping
-from sae_lightning.training.identity import run_name
-from sae_lightning.training.launch import launch_ranks, n_ranks, wants_ranks
+from sae_lightning.training.fit import check, fit
 from sae_lightning.training.loggers import settle
-from sae_lightning.training.memory import free_bytes, rounds, workers_of
-from sae_lightning.training.packing import read_pack
-from sae_lightning.training.preempt import Preempted, heeding
-from sae_lightning.training.run import PRODUCTS, check, fit, is_a_try, is_finished
+
+SECTIONS = ("data", "backbone", "features", "extract", "subset", "seed", "batch_size", "stream", "paths", "pack")
+
+TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "strategy")
+
+
+def stream_key(cfg: DictConfig) -> str:
+    """What runs must have in common to share a stream: the features, their order, and the processes."""
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    kept = {name: plain[name] for name in SECTIONS} | {name: plain["trainer"][name] for name in TRAINER_KEYS}
+    return json.dumps(kept, sort_keys=True)
+
+
+def grouped(cfgs: Sequence[DictConfig], in_turn: bool) -> list[list[int]]:
+    """Indices of ``cfgs``, those of a group being one job; ``in_turn`` says that jobs run one after another here.
+
+    Groups and their members come in the order of ``cfgs``. A run with a profiler, which watches its whole process, is
+    alone.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, cfg in enumerate(cfgs):
+        alone = cfg.pack.when == "never" or cfg.trainer.num_nodes > 1 or cfg.trainer.get("profiler") is not None
+        packed = not alone and (cfg.pack.when == "always" or in_turn)
+        groups.setdefault(stream_key(cfg) if packed else str(i), []).append(i)
+    return [part for group in groups.values() for part in _parts(group, cfgs[group[0]].pack.members)]
+
+
+def _parts(group: list[int], most: int | None) -> list[list[int]]:
+    """The group in parts of nearly equal size, of at most ``most`` members."""
+    count = -(-len(group) // (most or len(group)))
+    size, more = divmod(len(group), count)
+    starts = [i * size + min(i, more) for i in range(count + 1)]
+    return [group[a:b] for a, b in pairwise(starts)]
+
+
+def write_pack(cfgs: Sequence[DictConfig], folder: Path) -> Path:
+    """Write the configs of one job's runs into a file of ``folder`` that is named by what it holds."""
+    text = OmegaConf.to_yaml([OmegaConf.to_container(cfg, resolve=False) for cfg in cfgs])
+    file = folder / f"{len(cfgs)}-runs-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(file, text)
+    return file
+
+
+def read_pack(file: Path) -> list[DictConfig]:
+    """What ``write_pack`` wrote: configs as Hydra composes them, which take no new keys."""
+    plain: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    cfgs = [DictConfig(one) for one in plain]
+    for cfg in cfgs:
+        OmegaConf.set_struct(cfg, True)
+    return cfgs
+
+
+SHARE = 0.7  # of the free memory that a pack may take
+
+COPIES = 4  # of the weights: themselves, their gradient, and Adam's two moments
+
+BLOCK = 256  # MiB of pre-activations that are held at a time on the CPU, at most
+
+
+def weight_bytes(cfg: DictConfig, d_in: int) -> int:
+    """Weights, gradients and optimiser state of a run on features of ``d_in``; float32."""
+    d_sae = int(cfg.d_sae or cfg.expansion * d_in)
+    return 4 * COPIES * (2 * d_sae * d_in + 2 * d_sae + d_in)
+
+
+def step_bytes(cfg: DictConfig, d_in: int, gpu: bool) -> int:
+    """What a step needs beside them, while it runs: float32 copies of the batch, and pre-activations."""
+    d_sae = int(cfg.d_sae or cfg.expansion * d_in)
+    tokens = int(cfg.batch_size)
+    dense = 4 * tokens * d_sae
+    return 8 * 4 * tokens * d_in + (2 * dense if gpu else min(2 * dense, BLOCK << 20))
+
+
+def free_bytes(cfg: DictConfig) -> int:
+    """What a pack may take: ``pack.memory_gb``, by default a share of what is free on the device it trains on."""
+    if cfg.pack.memory_gb is not None:
+        return int(cfg.pack.memory_gb * 2**30)
+    free = torch.cuda.mem_get_info()[0] if on_gpu(cfg) else free_memory()
+    return int(SHARE * free)
+
+
+def on_gpu(cfg: DictConfig) -> bool:
+    """Whether ``cfg`` trains on CUDA devices."""
+    return torch.cuda.is_available() and str(cfg.trainer.accelerator) in ("auto", "gpu", "cuda")
+
+
+def rounds(todo: dict[Path, DictConfig], d_in: int, limit: int) -> Iterator[dict[Path, DictConfig]]:
+    """``todo`` cut, in its order, into packs that take at most ``limit`` bytes, of at least one run each."""
+    pack: dict[Path, DictConfig] = {}
+    for folder, cfg in todo.items():
+        if pack and pack_bytes([*pack.values(), cfg], d_in) > limit:
+            yield pack
+            pack = {}
+        pack[folder] = cfg
+    if pack:
+        yield pack
+
+
+def pack_bytes(cfgs: list[DictConfig], d_in: int) -> int:
+    """Memory of trainings side by side: the state of all, and the steps of the largest that run at a time."""
+    steps = sorted((step_bytes(cfg, d_in, on_gpu(cfg)) for cfg in cfgs), reverse=True)
+    return sum(weight_bytes(cfg, d_in) for cfg in cfgs) + sum(steps[: workers_of(cfgs[0], len(cfgs))])
+
+
+def workers_of(cfg: DictConfig, members: int) -> int:
+    """How many of ``members`` work at a time: ``pack.workers``, by default one a core, or two that share a GPU."""
+    return max(1, min(members, cfg.pack.workers or (2 if on_gpu(cfg) else min(torch.get_num_threads(), cores()))))
 
 
 class PackError(RuntimeError):

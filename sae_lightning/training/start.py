@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.saes import SAE, JumpReLU
-from sae_lightning.saes.input_norm import input_norm
+from sae_lightning.saes.sae import input_norm
 
 SAMPLE = 8192  # tokens
 SEVERE = 10.0  # γ from which outlier dimensions keep most latents from ever firing

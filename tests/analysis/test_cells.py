@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sae_lightning.analysis.cells import (
+from sae_lightning.analysis.grid import (
     backbone_means,
     backbone_stds,
     configuration_names,

@@ -7,7 +7,7 @@ import pytest
 from sae_lightning.analysis.codes_lift import codes_lift
 from sae_lightning.analysis.dissociation import dissociation
 from sae_lightning.analysis.recommendations import Choice, kind_of, recommend
-from sae_lightning.analysis.seeds import spread
+from sae_lightning.analysis.variance import spread
 from tests.analysis.making import BACKBONES, grid, of_backbones, ranked
 
 RAW = dict(zip(BACKBONES, (0.8, 0.6, 0.5, 0.4, 0.2), strict=True))

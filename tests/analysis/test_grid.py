@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sae_lightning.analysis.grid import METRICS, SETTINGS, read_grid, tasks
-from sae_lightning.benchmark.table import Score, put_scores
+from sae_lightning.metrics.base import Score
+from sae_lightning.runs.scores import put_scores
 from sae_lightning.saes.artefact import ArtefactError
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from sae_lightning.analysis.correlation import metric_tasks
 from sae_lightning.analysis.hypotheses import HYPOTHESES, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, check_hypotheses
-from sae_lightning.analysis.metric_tasks import metric_tasks
 from tests.analysis.making import grid, of_backbones, ranked
 
 UP, SWAPPED = "clip dinov2 siglip mae deit", "dinov2 clip siglip mae deit"

@@ -6,10 +6,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from sae_lightning.analysis.correlation import spearman
+from sae_lightning.analysis.correlation import metric_tasks, spearman
 from sae_lightning.analysis.grid import METRICS
 from sae_lightning.analysis.hypotheses import HYPOTHESES, check_hypotheses
-from sae_lightning.analysis.metric_tasks import metric_tasks
 from sae_lightning.analysis.paper import read_paper
 from sae_lightning.analysis.rank_consistency import compare
 from tests.analysis.making import BACKBONES, of_backbones, ranked

@@ -8,8 +8,7 @@ import statsmodels.formula.api as smf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_lightning.analysis.cells import configuration_names
-from sae_lightning.analysis.grid import METRICS
+from sae_lightning.analysis.grid import METRICS, configuration_names
 from sae_lightning.analysis.variance import FINE, TWO_WAY, anova, variance
 from tests.analysis.making import BACKBONES, grid
 

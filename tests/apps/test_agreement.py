@@ -26,12 +26,16 @@ from sae_lightning.apps.agreement.analysis import (
     with_scores,
 )
 from sae_lightning.apps.agreement.app import run
-from sae_lightning.apps.agreement.collect import study_of, write_collecting_page
-from sae_lightning.apps.agreement.judgements import COLUMNS, read_judgements
-from sae_lightning.apps.agreement.pairs import draw_pairs
-from sae_lightning.apps.agreement.scores import latent_scores
-from sae_lightning.apps.codes import top_images
-from sae_lightning.benchmark.similarity import Similarity
+from sae_lightning.apps.agreement.study import (
+    COLUMNS,
+    draw_pairs,
+    latent_scores,
+    read_judgements,
+    study_of,
+    write_collecting_page,
+)
+from sae_lightning.evaluation.by_latent import top_images
+from sae_lightning.evaluation.similarity import Similarity
 from tests.configs import CONF
 from tests.conftest import fill_store
 from tests.processes import HANG

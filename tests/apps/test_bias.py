@@ -14,15 +14,14 @@ import torch
 from PIL import Image
 
 from sae_lightning.apps.bias.app import run
-from sae_lightning.apps.bias.edits import wholes
+from sae_lightning.apps.bias.dose import wholes
 from sae_lightning.apps.bias.planted import Versions, check
-from sae_lightning.apps.bias.study import study
-from sae_lightning.apps.bias.task import Task, labelled, members, task_of
-from sae_lightning.apps.opened import Opened
+from sae_lightning.apps.bias.study import Task, labelled, members, study, task_of
 from sae_lightning.data import DataError, load_images
-from sae_lightning.features.ensure import plain
+from sae_lightning.features.source import plain
+from sae_lightning.runs.run import Opened
 from sae_lightning.saes import ReLU
-from sae_lightning.training.run import train
+from sae_lightning.training.fit import train
 from tests.configs import composed
 
 D = 12

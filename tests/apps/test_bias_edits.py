@@ -7,11 +7,10 @@ import pytest
 import torch
 from scipy import special
 
-from sae_lightning.apps.bias.classifier import Classifier, direct_effects, f1_of, mean_of, train
-from sae_lightning.apps.bias.dose import dose, plateau, pushes, typical
-from sae_lightning.apps.bias.edits import forced, neutralised, wholes
+from sae_lightning.apps.bias.dose import dose, forced, neutralised, plateau, pushes, typical, wholes
+from sae_lightning.apps.bias.study import Classifier, direct_effects, f1_of, mean_of, train
 from sae_lightning.saes import MSAE, BatchTopK, SparseCodes
-from sae_lightning.saes.normalizer import Normalizer
+from sae_lightning.saes.sae import Normalizer
 
 D_IN, D_SAE = 6, 16
 MAKES = {

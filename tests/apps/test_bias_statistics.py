@@ -8,7 +8,7 @@ import statsmodels.api as sm
 from scipy import special, stats
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.bias.statistics import Z95, auc, excess, false_discovery, of_latents
+from sae_lightning.apps.statistics import Z95, auc, excess, false_discovery, of_latents
 
 
 def magnitudes(n: int = 120, d: int = 5, seed: int = 0) -> np.ndarray:

@@ -7,10 +7,11 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from explore import table_of
-from sae_lightning.apps import explore as module
-from sae_lightning.apps.explore import chosen_runs, explore
-from sae_lightning.apps.result import Headline, Result, leave, read_result
+from sae_lightning.apps import app as module
+from sae_lightning.apps.app import explore, leave
+from sae_lightning.commands.explore import table_of
+from sae_lightning.runs.results import Headline, Result, read_result
+from sae_lightning.runs.run import chosen_runs
 
 
 def finished(folder):

@@ -17,17 +17,15 @@ from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.testclient import TestClient
 
 from sae_lightning.apps.explorer.app import application, listen, run, server_of
-from sae_lightning.apps.explorer.book import Book, Picked
-from sae_lightning.apps.explorer.page import page
-from sae_lightning.apps.explorer.server import Explorer, make_app
-from sae_lightning.apps.explorer.shelf import Shelf
-from sae_lightning.apps.explorer.turning import Captioner
+from sae_lightning.apps.explorer.book import Book, Picked, Shelf
+from sae_lightning.apps.explorer.server import Explorer, make_app, page
 from sae_lightning.apps.explorer.uploads import Uploads
-from sae_lightning.apps.opened import Opened
-from sae_lightning.benchmark.evaluate import evaluate_run
-from sae_lightning.features.ensure import ensure_store
+from sae_lightning.apps.explorer.views import Captioner
+from sae_lightning.evaluation.core import evaluate_run
+from sae_lightning.features.source import ensure_store
+from sae_lightning.runs.run import Opened
 from sae_lightning.saes import Normalizer, TopK
-from sae_lightning.training.run import record
+from sae_lightning.training.fit import record
 from tests.configs import composed
 from tests.processes import HANG
 

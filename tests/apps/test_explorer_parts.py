@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from scipy.sparse import csr_matrix
 
+from sae_lightning.apps.explorer.book import known, percentiles
 from sae_lightning.apps.explorer.by_latent import ByLatent
-from sae_lightning.apps.explorer.choose import choose
-from sae_lightning.apps.explorer.columns import known, percentiles
-from sae_lightning.apps.explorer.refused import RefusedError
-from sae_lightning.apps.explorer.uploads import KEPT, SIDE, Uploads, read_picture
-from sae_lightning.report.strips import thumbnail
+from sae_lightning.apps.explorer.uploads import KEPT, SIDE, RefusedError, Uploads, read_picture
+from sae_lightning.apps.explorer.views import choose
+from sae_lightning.rendering.pictures import thumbnail
 
 NAMES = ["", "cat", "Black cat", "truck", "black truck"]
 

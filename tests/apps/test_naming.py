@@ -9,14 +9,13 @@ import torch
 
 from sae_lightning.apps.names import names_of
 from sae_lightning.apps.naming.app import run
-from sae_lightning.apps.naming.text import chosen_method
-from sae_lightning.apps.naming.vocabulary import moments, place
-from sae_lightning.apps.opened import Opened
-from sae_lightning.apps.result import read_result
-from sae_lightning.backbones import load_backbone
-from sae_lightning.features.ensure import ensure_store, plain
+from sae_lightning.apps.naming.vocabulary import chosen_method, moments, place
+from sae_lightning.backbones.registry import load_backbone
+from sae_lightning.features.source import ensure_store, plain
+from sae_lightning.runs.results import read_result
+from sae_lightning.runs.run import Opened
 from sae_lightning.saes import Normalizer, TopK
-from sae_lightning.training.run import record
+from sae_lightning.training.fit import record
 from tests.configs import composed
 
 WORDS = ["airplane", "cat", "ship", "blue", "dark"]

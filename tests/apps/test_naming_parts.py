@@ -10,20 +10,25 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from sklearn.metrics import cohen_kappa_score
 
-from sae_lightning.apps.codes import top_images
-from sae_lightning.apps.naming.activation import correlations, fit
-from sae_lightning.apps.naming.checks import (
+from sae_lightning.apps.naming.match import (
     agreement,
     chance_counts,
     class_in,
+    correlations,
+    cosines,
+    fit,
     like,
+    match,
+    named_at,
+    of_concepts,
+    of_latents,
     precision,
     standing,
 )
-from sae_lightning.apps.naming.match import cosines, match, named_at, of_concepts, of_latents
 from sae_lightning.apps.naming.vocabulary import embed, fill, moments, place, read_words
+from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.saes import TopK
-from sae_lightning.saes.normalizer import Normalizer
+from sae_lightning.saes.sae import Normalizer
 
 
 def unit(n, d, seed):

@@ -13,26 +13,38 @@ from PIL import Image
 from scipy import sparse
 from scipy.spatial.distance import cdist
 
-from sae_lightning.apps.intervals import mean_interval
-from sae_lightning.apps.opened import Opened
-from sae_lightning.apps.search.app import captions, neighbours, run, turned, turned_latents
-from sae_lightning.apps.search.dose import LATENT, OTHER, RANDOM, alike, class_latents, dose_means, dose_table
-from sae_lightning.apps.search.explain import contributions, top_shared
-from sae_lightning.apps.search.query import drawn, queries_of
-from sae_lightning.apps.search.scores import (
+from sae_lightning.apps.search.app import captions, run, turned_latents
+from sae_lightning.apps.search.dose import (
+    LATENT,
+    OTHER,
+    RANDOM,
+    alike,
+    class_latents,
+    dose_means,
+    dose_table,
+    spread,
+    turned,
+)
+from sae_lightning.apps.search.neighbours import (
     COSINE,
     FEATURES,
     SHUFFLED,
     agreement_of_shared,
+    contributions,
+    drawn,
+    neighbours,
     precision,
     precisions,
+    queries_of,
     shuffled,
     spaces,
+    top_shared,
 )
-from sae_lightning.apps.search.turned import spread
+from sae_lightning.apps.statistics import mean_interval
+from sae_lightning.runs.run import Opened
 from sae_lightning.saes import TopK
-from sae_lightning.saes.normalizer import Normalizer
-from sae_lightning.training.run import train
+from sae_lightning.saes.sae import Normalizer
+from sae_lightning.training.fit import train
 from tests.configs import CONF, composed
 
 

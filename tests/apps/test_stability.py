@@ -12,10 +12,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.opened import Opened
 from sae_lightning.apps.stability import app as stability
 from sae_lightning.apps.stability import page as stability_page
-from sae_lightning.apps.stability.matching import Activations, activations
+from sae_lightning.apps.stability.activations import Activations, activations, codes_of, labels_of, shared_images
 from sae_lightning.apps.stability.pairs import interval, random_like
 from sae_lightning.apps.stability.universal import (
     all_correlations,
@@ -24,8 +23,8 @@ from sae_lightning.apps.stability.universal import (
     shuffled_maxima,
     threshold_of,
 )
-from sae_lightning.apps.stability.views import codes_of, labels_of, shared_images
 from sae_lightning.data import ImageData
+from sae_lightning.runs.run import Opened
 from sae_lightning.saes.relu import ReLU
 from tests.configs import CONF, composed
 from tests.conftest import fill_store

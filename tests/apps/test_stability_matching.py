@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.stability import matching as stability_matching
-from sae_lightning.apps.stability.matching import (
+from sae_lightning.apps.stability import activations as stability_matching
+from sae_lightning.apps.stability.activations import (
     activations,
     class_correlation,
     correlation,

@@ -6,16 +6,15 @@ import pandas as pd
 import pytest
 import torch
 
-from sae_lightning.apps.opened import Opened
-from sae_lightning.apps.result import read_result
 from sae_lightning.apps.steering import app as steering
 from sae_lightning.apps.steering.app import judge_node, run
-from sae_lightning.apps.steering.captions import check_fit, steered_captions
 from sae_lightning.apps.steering.latents import diffmean
-from sae_lightning.backbones import Tap
-from sae_lightning.training.run import train
+from sae_lightning.backbones.backbone import Tap
+from sae_lightning.runs.results import read_result
+from sae_lightning.runs.run import Opened
+from sae_lightning.training.fit import train
 from sae_lightning.vlms import VLM
-from sae_lightning.vlms.steer import Edit, edited
+from sae_lightning.vlms.steering import Edit, check_fit, edited, steered_captions
 from tests.configs import composed
 
 

@@ -5,10 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sae_lightning.apps.steering.captions import steered_captions
 from sae_lightning.saes import BatchTopK, Normalizer, ReLU, TopK
 from sae_lightning.vlms import VLMError, load_vlm
-from sae_lightning.vlms.steer import Edit, edited, steer
+from sae_lightning.vlms.steering import Edit, edited, steer, steered_captions
 
 D, D_SAE, LAYER = 16, 48, 1
 

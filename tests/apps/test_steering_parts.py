@@ -7,8 +7,10 @@ import torch
 from scipy.sparse import csr_matrix
 
 from sae_lightning.apps.steering.latents import choose, diffmean, matched, round_robin
-from sae_lightning.apps.steering.scores import (
+from sae_lightning.apps.steering.trials import (
     Manner,
+    best_alphas,
+    by_latent,
     concept_embedding,
     headlines,
     interval,
@@ -18,7 +20,6 @@ from sae_lightning.apps.steering.scores import (
     similarities,
     with_class_names,
 )
-from sae_lightning.apps.steering.trials import best_alphas, by_latent
 
 CLASSES = ["ship", "automobile", "dog"]
 MANNER = Manner(3, 8)

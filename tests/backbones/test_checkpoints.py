@@ -7,7 +7,8 @@ import torch
 import transformers as library
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from sae_lightning.backbones import BackboneError, Tap, load_backbone
+from sae_lightning.backbones.backbone import BackboneError, Tap
+from sae_lightning.backbones.registry import load_backbone
 from tests.backbones.models import CLIP, SIGLIP, VISION, picture, transformers
 
 CLASSES = {"clip": (library.CLIPConfig, library.CLIPModel), "siglip": (library.SiglipConfig, library.SiglipModel)}

@@ -2,8 +2,10 @@
 
 import pytest
 
-from sae_lightning.backbones import BackboneError, default_layer, folder_name, load_backbone
-from sae_lightning.backbones import timm_models as library
+from sae_lightning.backbones import timm as library
+from sae_lightning.backbones.backbone import BackboneError
+from sae_lightning.backbones.registry import default_layer, load_backbone
+from sae_lightning.settings.resolvers import folder_name
 from tests.backbones.models import CLIP, VISION, backbone, timm, transformers
 
 VIT = VISION | {"model_type": "vit"}

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sae_lightning.backbones import BackboneError, load_backbone
+from sae_lightning.backbones.backbone import BackboneError
+from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.backbones.transformers_images import Processed, processor_transform
 from sae_lightning.data.geometry import steps_of, through
-from sae_lightning.finetuning.errors import FinetuneError
-from sae_lightning.finetuning.preprocess import Preprocess
+from sae_lightning.finetuning.data import FinetuneError, Preprocess
 from tests.backbones.models import VISION, picture, transformers
 from tests.data.making import pixels
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae_lightning.backbones import KINDS, Tap
+from sae_lightning.backbones.backbone import KINDS, Tap
 
 
 def test_taps_have_readable_names():

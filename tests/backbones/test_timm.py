@@ -6,7 +6,8 @@ import pytest
 import timm as library
 import torch
 
-from sae_lightning.backbones import BackboneError, Tap, load_backbone
+from sae_lightning.backbones.backbone import BackboneError, Tap
+from sae_lightning.backbones.registry import load_backbone
 from tests.backbones.models import backbone, picture, timm
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_lightning.backbones import BackboneError, Tap, load_backbone
-from sae_lightning.backbones.bundled import weights_file
-from sae_lightning.backbones.tiny import TINY_NAMES, tiny_vit
+from sae_lightning.backbones.backbone import BackboneError, Tap
+from sae_lightning.backbones.registry import load_backbone
+from sae_lightning.backbones.tiny import TINY_NAMES, tiny_vit, weights_file
 from sae_lightning.data import load_images
 from tests.backbones.models import backbone
 

@@ -7,7 +7,8 @@ import torch
 import transformers as library
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
-from sae_lightning.backbones import BackboneError, Tap, load_backbone
+from sae_lightning.backbones.backbone import BackboneError, Tap
+from sae_lightning.backbones.registry import load_backbone
 from tests.backbones.models import CLIP, COMMON, SIGLIP, VISION, backbone, timm, transformers
 
 # architecture and its tokens in front of the patches

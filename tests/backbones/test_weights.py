@@ -8,8 +8,9 @@ import timm as library
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae_lightning.backbones import BackboneError, Tap, identity, load_backbone
-from sae_lightning.backbones.weights import fixed_seed
+from sae_lightning.backbones.backbone import BackboneError, Tap
+from sae_lightning.backbones.registry import identity, load_backbone
+from sae_lightning.backbones.settings import fixed_seed
 from tests.backbones.models import SIGLIP, VISION, backbone, picture, timm, transformers
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sae_lightning.data.captions import background_colour, caption, tone, vocabulary
+from experiments.demo_data.captions import background_colour, caption, tone, vocabulary
 
 
 def flat(colour):

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from sae_lightning.data import DataError
 from sae_lightning.data.loader import PictureLoader, as_arrays, as_tensors, pixel_bytes
-from sae_lightning.distributed import sockets
+from sae_lightning.distributed import processes
 from tests.features.jobs import Job
 
 
@@ -52,8 +52,8 @@ def read(dataset: Dataset = Numbers(), collate=None, **settings: bool) -> None: 
 
 
 # --- what a machine may be like ---------------------------------------------------------------------------
-def temporary_files(folder: str, elsewhere: tuple[str, ...] = sockets.ELSEWHERE) -> None:
-    tempfile.tempdir, sockets.ELSEWHERE = folder, elsewhere
+def temporary_files(folder: str, elsewhere: tuple[str, ...] = processes.ELSEWHERE) -> None:
+    tempfile.tempdir, processes.ELSEWHERE = folder, elsewhere
     multiprocessing.current_process()._config.pop("tempdir", None)  # that of the process which started this one
 
 

@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from sae_lightning.backbones import load_backbone
+from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.backbones.transformers_images import processor_transform
 from sae_lightning.data import DataError, Masks, load_images, load_masks
 from sae_lightning.data.geometry import nearest, steps_of, through

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from sae_lightning.data import SPLITS, DataError, load_images, load_masks
-from sae_lightning.data.mosaic import draw, part_of_first
+from sae_lightning.data.bundled import draw, part_of_first
 from tests.configs import CONF
 
 CFG = OmegaConf.to_container(OmegaConf.load(CONF / "data" / "mosaic.yaml"))

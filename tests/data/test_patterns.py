@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lightning.data import DataError
-from sae_lightning.data.patterns import expand_braces, files_of, fixed_folder
+from sae_lightning.data.webdataset import expand_braces, files_of, fixed_folder
 
 WORDS = st.text("abc0.-", max_size=3)
 

@@ -11,8 +11,8 @@ from PIL import Image, PngImagePlugin
 
 from sae_lightning.data import DataError, ImageData, load_images
 from sae_lightning.data.decode import to_rgb
+from sae_lightning.data.errors import begin_anew
 from sae_lightning.data.levels import Reading
-from sae_lightning.data.remarks import begin_anew
 from tests.data.making import folder_cfg, hf_cfg, pixels, write_pictures
 
 LIGHT = np.linspace(0, 1, 24 * 32).reshape(24, 32)

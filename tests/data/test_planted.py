@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from sae_lightning.apps.bias.planted import ATTRIBUTES, assign, mark, planted
 from sae_lightning.data.errors import DataError
 from sae_lightning.data.images import ImageData
-from sae_lightning.data.planted import ATTRIBUTES, assign, mark, planted
 
 GREY = Image.new("RGB", (30, 30), (100, 100, 100))
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sae_lightning.data import DataError, load_images
-from sae_lightning.data.parquet import DEMO
+from sae_lightning.data.bundled import DEMO
 from tests.data.making import folder_cfg, png
 
 DEMO_CFG = {"source": "demo"}

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lightning.data import DataError
-from sae_lightning.data.arrange import stratified_sample
 from sae_lightning.data.errors import DataWarning
-from sae_lightning.data.splits import choose_splits, cut, missing_splits, split_indices
+from sae_lightning.data.splits import choose_splits, cut, missing_splits, split_indices, stratified_sample
 from tests.data.making import SHARES
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=60).map(np.array)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
 from sae_lightning.data import DataError, decode, load_images
-from sae_lightning.data.stream_cut import StreamCut
+from sae_lightning.data.stream import StreamCut
 from tests.data.making import class_folders, hf_cfg, pixels, write_shards
 from tests.data.test_hf import IMAGE, LABEL, TEXT, made
 

@@ -10,8 +10,8 @@ import pytest
 from sae_lightning.data import DataError, load_images
 from sae_lightning.data import tar_index as index_module
 from sae_lightning.data.errors import DataWarning
-from sae_lightning.data.tar_samples import split_name
-from sae_lightning.features.ensure import plain
+from sae_lightning.data.tar_index import split_name
+from sae_lightning.features.source import plain
 from tests.data.making import NO_SPLITS, hf_cfg, pixels, png, tar_cfg, write_shards, write_tar
 from tests.features.jobs import made
 

@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 
 from experiments.visaebench import release as releasing
 from experiments.visaebench.release import ReleaseError, equal, find_runs, main, releasable, release, sha256
-from sae_lightning.benchmark.table import Score, put_scores
+from sae_lightning.metrics.base import Score
+from sae_lightning.runs.identity import run_hash, run_name
+from sae_lightning.runs.scores import put_scores
 from sae_lightning.saes import SAE, ArtefactError, BatchTopK, Normalizer
-from sae_lightning.training.identity import run_hash, run_name
 from tests.configs import composed
 from tests.hub import stand_in
 

@@ -26,11 +26,12 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
-from sae_lightning.backbones import Backbone, BackboneError, Tap
+from sae_lightning.backbones.backbone import Backbone, BackboneError, Tap
 from sae_lightning.data import DataError, ImageData, load_images
-from sae_lightning.features.ensure import extract_stores, plain
-from sae_lightning.features.extract import Settings, Summary, extract
-from sae_lightning.features.store import FeatureStore, StoreError
+from sae_lightning.features.extraction import Settings, Summary, extract
+from sae_lightning.features.manifest import StoreError
+from sae_lightning.features.source import extract_stores, plain
+from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
 from tests.configs import composed
 from tests.processes import HANG, PROCESSES, server_address, share_server, wait_for

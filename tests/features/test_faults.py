@@ -18,14 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sae_lightning.backbones import Backbone, Tap
-from sae_lightning.benchmark.evaluate import score
-from sae_lightning.features.ensure import ensure_store
-from sae_lightning.features.manifest import Manifest
-from sae_lightning.features.store import FeatureStore, StoreError
+from sae_lightning.backbones.backbone import Backbone, Tap
+from sae_lightning.evaluation.core import score
+from sae_lightning.features.manifest import Manifest, StoreError
+from sae_lightning.features.source import ensure_store
+from sae_lightning.features.store import FeatureStore
+from sae_lightning.runs.identity import run_name
 from sae_lightning.saes import SAE, Normalizer, TopK
-from sae_lightning.training.identity import run_name
-from sae_lightning.training.run import train
+from sae_lightning.training.fit import train
 from tests.conftest import write_store
 from tests.features import jobs
 from tests.features.jobs import (

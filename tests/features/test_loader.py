@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lightning.features import rows
+from sae_lightning.features import shard
 from sae_lightning.features.loader import FeatureLoader
+from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.order import Order
-from sae_lightning.features.store import FeatureStore, StoreError
+from sae_lightning.features.store import FeatureStore
 from tests.conftest import fill_store, write_store
 
 
@@ -49,7 +50,7 @@ def expected(order: Order, epoch=0):
 @pytest.mark.parametrize("readers", [1, 4])
 def test_batches_are_those_of_the_order(native, readers, numbered, monkeypatch):
     if not native:
-        monkeypatch.setattr(rows, "_native_scatter", lambda: None)
+        monkeypatch.setattr(shard, "_native_scatter", lambda: None)
     stream = loader(numbered, readers=readers)
     assert stream.order.windows > 3
     assert [numbers(batch) for batch in stream] == expected(stream.order)

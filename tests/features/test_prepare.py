@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from sae_lightning.data import DataError, ImageData
 from sae_lightning.features import FeatureStore
-from sae_lightning.features.extract import Pictures, collate
+from sae_lightning.features.prepare import Pictures, collate
 from tests.features.jobs import Noise, PixelEncoder, as_pixels, extract_pixels
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-import sae_lightning.features.extract as extraction
-from sae_lightning.backbones import load_backbone
+import sae_lightning.features.extraction as extraction
+from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.data import load_images
-from sae_lightning.features.ensure import plain, writer
-from sae_lightning.features.shard_size import images_a_shard, seconds_an_image
+from sae_lightning.features.extraction import images_a_shard, seconds_an_image
+from sae_lightning.features.source import plain, writer
 from tests.backbones.models import backbone
 from tests.features import jobs
 from tests.features.jobs import extract_pixels, litter

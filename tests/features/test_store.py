@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from sae_lightning.features.ensure import warn_of_loss
-from sae_lightning.features.moments import Moments, merge
-from sae_lightning.features.store import FeatureStore, StoreError
+from sae_lightning.features.manifest import Moments, StoreError, merge
+from sae_lightning.features.source import warn_of_loss
+from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.upkeep import merge_stores
 from tests.conftest import fill_store, write_store
 

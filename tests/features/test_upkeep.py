@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from sae_lightning.commands.main import main
-from sae_lightning.features.manifest import MANIFEST, Manifest
-from sae_lightning.features.store import FeatureStore, StoreError
+from sae_lightning.features.manifest import MANIFEST, Manifest, StoreError
+from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.upkeep import find_stores, mend, merge_stores
 from sae_lightning.features.writer import StoreWriter
 from tests.conftest import fill_shard, fill_store, sparse_features, write_store

@@ -5,9 +5,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from sae_lightning.finetuning.artefact import load, save
-from sae_lightning.finetuning.build import build, rebuilding
-from sae_lightning.finetuning.errors import FinetuneError
+from sae_lightning.finetuning.classifier import build, load, rebuilding, save
+from sae_lightning.finetuning.data import FinetuneError
 from tests.backbones.models import CLIP
 from tests.configs import CONF
 

@@ -8,15 +8,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from sae_lightning.backbones import load_backbone
-from sae_lightning.features.ensure import plain
-from sae_lightning.finetuning.artefact import load
-from sae_lightning.finetuning.build import build
-from sae_lightning.finetuning.identity import run_name
+from sae_lightning.backbones.registry import load_backbone
+from sae_lightning.features.source import plain
+from sae_lightning.finetuning.classifier import build, load
+from sae_lightning.finetuning.data import AugmentedPictures, EpochBatches
+from sae_lightning.finetuning.fit import finetune, load_split, predict, run_name
 from sae_lightning.finetuning.module import schedule_of
-from sae_lightning.finetuning.pictures import AugmentedPictures, EpochBatches
-from sae_lightning.finetuning.run import finetune, load_split
-from sae_lightning.finetuning.scores import predict
 from tests.backbones.models import CLIP
 
 DEIT = ("model.library=tiny", "model.model=deit", "model.image_size=null", "model.pretrained=true")
@@ -129,10 +126,10 @@ def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(crash, worker
 def test_a_run_killed_while_it_is_scored_is_not_trained_again(settings, monkeypatch):
     cfg = settings("epochs=1", "validate=null")
     with monkeypatch.context() as patch:
-        patch.setattr("sae_lightning.finetuning.run.scores", lambda *_: 1 / 0)
+        patch.setattr("sae_lightning.finetuning.fit.scores", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             finetune(cfg)
-    monkeypatch.setattr("sae_lightning.finetuning.run.fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("sae_lightning.finetuning.fit.fit", lambda *_: pytest.fail("trained again"))
     assert json.loads((finetune(cfg) / "result.json").read_text())["status"] == "finished"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_lightning.finetuning.run import finetune
+from sae_lightning.finetuning.fit import finetune
 from tests.processes import run
 
 pytestmark = pytest.mark.slow

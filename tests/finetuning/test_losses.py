@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae_lightning.finetuning.build import build
-from sae_lightning.finetuning.errors import FinetuneError
+from sae_lightning.finetuning.classifier import build
+from sae_lightning.finetuning.data import FinetuneError
+from sae_lightning.finetuning.fit import Predictions, scores
 from sae_lightning.finetuning.module import FinetuneModule, schedule_of
-from sae_lightning.finetuning.scores import Predictions, scores
 from sae_lightning.saes.monoloss import dense_mono_loss
 from tests.finetuning.test_classifier import model
 

@@ -5,11 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sae_lightning.backbones import load_backbone
-from sae_lightning.finetuning.errors import FinetuneError
-from sae_lightning.finetuning.pictures import AugmentedPictures, EpochBatches, Pictures
-from sae_lightning.finetuning.preprocess import Preprocess, Shift
-from sae_lightning.finetuning.run import load_split
+from sae_lightning.backbones.registry import load_backbone
+from sae_lightning.finetuning.data import AugmentedPictures, EpochBatches, FinetuneError, Pictures, Preprocess, Shift
+from sae_lightning.finetuning.fit import load_split
 from tests.backbones.models import CLIP, backbone, picture, timm, transformers
 
 

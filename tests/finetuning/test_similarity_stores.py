@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sae_lightning.finetuning.errors import FinetuneError
-from sae_lightning.finetuning.run import load_split
-from sae_lightning.finetuning.similarity import align, similarity_store
+from sae_lightning.finetuning.data import FinetuneError, align, similarity_store
+from sae_lightning.finetuning.fit import load_split
 from tests.conftest import fill_store
 
 

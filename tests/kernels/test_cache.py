@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from sae_lightning.data import tar_index
-from sae_lightning.data.tar_samples import Keys
-from sae_lightning.kernels import build
-from sae_lightning.kernels.build import CacheError, cache_folder, lend_cache, load_native
+from sae_lightning.data.tar_index import Keys
+from sae_lightning.files import CacheError, cache_folder, lend_cache
+from sae_lightning.kernels import native
+from sae_lightning.kernels.native import load_native
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_a_folder_in_which_nothing_can_be_executed_is_named(monkeypatch, tmp_pat
         built.append(library)
         library.write_bytes(b"half a library")
 
-    monkeypatch.setattr(build, "_compile", compiled)
+    monkeypatch.setattr(native, "_compile", compiled)
     for _ in range(2):
         with pytest.warns(UserWarning, match=f"cannot execute what lies in {tmp_path}.*Set SAE_LIGHTNING_CACHE"):
             assert load_native.__wrapped__() is None

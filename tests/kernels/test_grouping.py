@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lightning.kernels import native
-from sae_lightning.kernels.grouping import grouped, rank_groups
+from sae_lightning.kernels.products import grouped, rank_groups
 
 
 @pytest.fixture(params=["native", "portable"])

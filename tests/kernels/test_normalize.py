@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sae_lightning.kernels import dispatch
-from sae_lightning.kernels.normalize import normalize
+from sae_lightning.kernels import products
+from sae_lightning.kernels.products import normalize
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -14,7 +14,7 @@ def test_bits_equal(dtype, shape, name):
     generator = torch.Generator().manual_seed(0)
     x = (100 * torch.randn(shape, generator=generator)).to(dtype)
     mean, std = 30 * torch.randn(shape[-1], generator=generator), torch.tensor(2.7)
-    with dispatch.forced(name):
+    with products.forced(name):
         got = normalize(x, mean, std)
     assert got.dtype == torch.float32
     assert torch.equal(got, (x.float() - mean) / std) or dtype == torch.float64
@@ -25,7 +25,7 @@ def test_every_float16_is_read_rightly():
     finite = every[every.isfinite()]
     for width in (1, 9):  # the vector loop, and what is left of it
         x = finite[: len(finite) // width * width].reshape(-1, width)
-        with dispatch.forced("native"):
+        with products.forced("native"):
             assert torch.equal(normalize(x, torch.zeros(width), torch.tensor(1.0)), x.float())
 
 

@@ -14,7 +14,7 @@ from sae_lightning.kernels import (
     sparse_decode,
     sparse_pre_acts,
 )
-from sae_lightning.kernels.dispatch import choose, forced
+from sae_lightning.kernels.products import choose, forced
 
 D_SAE, D = 23, 7
 WAYS = [

@@ -3,27 +3,27 @@
 import pytest
 import torch
 
-from sae_lightning.kernels import scratch
+from sae_lightning.kernels import native
 
 SHAPE = (600, 700)  # above a megabyte, and of no other test
 
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    monkeypatch.setattr(scratch, "_storages", {})
-    monkeypatch.setattr(scratch, "_asked", {})
+    monkeypatch.setattr(native, "_storages", {})
+    monkeypatch.setattr(native, "_asked", {})
 
 
 def test_memory_in_use_is_never_given_twice():
     like = torch.zeros(1)
-    first, second = scratch.empty(SHAPE, like), scratch.empty(SHAPE, like)
+    first, second = native.empty(SHAPE, like), native.empty(SHAPE, like)
     assert first.data_ptr() != second.data_ptr()
     view = first[3:5].detach()  # a view keeps it in use
     where = first.data_ptr()
     del first
-    assert scratch.empty(SHAPE, like).data_ptr() != where
+    assert native.empty(SHAPE, like).data_ptr() != where
     del view
-    assert scratch.empty(SHAPE, like).data_ptr() == where
+    assert native.empty(SHAPE, like).data_ptr() == where
 
 
 def test_a_gradient_s_memory_comes_back_when_the_gradient_is_dropped():
@@ -34,7 +34,7 @@ def test_a_gradient_s_memory_comes_back_when_the_gradient_is_dropped():
 
         @staticmethod
         def backward(ctx, grad):
-            return scratch.empty(SHAPE, grad).fill_(2.0)
+            return native.empty(SHAPE, grad).fill_(2.0)
 
     p = torch.nn.Parameter(torch.zeros(SHAPE))
     Double.apply(p).backward()
@@ -46,11 +46,11 @@ def test_a_gradient_s_memory_comes_back_when_the_gradient_is_dropped():
 
 
 def test_sizes_that_nobody_asks_for_are_let_go(monkeypatch):
-    monkeypatch.setattr(scratch, "STALE", 5)
+    monkeypatch.setattr(native, "STALE", 5)
     like = torch.zeros(1)
-    scratch.empty((700, 700), like)
+    native.empty((700, 700), like)
     for _ in range(6):
-        scratch.empty(SHAPE, like)
-    held = [scratch.empty(SHAPE, like) for _ in range(3)]
-    assert list(scratch._storages) == [(SHAPE, torch.float32)]
+        native.empty(SHAPE, like)
+    held = [native.empty(SHAPE, like) for _ in range(3)]
+    assert list(native._storages) == [(SHAPE, torch.float32)]
     assert len({tensor.data_ptr() for tensor in held}) == 3

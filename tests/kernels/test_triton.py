@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_lightning.kernels import dispatch, portable
+from sae_lightning.kernels import portable, products
 from sae_lightning.kernels import triton as on_triton
 from tests.kernels import triton_cases
 
@@ -65,7 +65,7 @@ def test_kernels_compile_without_a_gpu(name, constants, number, tmp_path, monkey
 
 def test_tensors_on_the_cpu_are_left_to_other_kernels():
     assert not on_triton.available(torch.ones(2, 2))
-    assert dispatch.choose(torch.ones(2, 2)) is not on_triton
+    assert products.choose(torch.ones(2, 2)) is not on_triton
 
 
 def test_where_triton_does_not_work_portable_serves_the_gpu(monkeypatch):
@@ -84,8 +84,8 @@ def test_where_triton_does_not_work_portable_serves_the_gpu(monkeypatch):
 @on_gpu
 def test_kernels_equal_the_reference_on_a_gpu():
     assert on_triton.available(torch.ones(2, 2, device="cuda"))
-    assert dispatch.choose(torch.ones(2, 2, device="cuda")) is on_triton
-    assert dispatch.choose(torch.ones(2, 2, device="cuda", dtype=torch.float64)) is portable
+    assert products.choose(torch.ones(2, 2, device="cuda")) is on_triton
+    assert products.choose(torch.ones(2, 2, device="cuda", dtype=torch.float64)) is portable
     assert wrong(triton_cases.differences("cuda")) == {}
 
 

@@ -10,7 +10,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from sae_lightning.kernels import dispatch, portable, reference, sparse_decode, sparse_pre_acts
+from sae_lightning.kernels import portable, reference, sparse_decode, sparse_pre_acts
+from sae_lightning.kernels import products as dispatch
 from sae_lightning.kernels import triton as on_triton
 
 N, D_SAE, CHUNK = 37, 50, 4

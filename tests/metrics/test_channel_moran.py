@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from sae_lightning.metrics import ChannelMoran, Moran
-from sae_lightning.metrics.channel_moran import channel_morans_i
-from sae_lightning.metrics.moran import grid_weights
+from sae_lightning.metrics.moran import channel_morans_i, grid_weights
 from sae_lightning.saes.codes import SparseCodes
 from tests.metrics.test_moran import definition, matrix
 
@@ -40,7 +39,7 @@ def test_equals_the_definition(grid, contiguity, row_standardized, dtype):
 def test_more_than_one_part_of_images_gives_the_same(monkeypatch):
     x, weights = maps(7, 12), grid_weights((3, 4))
     whole = channel_morans_i(x, weights)
-    monkeypatch.setattr("sae_lightning.metrics.channel_moran.PART", 2 * 12 * 5)
+    monkeypatch.setattr("sae_lightning.metrics.moran.PART", 2 * 12 * 5)
     torch.testing.assert_close(channel_morans_i(x, weights), whole, rtol=1e-12, atol=1e-14, equal_nan=True)
 
 

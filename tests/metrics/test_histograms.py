@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sae_lightning.metrics import ActivationHistogram
-from sae_lightning.metrics.histograms import Histogram, log_edges
+from sae_lightning.metrics.sparsity import Histogram, log_edges
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
 
 

@@ -9,8 +9,8 @@ from sae_lightning.metrics.cknna import cknna
 from sae_lightning.metrics.recovery import recovery_cknna
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
 from sae_lightning.saes.msae import MSAE
-from sae_lightning.saes.normalizer import Normalizer
 from sae_lightning.saes.relu import ReLU
+from sae_lightning.saes.sae import Normalizer
 
 D_IN, D_SAE = 8, 30
 

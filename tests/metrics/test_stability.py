@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from sae_lightning.metrics.stability import match_latents, nearest_cosine, stability
+from sae_lightning.metrics.dictionary import match_latents, nearest_cosine, stability
 
 
 def dictionaries(n: int, m: int, d: int = 8, noise: float = 0.5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

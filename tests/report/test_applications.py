@@ -2,9 +2,9 @@
 
 import os
 
-from sae_lightning.apps.result import PAGE, RECORD, Headline
-from sae_lightning.report.applications import applications
-from sae_lightning.saes.artefact import write_json
+from sae_lightning.files import write_json
+from sae_lightning.report.page import applications
+from sae_lightning.runs.results import PAGE, RECORD, Headline
 
 
 def leave(folder, app):

@@ -15,23 +15,22 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 
-from sae_lightning.analysis.grid import METRICS
-from sae_lightning.analysis.paper import read_paper
-from sae_lightning.benchmark.table import TABLE, Score, put_scores
-from sae_lightning.benchmark.visaebench import HEADLINES
+from sae_lightning.analysis.figures import ORDER, Route, colours, correlation_map, flowchart, normalised
+from sae_lightning.analysis.grid import METRICS, load
+from sae_lightning.analysis.hypotheses import hypotheses
+from sae_lightning.analysis.overview import means_table, what_was_run
+from sae_lightning.analysis.paper import Paper, read_paper
+from sae_lightning.analysis.rank_consistency import families
+from sae_lightning.analysis.recommendations import guide
+from sae_lightning.analysis.tables import cross_domain, raw_moran, thresholds
+from sae_lightning.analysis.variance import decomposition
+from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.part import HEADLINES
+from sae_lightning.rendering.figures import limits_of
+from sae_lightning.rendering.page import plural, prose, some
+from sae_lightning.rendering.table import view
 from sae_lightning.report.grid import SECTIONS, build_grid
-from sae_lightning.report.grid_ablations import families, thresholds
-from sae_lightning.report.grid_details import cross_domain, raw_moran
-from sae_lightning.report.grid_figures import ORDER, colours, limits_of, normalised
-from sae_lightning.report.grid_guide import guide
-from sae_lightning.report.grid_maps import Route, correlation_map, flowchart
-from sae_lightning.report.grid_overview import means_table, what_was_run
-from sae_lightning.report.grid_paper import Paper
-from sae_lightning.report.grid_runs import load
-from sae_lightning.report.grid_section import plural, prose, some
-from sae_lightning.report.grid_tables import view
-from sae_lightning.report.grid_tasks import hypotheses
-from sae_lightning.report.grid_variance import decomposition
+from sae_lightning.runs.scores import TABLE, put_scores
 
 BUDGETS, EXPANSIONS, KS = (1, 4, 128, 256), (8, 16), (16, 32)
 SEVEN = {h.title.split()[0]: h.metric for h in HEADLINES}

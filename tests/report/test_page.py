@@ -7,15 +7,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sae_lightning.benchmark.evaluate import evaluate_run
-from sae_lightning.benchmark.latents import BAND_IMAGES, LATENTS, TOP_IMAGES, read_tensors, write_tensors
-from sae_lightning.benchmark.similarity import Similarity
-from sae_lightning.benchmark.summary import SCORES
-from sae_lightning.benchmark.table import TABLE
-from sae_lightning.report.bands import common_ranks
+from sae_lightning.evaluation.core import evaluate_run
+from sae_lightning.evaluation.similarity import Similarity
+from sae_lightning.files import write_tensors
+from sae_lightning.report.latents import common_ranks
+from sae_lightning.report.monoloss import POINTS, profile
 from sae_lightning.report.page import build
-from sae_lightning.report.profiles import POINTS, profile
-from sae_lightning.training.run import train
+from sae_lightning.runs.run import BAND_IMAGES, LATENTS, SCORES, TOP_IMAGES
+from sae_lightning.runs.scores import TABLE
+from sae_lightning.saes.artefact import read_tensors
+from sae_lightning.training.fit import train
 
 
 def test_the_page_is_self_contained_and_names_every_run(config, tmp_path):

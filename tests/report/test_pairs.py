@@ -7,15 +7,8 @@ import statistics
 
 import pytest
 
-from sae_lightning.report.pairs import (
-    as_csv,
-    as_markdown,
-    first_of_settings,
-    groups_of,
-    rows,
-    shown,
-)
-from sae_lightning.training.identity import monoloss_of
+from sae_lightning.report.monoloss import as_csv, as_markdown, first_of_settings, groups_of, rows, shown
+from sae_lightning.runs.identity import monoloss_of
 
 CONFIG = {
     "data": {"name": "demo"}, "backbone": {"name": "dinov2"}, "sae": {"name": "batchtopk", "settings": {"k": 16}},

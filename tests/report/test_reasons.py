@@ -4,9 +4,10 @@ import math
 
 import jinja2
 
-from sae_lightning.benchmark.table import Score, put_scores, read_rows
-from sae_lightning.report.pairs import shown
-from sae_lightning.report.visaebench_tables import MAIN, Scored, table
+from sae_lightning.metrics.base import Score
+from sae_lightning.report.benchmark import MAIN, Scored, table
+from sae_lightning.report.monoloss import shown
+from sae_lightning.runs.scores import put_scores, read_rows
 
 WHY = "no latent has 5 images"
 

@@ -12,31 +12,31 @@ import pytest
 import torch
 from PIL import Image
 
-from sae_lightning.benchmark.bands import BANDS
-from sae_lightning.benchmark.latents import BAND_IMAGES, LATENTS, TOP_IMAGES, write_tensors
-from sae_lightning.benchmark.part_scores import HISTOGRAMS
-from sae_lightning.benchmark.table import Score, put_scores, read_rows
 from sae_lightning.data import ImageData
-from sae_lightning.metrics.histograms import ActivationHistogram
+from sae_lightning.evaluation.by_latent import BANDS
+from sae_lightning.evaluation.parts import HISTOGRAMS
+from sae_lightning.files import write_tensors
+from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.sparsity import ActivationHistogram
+from sae_lightning.rendering.pictures import GAP, heat
+from sae_lightning.rendering.table import number
 from sae_lightning.report import page as report_page
-from sae_lightning.report.encoding import encoding
-from sae_lightning.report.page import build, load_runs
-from sae_lightning.report.strips import GAP, heat
-from sae_lightning.report.visaebench import files, section
-from sae_lightning.report.visaebench_figures import coarse, histograms, moran, probing, recovery
-from sae_lightning.report.visaebench_tables import (
+from sae_lightning.report.benchmark import (
     MAIN,
     Column,
     Scored,
     best,
-    number,
     raw_note,
     scored_runs,
     scores_csv,
     scores_markdown,
     table,
+    topics,
 )
-from sae_lightning.report.visaebench_topics import topics
+from sae_lightning.report.figures import coarse, encoding, histograms, moran, probing, recovery
+from sae_lightning.report.page import build, files, load_runs, section
+from sae_lightning.runs.run import BAND_IMAGES, LATENTS, TOP_IMAGES
+from sae_lightning.runs.scores import put_scores, read_rows
 from sae_lightning.saes import SparseCodes
 
 NAN = float("nan")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae_lightning.saes import SAE, ArtefactError, BatchTopK, Normalizer
-from sae_lightning.saes.hub import HubError, upload
+from sae_lightning.saes.artefact import HubError, upload
 from tests.hub import stand_in
 
 

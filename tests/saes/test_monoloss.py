@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sae_lightning.kernels import dispatch, native
+from sae_lightning.kernels import native, products
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
 from sae_lightning.saes.monoloss import Memory, dense_mono_loss, mono_loss
 
@@ -76,7 +76,7 @@ def test_every_kernel_and_type_of_features(kernels, dtype, d, monkeypatch):
         loss, grad = value_and_gradient(sparse_loss(h), a)
     else:
         monkeypatch.setattr(native, "available", lambda *_: False)
-        with dispatch.forced(kernels):
+        with products.forced(kernels):
             loss, grad = value_and_gradient(sparse_loss(h), a)
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad, (slope * (a > 0)).float(), rtol=1e-4, atol=1e-5)

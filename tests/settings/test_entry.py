@@ -237,8 +237,8 @@ def test_files_have_the_mode_of_the_umask(tmp_path):
 
     import torch
 
+    from sae_lightning.files import write_tensors
     from sae_lightning.saes import TopK
-    from sae_lightning.saes.artefact import write_tensors
 
     before = os.umask(0o022)
     try:

@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import OmegaConf
 
 from sae_lightning import saes
-from sae_lightning.benchmark.parts import MAKERS
 from sae_lightning.data import SOURCES
+from sae_lightning.evaluation.parts import MAKERS
 from sae_lightning.saes import VARIANTS
 from sae_lightning.saes.losses import TERMS
 from sae_lightning.settings import SettingsError, check_settings, mistakes

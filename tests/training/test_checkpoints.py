@@ -11,13 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sae_lightning.benchmark.scoring_pass import ScoringPass
+from sae_lightning.evaluation.scoring_pass import ScoringPass
+from sae_lightning.runs import state
+from sae_lightning.runs.run import PRODUCTS, is_finished
+from sae_lightning.runs.state import last_checkpoint
 from sae_lightning.saes import SAE
-from sae_lightning.training import checkpoints, plan
-from sae_lightning.training.checkpoints import CheckpointError, CheckpointFiles, last_checkpoint, mend_checkpoint
-from sae_lightning.training.history import History
+from sae_lightning.training import checkpoints
+from sae_lightning.training.callbacks import History
+from sae_lightning.training.checkpoints import CheckpointError, CheckpointFiles, mend_checkpoint
+from sae_lightning.training.fit import train
 from sae_lightning.training.loggers import _csv as open_csv
-from sae_lightning.training.run import PRODUCTS, is_finished, train
 
 STEPS = 8  # an epoch: 32 pictures of 64 tokens in batches of 256
 CRASH = "+callbacks.crash={_target_: tests.training.crash.Crash, epoch: 2}"
@@ -168,7 +171,7 @@ def test_a_damaged_plan_is_named_and_begun_anew(content, config, tmp_path, capsy
     runs = Path(cfg.paths.runs)
     runs.mkdir()
     (runs / "planned.json").write_bytes(content)
-    plan.note_plan([cfg], [["k=8"]], tmp_path)
+    state.note_plan([cfg], [["k=8"]], tmp_path)
     assert f"{runs / 'planned.json'} is damaged" in capsys.readouterr().err
     assert (runs / "planned.json.damaged").read_bytes() == content
-    assert [state.state for state in plan.states(runs)] == ["planned"]
+    assert [state.state for state in state.states(runs)] == ["planned"]

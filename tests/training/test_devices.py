@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sae_lightning.features import buffers
-from sae_lightning.features.datamodule import FeatureDataModule, InOrder
+from sae_lightning.features import loader
 from sae_lightning.saes import BatchTopK, Normalizer
+from sae_lightning.training import fit
 from sae_lightning.training import module as training
-from sae_lightning.training import run
+from sae_lightning.training.data import FeatureDataModule, InOrder
 from sae_lightning.training.module import SAEModule
 from tests.conftest import D_IN
 
@@ -46,10 +46,10 @@ def test_what_ranks_average_lies_on_their_device_and_goes_in_one_operation(monke
 def test_the_threshold_is_calibrated_where_the_run_trained_and_on_the_ranks_share(monkeypatch, stores):
     seen = []
     monkeypatch.setattr(BatchTopK, "calibrate", lambda self, batches, n: seen.append((self.W_enc.device, batches, n)))
-    monkeypatch.setattr(run, "rank", lambda: 1)
-    monkeypatch.setattr(run, "world_size", lambda: 3)
+    monkeypatch.setattr(fit, "rank", lambda: 1)
+    monkeypatch.setattr(fit, "world_size", lambda: 3)
     cfg = SimpleNamespace(sae={"threshold": "calibrated"})
-    run.calibrate(cfg, module_on(torch.device("cpu")), stores["val"], META)
+    fit.calibrate(cfg, module_on(torch.device("cpu")), stores["val"], META)
     ((device, batches, n),) = seen
     assert (device, n) == (META, stores["val"].n_tokens)
     assert batches.starts == InOrder(stores["val"], 8192, 1, 3).starts
@@ -101,7 +101,7 @@ def test_ranks_find_the_threshold_of_one_process(shares, shift, double, tmp_path
 def test_the_reading_thread_waits_for_the_gpu_that_its_batches_go_to(monkeypatch):
     waited: list = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    pool = buffers.BufferPool(64, pinned=False, device=GPU)
+    pool = loader.BufferPool(64, pinned=False, device=GPU)
     stopped = SimpleNamespace(is_set=lambda: False)
     buffer = pool.take(stopped, stopped)
     buffer.give_back()

@@ -12,11 +12,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sae_lightning.commands.hydra import ClosingTable
-from sae_lightning.training.failed import NotFiniteError, generators, in_part, in_words
-from sae_lightning.training.identity import run_name
+from sae_lightning.runs.identity import run_name
+from sae_lightning.runs.state import in_words, note_plan, planned, state_of
+from sae_lightning.training.failed import NotFiniteError, generators, in_part
+from sae_lightning.training.fit import train
 from sae_lightning.training.packed import PackError, train_packed
-from sae_lightning.training.plan import note_plan, planned, state_of
-from sae_lightning.training.run import train
 
 NAN = "+callbacks.nan={_target_: tests.training.crash.NotANumber, at: 3}"
 

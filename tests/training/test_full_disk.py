@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sae_lightning.runs.run import is_finished
 from sae_lightning.saes import artefact
-from sae_lightning.training.full_disk import FullDiskError, is_full, names_full_disk
-from sae_lightning.training.run import is_finished, train
+from sae_lightning.training.checkpoints import FullDiskError, is_full, names_full_disk
+from sae_lightning.training.fit import train
 from tests.features.jobs import limit_files
 
 

@@ -11,7 +11,7 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from sae_lightning.commands import hydra
 from sae_lightning.commands.hydra import OneGPU, take, visible_gpus
-from sae_lightning.training.nodes import call_meeting, check_tasks, find_meeting, leading
+from sae_lightning.distributed.launch import call_meeting, check_tasks, find_meeting, leading
 from tests.configs import CONF
 
 ROOT = Path(__file__).resolve().parents[2]

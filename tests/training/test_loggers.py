@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sae_lightning.saes.artefact import read_cfg
-from sae_lightning.training import run as module
-from sae_lightning.training.columns import columns, flat
-from sae_lightning.training.loggers import FINAL, checkpoint_step, open_loggers
-from sae_lightning.training.run import train
+from sae_lightning.training import fit as module
+from sae_lightning.training.fit import train
+from sae_lightning.training.loggers import FINAL, checkpoint_step, columns, flat, open_loggers
 from tests.training.wandb_files import offline_run
 
 

@@ -6,15 +6,15 @@ import json
 import pytest
 import torch
 
-from sae_lightning.features.ensure import ensure_store
 from sae_lightning.features.loader import FeatureLoader
+from sae_lightning.features.source import ensure_store
 from sae_lightning.metrics.monoscore import monoscore
+from sae_lightning.runs.identity import run_name
 from sae_lightning.saes import SAE, BatchTopK
 from sae_lightning.saes.monoloss import dense_mono_loss
-from sae_lightning.training.identity import run_name
+from sae_lightning.training.fit import build_callbacks, train
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.monoloss import MonoLoss
-from sae_lightning.training.run import build_callbacks, train
 from tests.configs import CONF
 
 ON = ("callbacks=monoloss", "callbacks.monoloss.weight=1")

@@ -13,12 +13,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from sae_lightning.commands.main import main
-from sae_lightning.features.ensure import tap_of
-from sae_lightning.training.identity import run_name
-from sae_lightning.training.memory import pack_bytes, rounds, weight_bytes
-from sae_lightning.training.packing import grouped
-from sae_lightning.training.plan import note_plan, state_of, states
-from sae_lightning.training.run import train
+from sae_lightning.features.source import tap_of
+from sae_lightning.runs.identity import run_name
+from sae_lightning.runs.state import note_plan, state_of, states
+from sae_lightning.training.fit import train
+from sae_lightning.training.packed import grouped, pack_bytes, rounds, weight_bytes
 from tests.configs import CONF, composed
 from tests.processes import run
 

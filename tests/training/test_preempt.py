@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_lightning.distributed import stopping
+from sae_lightning.distributed.stopping import Preempted, give_way, heeding, working
 from sae_lightning.saes import SAE
-from sae_lightning.training import preempt
-from sae_lightning.training.preempt import Preempted, give_way, heeding, working
-from sae_lightning.training.run import train
+from sae_lightning.training.fit import train
 from tests.processes import HANG, Command, wait_for
 
 STEPS = 8  # an epoch: 32 pictures of 64 tokens in batches of 256
@@ -38,12 +38,12 @@ def alive(pid: int) -> bool:
 def test_a_run_stopped_in_any_step_goes_on_to_the_same_weights(name, at, config, tmp_path, capsys):
     """Within an epoch, at an epoch's last step, and at the last of all; the history has no gap and nothing twice."""
     whole = train(config(f"paths.runs={tmp_path / 'whole'}"))
-    before = [signal.getsignal(number) for number in preempt.SIGNALS]
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
     with pytest.raises(SystemExit) as stopped:
         train(config(f"+callbacks.signal={{_target_: tests.training.crash.Signal, at: {at}, name: {name}}}"))
     assert stopped.value.code == 128 + getattr(signal, name)
     assert f"stopped at step {at + 1} by {name}; the same line goes on" in capsys.readouterr().out
-    assert [signal.getsignal(number) for number in preempt.SIGNALS] == before
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
     (run,) = (tmp_path / "runs").iterdir()
     assert not (run / "result.json").exists()
     done = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
@@ -67,9 +67,9 @@ def test_a_training_in_another_thread_hears_the_signal_of_the_main_thread():
     def run(ready: threading.Event) -> None:
         with working(), heeding("not the main thread, so nothing"):
             ready.set()
-            while not preempt.asked():
+            while not stopping.asked():
                 time.sleep(0.01)
-            heard.append(preempt.asked())
+            heard.append(stopping.asked())
 
     with heeding("a pack"):
         thread = threading.Thread(target=run, args=(ready := threading.Event(),))
@@ -97,7 +97,7 @@ def test_either_warning_reaches_the_handler_of_submitit(signum, listens, monkeyp
 def test_after_sigterm_a_slurm_job_waits_for_slurm_to_decide(monkeypatch):
     """SIGTERM may be from scancel: nothing is requeued, but a job that SLURM requeues must not end by itself."""
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    monkeypatch.setattr(preempt, "PATIENCE", 1.5)
+    monkeypatch.setattr(stopping, "PATIENCE", 1.5)
     requeued, passed = [], []
     handlers = {signal.SIGUSR2: lambda *_: requeued.append(1), signal.SIGTERM: lambda *_: passed.append(1)}
     start = time.monotonic()

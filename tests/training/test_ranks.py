@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_lightning.distributed.launch import n_ranks
 from sae_lightning.saes import SAE
-from sae_lightning.training.launch import n_ranks
-from sae_lightning.training.run import train
+from sae_lightning.training.fit import train
 from tests.processes import run
 
 pytestmark = pytest.mark.slow

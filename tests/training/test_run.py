@@ -8,10 +8,10 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 
-from sae_lightning.features.ensure import ensure_store
+from sae_lightning.features.source import ensure_store
 from sae_lightning.metrics import FVU, L0
 from sae_lightning.saes import SAE
-from sae_lightning.training.run import train
+from sae_lightning.training.fit import train
 from tests.configs import CONF
 
 CHOICES = sorted(path.stem for path in (CONF / "sae").glob("*.yaml"))
@@ -114,16 +114,16 @@ def test_a_step_of_several_batches_is_one_row(config):
 def test_dead_latents_restart_once_a_step(monkeypatch):
     from types import SimpleNamespace
 
-    from sae_lightning.training import resample
+    from sae_lightning.training import callbacks
 
     calls = []
-    monkeypatch.setattr(resample, "resample", lambda *_: calls.append(trainer.global_step) or 0)
-    monkeypatch.setattr(resample, "input_norm", lambda _, x: (x, None))
+    monkeypatch.setattr(callbacks, "resample", lambda *_: calls.append(trainer.global_step) or 0)
+    monkeypatch.setattr(callbacks, "input_norm", lambda _, x: (x, None))
     sae = SimpleNamespace(input_norm=None, normalizer=SimpleNamespace(normalize=lambda x: x))
     trainer = SimpleNamespace(
         global_step=0, estimated_stepping_batches=9, optimizers=[None], is_global_zero=True, logger=None
     )
-    callback = resample.Resample(2, 100, until=1)
+    callback = callbacks.Resample(2, 100, until=1)
     callback.on_train_start(trainer, None)
     for step in (0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4):  # after each of the batches, three a step
         trainer.global_step = step

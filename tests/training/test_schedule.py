@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae_lightning.training.schedule import Schedule
+from sae_lightning.training.module import Schedule
 
 
 def factors(steps: int, **settings) -> list[float]:

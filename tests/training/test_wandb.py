@@ -14,7 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
-from sae_lightning.training import wandb_run, wandb_service
+from sae_lightning.training import wandb_run
 from sae_lightning.training.loggers import settle, sweep_of
 from sae_lightning.training.wandb_run import WandbRun, finish, log_artefact, open_run
 from tests.configs import CONF
@@ -30,7 +30,7 @@ def _fresh(monkeypatch, tmp_path):
     import wandb
 
     wandb.teardown()
-    wandb_service.forget()
+    wandb_run.forget()
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "no-settings"))
@@ -274,7 +274,7 @@ def test_w_and_b_s_own_settings_win_over_ours_and_given_ones_over_both(
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setitem(wandb_run._named, "taken", Path("/another/run"))
-    own = wandb_service.own_settings("/nowhere")
+    own = wandb_run.own_settings("/nowhere")
     assert wandb_run._settings(options(**given), own, Path("/runs/run-1"), ["clip"])[name] == expected
 
 
@@ -373,4 +373,4 @@ def test_the_key_is_that_of_the_environment_or_the_login(environment, expected, 
     monkeypatch.setenv("NETRC", str(path))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert wandb_service.login(wandb_service.own_settings("/nowhere"))[1] == expected
+    assert wandb_run.login(wandb_run.own_settings("/nowhere"))[1] == expected

@@ -9,12 +9,13 @@ from PIL import Image
 
 from experiments.tiny_captioner.model import captioner
 from experiments.tiny_captioner.train import Speaker, encode
-from sae_lightning.backbones import Tap, load_backbone
+from sae_lightning.backbones.backbone import Tap
+from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.data import load_images
-from sae_lightning.data.parquet import CIFAR10_CLASSES
+from sae_lightning.data.bundled import CIFAR10_CLASSES
 from sae_lightning.vlms import VLM, VLMError, load_vlm
-from sae_lightning.vlms.concepts import concepts_in
 from sae_lightning.vlms.load import CAPTIONER
+from sae_lightning.vlms.words import concepts_in
 from tests.backbones.models import backbone
 from tests.vlms.configs import noise, vlm
 from tests.vlms.ties import assert_same_captions

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_lightning.data.parquet import CIFAR10_CLASSES
-from sae_lightning.vlms.concepts import CLASS_WORDS, concepts_in, mentions, share_naming, words_for
+from sae_lightning.data.bundled import CIFAR10_CLASSES
+from sae_lightning.vlms.words import CLASS_WORDS, concepts_in, mentions, share_naming, words_for
 
 
 def test_every_class_of_cifar10_has_words_that_no_other_has():

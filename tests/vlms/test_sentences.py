@@ -8,8 +8,8 @@ import pytest
 from experiments.tiny_captioner.measure import colours_said, judged
 from experiments.tiny_captioner.pixels import COLOURS, colours_of, measure
 from experiments.tiny_captioner.sentences import sentence
-from sae_lightning.data.parquet import CIFAR10_CLASSES
-from sae_lightning.vlms.concepts import concepts_in
+from sae_lightning.data.bundled import CIFAR10_CLASSES
+from sae_lightning.vlms.words import concepts_in
 
 RGB = {"white": (240, 240, 240), "black": (20, 20, 20), "red": (210, 20, 20), "blue": (40, 80, 220),
        "green": (40, 150, 50), "grey": (128, 128, 128), "brown": (110, 70, 40)}  # fmt: skip

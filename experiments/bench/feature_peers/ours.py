@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from experiments.bench.feature_peers import synthetic
 from experiments.bench.feature_peers.synthetic import Features
-from sae_lightning.backbones import Tap
+from sae_lightning.backbones.backbone import Tap
 from sae_lightning.data import ImageData
-from sae_lightning.features.datamodule import FeatureDataModule
-from sae_lightning.features.extract import Settings
-from sae_lightning.features.extract import extract as extract_stores
+from sae_lightning.features.extraction import Settings
+from sae_lightning.features.extraction import extract as extract_stores
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
+from sae_lightning.training.data import FeatureDataModule
 
 OPTIONS: dict[str, dict] = {"": {}}
 PATCH = Tap("patch", 11)

@@ -11,7 +11,7 @@ from scipy import stats
 from statsmodels.stats.inter_rater import aggregate_raters, fleiss_kappa
 from statsmodels.stats.proportion import proportion_confint
 
-from sae_lightning.apps.agreement.judgements import CHOICES
+from sae_lightning.apps.agreement.study import CHOICES
 
 LATENTS = ["run_left", "latent_left", "run_right", "latent_right"]
 

@@ -12,15 +12,21 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.apps.agreement.analysis import agreement, by_difference, majority, raters, with_scores
-from sae_lightning.apps.agreement.collect import study_of, write_collecting_page
-from sae_lightning.apps.agreement.judgements import SIMULATED, read_judgements
-from sae_lightning.apps.agreement.pairs import draw_pairs
-from sae_lightning.apps.agreement.scores import SCORES, latent_scores
-from sae_lightning.apps.agreement.simulated import simulated_judgements
-from sae_lightning.apps.opened import Opened, shared_results
-from sae_lightning.apps.result import Headline, Result, leave
-from sae_lightning.benchmark.similarity import Similarity
-from sae_lightning.report.figures import COLOURS, STYLE, svg
+from sae_lightning.apps.agreement.study import (
+    SCORES,
+    SIMULATED,
+    draw_pairs,
+    latent_scores,
+    read_judgements,
+    simulated_judgements,
+    study_of,
+    write_collecting_page,
+)
+from sae_lightning.apps.app import leave
+from sae_lightning.evaluation.similarity import Similarity
+from sae_lightning.rendering.figures import COLOURS, STYLE, svg
+from sae_lightning.runs.results import Headline, Result
+from sae_lightning.runs.run import Opened, shared_results
 
 PAIRS, LATENTS, TABLE, MADE_UP = "pairs.parquet", "latents.parquet", "agreement.parquet", "judgements-simulated.csv"
 

@@ -13,21 +13,18 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from sae_lightning.apps.bias import figures
-from sae_lightning.apps.bias.classifier import mean_of
-from sae_lightning.apps.bias.dose import dose, pushes, typical
-from sae_lightning.apps.bias.edits import Wholes, wholes
-from sae_lightning.apps.bias.planted import Check, check, versions
-from sae_lightning.apps.bias.study import Study, study
-from sae_lightning.apps.bias.task import Members, Task, batches, labelled, members, task_of
+from sae_lightning.apps.app import leave
+from sae_lightning.apps.bias import page
+from sae_lightning.apps.bias.dose import Wholes, dose, pushes, typical, wholes
+from sae_lightning.apps.bias.planted import Check, check, mark, versions
+from sae_lightning.apps.bias.study import Members, Study, Task, batches, labelled, mean_of, members, study, task_of
 from sae_lightning.apps.names import names_of
-from sae_lightning.apps.opened import Opened
-from sae_lightning.apps.result import Headline, Result, leave
-from sae_lightning.backbones import BackboneError
+from sae_lightning.backbones.backbone import BackboneError
 from sae_lightning.data import DataError
-from sae_lightning.data.planted import mark
-from sae_lightning.features.ensure import plain
-from sae_lightning.report.strips import strip, thumbnail
+from sae_lightning.features.source import plain
+from sae_lightning.rendering.pictures import strip, thumbnail
+from sae_lightning.runs.results import Headline, Result
+from sae_lightning.runs.run import Opened
 
 APP, TABLE = "bias", "bias.parquet"
 TOP = 8  # images in a latent's strip
@@ -237,7 +234,7 @@ def _latent(
     own = images.magnitudes[:, [latent]].toarray().ravel()
     return {
         "latent": latent, "name": shown.names[latent], "strip": _strip(images, latent, shown), "dose": curve,
-        "response": figures.response(curve), "spread": figures.spread(own, found.predicted, task.title),
+        "response": page.response(curve), "spread": page.spread(own, found.predicted, task.title),
         "row": found.table.iloc[latent],
     }  # fmt: skip
 
@@ -256,7 +253,7 @@ def _check(found: Check | None, opened: Opened, cfg: DictConfig, held: Members, 
     pictures = [strip([thumbnail(image) for image in some]) for some in (plain_ones, marked)]
     top = found.biased.ranked[:TOP]
     return {
-        "found": found, "pictures": pictures, "figure": figures.detections(found),
+        "found": found, "pictures": pictures, "figure": page.detections(found),
         "top": [
             {"latent": int(i), "name": shown.names[i], "tells": found.detection(int(i)),
              **found.biased.table.iloc[i].to_dict(), "control": found.control.table.iloc[i]}

@@ -14,11 +14,11 @@ import uvicorn
 from omegaconf import DictConfig
 from starlette.applications import Starlette
 
+from sae_lightning.apps.explorer.book import Shelf
 from sae_lightning.apps.explorer.server import Explorer, make_app
-from sae_lightning.apps.explorer.shelf import Shelf
-from sae_lightning.apps.explorer.turning import Captioner
-from sae_lightning.apps.opened import Opened
-from sae_lightning.apps.result import Result
+from sae_lightning.apps.explorer.views import Captioner
+from sae_lightning.runs.results import Result
+from sae_lightning.runs.run import Opened
 
 HOST = "127.0.0.1"
 LEAVING = 3  # seconds that requests under way get at the end

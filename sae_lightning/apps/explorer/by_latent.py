@@ -9,8 +9,8 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from sae_lightning.benchmark import bands as by_band
-from sae_lightning.benchmark.image_codes import ImageCodes, LatentEntries
+from sae_lightning.evaluation import by_latent as by_band
+from sae_lightning.evaluation.image_codes import ImageCodes, LatentEntries
 
 
 class ByLatent:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sae_lightning.apps.explorer.refused import RefusedError
+from sae_lightning.apps.explorer.uploads import RefusedError
 
 HOSTS = ("127.0.0.1", "localhost")
 HEADERS = {

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
+from markupsafe import Markup
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -17,21 +24,56 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from sae_lightning import __version__
 from sae_lightning.apps.explorer import views
-from sae_lightning.apps.explorer.book import KINDS, Book, Picked
-from sae_lightning.apps.explorer.choose import choose
+from sae_lightning.apps.explorer.book import KINDS, Book, Picked, Shelf
 from sae_lightning.apps.explorer.guards import Guard, read_body
-from sae_lightning.apps.explorer.page import page
-from sae_lightning.apps.explorer.pictures import SIZES, webp
-from sae_lightning.apps.explorer.refused import RefusedError
-from sae_lightning.apps.explorer.shelf import Shelf
-from sae_lightning.apps.explorer.turning import Captioner, turned_view
-from sae_lightning.apps.explorer.uploads import read_picture
-from sae_lightning.report.strips import overlay, thumbnail
+from sae_lightning.apps.explorer.uploads import RefusedError, read_picture
+from sae_lightning.apps.explorer.views import Captioner, choose, turned_view
+from sae_lightning.rendering.pictures import overlay, thumbnail
+
+TEMPLATES = Path(__file__).resolve().parents[2] / "report" / "templates"
+
+PARTS = TEMPLATES / "apps" / "explorer"
+
+SCRIPTS = ("dom.js", "state.js", "list.js", "latent.js", "picture.js", "main.js")  # one after another, in one scope
+
+
+def page() -> tuple[str, str]:
+    """The page's HTML, and its Content-Security-Policy, which names style and script by their hashes."""
+    style = (TEMPLATES / "style.html").read_text(encoding="utf-8") + (PARTS / "page.css").read_text(encoding="utf-8")
+    script = '"use strict";\n' + "".join((PARTS / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    template = jinja2.Environment(autoescape=True).from_string((PARTS / "page.html").read_text(encoding="utf-8"))
+    html = template.render(style=Markup(style), script=Markup(script), version=__version__)
+    policy = (
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src 'self' blob: data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return html, policy
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+SMALL, LARGE = 96, 288  # pixels at most: in lists, and alone
+
+SIZES = (SMALL, LARGE)
+
+
+def webp(picture: Image.Image) -> bytes:
+    """The picture as WebP."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=88, method=4)
+    return buffer.getvalue()
+
 
 PAGED = 200  # lines of the list at once, at most
+
 CACHED = 4096  # pictures as WebP
+
 SMALL_BODY = 4096  # bytes of a request in JSON
+
 WORDS = {404: "There is no such page.", 405: "This cannot be done here."}
 
 

@@ -10,13 +10,24 @@ from threading import Lock
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sae_lightning.apps.explorer.refused import RefusedError
 from sae_lightning.data.decode import to_rgb
 from sae_lightning.data.errors import brief
 
+
+class RefusedError(ValueError):
+    """A request that cannot be answered: an HTTP ``status`` and a sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoders that uploads can reach
+
 PIXELS = 40_000_000  # of a picture, before it is decoded
+
 SIDE = 1024  # larger pictures are kept in this size
+
 KEPT = 16  # pictures
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from sae_lightning.apps.explorer.book import Book, Picked
+from sae_lightning.apps.explorer.uploads import RefusedError
+from sae_lightning.apps.search.dose import turned
+from sae_lightning.apps.search.neighbours import neighbours
+from sae_lightning.vlms import VLM, VLMError, load_vlm
+from sae_lightning.vlms.steering import check_fit, steered_captions
 
 LISTED = 4  # pictures beside a latent in the list
+
 SIMILAR = 8  # latents of similar direction
+
 CLASSES = 6
 
 
@@ -110,3 +119,103 @@ def _classes(book: Book, latent: int) -> list[dict[str, Any]]:
 def _label(book: Book, latent: int) -> str:
     label = int(book.known.label[latent])
     return book.class_names[label] if label >= 0 and len(book.class_names) > 1 else ""
+
+
+TRIED = 4  # pictures that decide whether a model sees as the run's encoder does
+
+
+def turned_view(book: Book, picked: Picked, latent: int, value: float, n: int) -> dict[str, Any]:
+    """The ``n`` nearest pictures by features before and after ``latent`` is at ``value`` on all tokens of a picture.
+
+    What the SAE does not reconstruct of the picture is kept, so that only the latent differs.
+    """
+    features = book.features(picked)
+    after = turned(book.opened.sae, features, book.check_latent(latent), [value], keep_error=True)[0]
+    gallery, own = book.opened.features(book.split), picked.number if picked.kind == "images" else -1
+    queries = np.concatenate([features.mean(1).numpy(), after.detach().numpy()])
+    found = neighbours(queries, gallery, n, own=np.array([own, own]))
+
+    def side(at: int) -> list[dict[str, Any]]:
+        pairs = zip(found.images[at].tolist(), found.distances[at].tolist(), strict=True)
+        return [{"image": i, "label": book.label(i), "cosine": number(1 - far)} for i, far in pairs if i >= 0]
+
+    return {"latent": latent, "value": value, "before": side(0), "after": side(1)}
+
+
+class Captioner:
+    """The vision-language model of the config node ``node``, loaded to ``device`` when first asked; None: none."""
+
+    def __init__(
+        self, node: Mapping[str, Any] | None, device: str = "cpu", load: Callable[..., VLM] = load_vlm
+    ) -> None:
+        self._node, self._device, self._load, self._lock = node, device, load, Lock()
+        self._vlm: VLM | None = None
+        self._why: dict[str, str] = {}  # by run, why it does not fit; "" where it does
+
+    def why_not(self, book: Book) -> str:
+        """Why the SAE of ``book`` cannot steer the model; "" where it can."""
+        with self._lock:
+            if book.version not in self._why:
+                try:
+                    self._check(book)
+                except (ValueError, ImportError) as error:
+                    self._why[book.version] = str(error)
+                else:
+                    self._why[book.version] = ""
+            return self._why[book.version]
+
+    def view(self, book: Book, picked: Picked, latent: int, value: float) -> dict[str, Any]:
+        """The caption of a picture before and after ``latent`` is at ``value`` on all of its tokens.
+
+        What the SAE does not reconstruct is kept. RefusedError with 409 where ``why_not`` says so.
+        """
+        if why := self.why_not(book):
+            raise RefusedError(409, why)
+        picture, sae = book.picture(picked), book.opened.sae
+        book.check_latent(latent)
+        with self._lock:
+            assert self._vlm is not None  # or why_not had said so
+            before = self._vlm.captions([picture])[0]
+            after = steered_captions(
+                self._vlm, sae, [picture], latent, [value], layer=book.store.layer, keep_error=True
+            )[0][0]
+        return {"latent": latent, "value": value, "before": before, "after": after, "model": self._vlm.title}
+
+    def _check(self, book: Book) -> None:
+        if self._node is None:
+            raise VLMError("No vision-language model was chosen.")
+        if book.store.kind != "patch":
+            raise VLMError("Captions need a run on patch tokens of the encoder that the captioner sees through.")
+        if self._vlm is None:
+            self._vlm = self._load(self._node, self._device)
+        few = [book.picture(Picked("images", i)) for i in range(min(TRIED, len(book.store)))]
+        check_fit(self._vlm, book.store, few)
+
+
+def choose(
+    values: np.ndarray, names: Sequence[str], label: np.ndarray, images_fired: np.ndarray, *,
+    text: str = "", of_class: int | None = None, at_least: int = 0, descending: bool = True,
+) -> np.ndarray:  # fmt: skip
+    """The latents [m] int64 that fit, sorted by ``values`` [d_sae]; of equals the lower first, NaN last either way.
+
+    ``text``: a latent's number, or words that all occur in its name, in any case. ``of_class``: its most frequent
+    class. ``at_least``: pictures on which it fires.
+    """
+    fits = images_fired >= at_least
+    if of_class is not None:
+        fits &= label == of_class
+    if text.strip():
+        fits &= named(names, text)
+    latents = np.flatnonzero(fits)
+    keys = values[latents]
+    return latents[np.argsort(-keys if descending else keys, kind="stable")]  # NaN sorts last in both
+
+
+def named(names: Sequence[str], text: str) -> np.ndarray:
+    """Which latents [d_sae] bool have the number ``text`` (``12`` or ``#12``) or a name with all its words."""
+    words = text.casefold().split()
+    found = np.array([all(word in name.casefold() for word in words) for name in names], dtype=bool)
+    number = text.strip().removeprefix("#")
+    if number.isascii() and number.isdigit() and len(number) < 10 and int(number) < len(names):
+        found[int(number)] = True
+    return found

@@ -19,32 +19,38 @@ import torch
 from omegaconf import DictConfig
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.codes import top_images
-from sae_lightning.apps.intervals import share_interval
+from sae_lightning.apps.app import leave
 from sae_lightning.apps.names import TABLE, dominant, label_names
-from sae_lightning.apps.naming.activation import fit
-from sae_lightning.apps.naming.checks import (
+from sae_lightning.apps.naming.match import (  # fmt: skip
+    COLUMNS,
+    CONDITIONS,
     Agreement,
     Measured,
     agreement,
     class_in,
+    cosines,
+    fit,
     like,
+    match,
+    of_concepts,
+    of_latents,
     precision,
     standing,
-)  # fmt: skip
-from sae_lightning.apps.naming.match import COLUMNS, CONDITIONS, cosines, match, of_concepts, of_latents
+)
 from sae_lightning.apps.naming.page import page_context
-from sae_lightning.apps.naming.text import (
+from sae_lightning.apps.naming.vocabulary import (  # fmt: skip
     RANDOM_LATENTS,
     RANDOM_WORDS,
     TextNames,
     chosen_method,
     image_embeddings,
     name_by_text,
-)  # fmt: skip
-from sae_lightning.apps.opened import Opened
-from sae_lightning.apps.result import Headline, Result, leave
-from sae_lightning.features.ensure import plain
+)
+from sae_lightning.apps.statistics import share_interval
+from sae_lightning.evaluation.by_latent import top_images
+from sae_lightning.features.source import plain
+from sae_lightning.runs.results import Headline, Result
+from sae_lightning.runs.run import Opened
 
 RANDOM = 1000  # directions beside which held-out precision is put
 LEAST = 5  # latents with both names, from which their agreement is a headline

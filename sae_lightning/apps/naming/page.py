@@ -12,14 +12,22 @@ import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from sae_lightning.apps.codes import top_images
-from sae_lightning.apps.naming.checks import Agreement, Measured
-from sae_lightning.apps.naming.match import COLUMNS, CONDITIONS, PAPER, named_at, of_concepts, of_latents
-from sae_lightning.apps.naming.text import RANDOM_LATENTS, RANDOM_WORDS, TextNames
-from sae_lightning.apps.opened import Opened
-from sae_lightning.benchmark.latents import activation_maps
-from sae_lightning.report.figures import COLOURS, STYLE, svg
-from sae_lightning.report.strips import overlay, strip, thumbnail
+from sae_lightning.apps.naming.match import (
+    COLUMNS,
+    CONDITIONS,
+    PAPER,
+    Agreement,
+    Measured,
+    named_at,
+    of_concepts,
+    of_latents,
+)
+from sae_lightning.apps.naming.vocabulary import RANDOM_LATENTS, RANDOM_WORDS, TextNames
+from sae_lightning.evaluation.by_latent import top_images
+from sae_lightning.evaluation.core import activation_maps
+from sae_lightning.rendering.figures import COLOURS, STYLE, svg
+from sae_lightning.rendering.pictures import overlay, strip, thumbnail
+from sae_lightning.runs.run import Opened
 
 RATIOS = (1.0, 1.25, 1.5, 2.0, 3.0)
 STEPS = (-0.2, -0.12, -0.06, 0.0, 0.06, 0.12, 0.2)  # of the grid of thresholds, around the one in use

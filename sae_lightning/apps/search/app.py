@@ -8,27 +8,37 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, ListConfig
 
-from sae_lightning.apps.intervals import mean_interval
+from sae_lightning.apps.app import leave
 from sae_lightning.apps.names import dominant, names_of
-from sae_lightning.apps.opened import Opened
-from sae_lightning.apps.result import Headline, Result, leave
-from sae_lightning.apps.search.dose import LATENT, OTHER, RANDOM, class_latents, dose_means, dose_table, spread_of
-from sae_lightning.apps.search.neighbours import neighbours
-from sae_lightning.apps.search.page import dose_figure, precision_figure, shown_neighbours, shown_turned
-from sae_lightning.apps.search.query import Query, queries_of
-from sae_lightning.apps.search.scores import (
+from sae_lightning.apps.search.dose import (
+    LATENT,
+    OTHER,
+    RANDOM,
+    class_latents,
+    dose_means,
+    dose_table,
+    spread_of,
+    turned,
+)
+from sae_lightning.apps.search.neighbours import (
     COSINE,
     FEATURES,
     KS,
     MANHATTAN,
     SHUFFLED,
+    Query,
     agreement_of_shared,
+    neighbours,
     precisions,
+    queries_of,
     spaces,
 )
-from sae_lightning.apps.search.turned import turned
-from sae_lightning.features.ensure import plain
-from sae_lightning.report.strips import data_uri, thumbnail
+from sae_lightning.apps.search.page import dose_figure, precision_figure, shown_neighbours, shown_turned
+from sae_lightning.apps.statistics import mean_interval
+from sae_lightning.features.source import plain
+from sae_lightning.rendering.pictures import data_uri, thumbnail
+from sae_lightning.runs.results import Headline, Result
+from sae_lightning.runs.run import Opened
 
 __all__ = ["neighbours", "run", "turned"]
 

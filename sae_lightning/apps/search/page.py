@@ -11,15 +11,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.search.dose import ARMS
-from sae_lightning.apps.search.explain import contributions, top_shared
-from sae_lightning.apps.search.neighbours import Found, neighbours
-from sae_lightning.apps.search.query import Query
-from sae_lightning.apps.search.scores import COSINE, FEATURES, MANHATTAN
-from sae_lightning.apps.search.turned import turned
+from sae_lightning.apps.search.dose import ARMS, turned
+from sae_lightning.apps.search.neighbours import (
+    COSINE,
+    FEATURES,
+    MANHATTAN,
+    Found,
+    Query,
+    contributions,
+    neighbours,
+    top_shared,
+)
 from sae_lightning.data import ImageData
-from sae_lightning.report.figures import COLOURS, STYLE, svg
-from sae_lightning.report.strips import data_uri, thumbnail
+from sae_lightning.rendering.figures import COLOURS, STYLE, svg
+from sae_lightning.rendering.pictures import data_uri, thumbnail
 from sae_lightning.saes import SAE
 
 

@@ -10,8 +10,8 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
-from sae_lightning.apps.opened import Opened, shared_results
-from sae_lightning.apps.result import Headline, Result, leave
+from sae_lightning.apps.app import leave
+from sae_lightning.apps.stability.activations import SAME_START, View, views_of
 from sae_lightning.apps.stability.page import context
 from sae_lightning.apps.stability.pairs import (
     ACTIVATION,
@@ -22,7 +22,8 @@ from sae_lightning.apps.stability.pairs import (
     matched_directions,
 )
 from sae_lightning.apps.stability.universal import set_name, sets_of, universal
-from sae_lightning.apps.stability.views import SAME_START, View, views_of
+from sae_lightning.runs.results import Headline, Result
+from sae_lightning.runs.run import Opened, shared_results
 
 PAIRS, MATCHES, UNIVERSAL = "pairs.parquet", "matches.parquet", "universal.parquet"
 WORDS = {

@@ -12,9 +12,16 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sae_lightning.apps.stability.matching import class_correlation, correlation, match, paired_correlation
-from sae_lightning.apps.stability.views import SAME_START, View, relation
-from sae_lightning.metrics.stability import Matching, match_latents, nearest_cosine
+from sae_lightning.apps.stability.activations import (
+    SAME_START,
+    View,
+    class_correlation,
+    correlation,
+    match,
+    paired_correlation,
+    relation,
+)
+from sae_lightning.metrics.dictionary import Matching, match_latents, nearest_cosine
 from sae_lightning.saes import SAE
 
 RELATIONS = ("seed", "expansion", "settings", "expansion, same start", "settings, same start", "backbone")

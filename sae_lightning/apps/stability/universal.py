@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sae_lightning.apps.stability.matching import Activations, correlation, paired_correlation
-from sae_lightning.apps.stability.views import View
+from sae_lightning.apps.stability.activations import Activations, View, correlation, paired_correlation
 
 Correlations = Mapping[tuple[int, int], np.ndarray]  # of runs a and b, both ways round, [latents of a, latents of b]
 ROUNDS = 20  # of improving a tuple, which settles in a handful

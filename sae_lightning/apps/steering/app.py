@@ -12,19 +12,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from sae_lightning.apps.app import leave
 from sae_lightning.apps.names import names_of
-from sae_lightning.apps.opened import Opened
-from sae_lightning.apps.result import Result, leave
-from sae_lightning.apps.steering.captions import check_fit, steered_captions
 from sae_lightning.apps.steering.latents import Turned, choose, diffmean
 from sae_lightning.apps.steering.page import page_context
-from sae_lightning.apps.steering.scores import (
-    concept_embedding,
-    headlines,
-    own_class_share,
-    similarities,
-    with_class_names,
-)
 from sae_lightning.apps.steering.trials import (
     GOALS,
     METHODS,
@@ -32,13 +23,22 @@ from sae_lightning.apps.steering.trials import (
     Steered,
     best_alphas,
     by_latent,
+    concept_embedding,
     draw_pool,
+    headlines,
+    own_class_share,
+    similarities,
     trials,
+    with_class_names,
 )
-from sae_lightning.backbones import Backbone, load_backbone
+from sae_lightning.backbones.backbone import Backbone
+from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.backbones.settings import SIZES
-from sae_lightning.features.ensure import ensure_store, plain
+from sae_lightning.features.source import ensure_store, plain
+from sae_lightning.runs.results import Result
+from sae_lightning.runs.run import Opened
 from sae_lightning.vlms import load_vlm
+from sae_lightning.vlms.steering import check_fit, steered_captions
 
 TABLE, CAPTIONS = "steering.parquet", "captions.parquet"
 TRIED = 4  # pictures that tell whether the model's tower is the run's encoder

@@ -10,8 +10,8 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from sae_lightning.apps.codes import as_codes
-from sae_lightning.benchmark.top_images import TopImages, top_purity
+from sae_lightning.evaluation.by_latent import TopImages, top_purity
+from sae_lightning.saes.codes import as_codes
 
 NEAREST = 20  # latents of about the same firing rate that a random one is drawn from
 

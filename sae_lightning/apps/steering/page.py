@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from sae_lightning.apps.steering.latents import Turned
-from sae_lightning.apps.steering.scores import interval
+from sae_lightning.apps.steering.trials import interval
 from sae_lightning.data import ImageData
-from sae_lightning.report.figures import COLOURS, STYLE, svg
-from sae_lightning.report.strips import data_uri, strip, thumbnail
-from sae_lightning.vlms.concepts import words_for
+from sae_lightning.rendering.figures import COLOURS, STYLE, svg
+from sae_lightning.rendering.pictures import data_uri, strip, thumbnail
+from sae_lightning.vlms.words import words_for
 
 TITLES = {"sae": "SAE latent", "diffmean": "DiffMean", "random": "random latent"}
 STRIP = 10  # of a latent's images

@@ -2,25 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lightning.apps.steering.captions import steered_captions
+from sae_lightning.apps.statistics import mean_interval
 from sae_lightning.apps.steering.latents import Turned
-from sae_lightning.apps.steering.scores import Manner, judge, kept
 from sae_lightning.data import ImageData
+from sae_lightning.runs.results import Headline
 from sae_lightning.saes import SAE
 from sae_lightning.vlms import VLM
-from sae_lightning.vlms.concepts import mentions
-from sae_lightning.vlms.steer import steer
+from sae_lightning.vlms.steering import steer, steered_captions
+from sae_lightning.vlms.words import concepts_in, mentions, words_for
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How long unsteered captions are, in words."""
+
+    shortest: int
+    longest: int
+
+    @staticmethod
+    def of(captions: Sequence[str]) -> Manner:
+        lengths = [len(caption.split()) for caption in captions]
+        return Manner(min(lengths), max(lengths))
+
+    def fits(self, caption: str) -> bool:
+        """Whether ``caption`` is as long as an unsteered one, and says no word or pair of words twice in a row."""
+        words = caption.lower().split()
+        if not self.shortest <= len(words) <= self.longest:
+            return False
+        twice = any(words[i] == words[i + 1] for i in range(len(words) - 1))
+        return not twice and not any(words[i : i + 2] == words[i + 2 : i + 4] for i in range(len(words) - 3))
+
+
+def judge(caption: str, concept: str, goal: str, classes: Sequence[str], manner: Manner) -> tuple[bool, bool]:
+    """Whether ``caption`` reaches the ``goal`` for ``concept``, and whether it also still is a caption of one thing.
+
+    ``insert``: it names the concept; ``suppress``: it does not. The second demands besides that it fits ``manner`` and
+    names no class other than the concept (insert), or at most one (suppress). Adapted from the paper's two criteria,
+    concept and prompt, which a larger model judges there.
+    """
+    named = concepts_in(caption, classes)
+    others = [name for name in named if name != concept]
+    reached = (concept in named) == (goal == "insert")
+    return reached, reached and len(others) <= (goal == "suppress") and manner.fits(caption)
+
+
+def kept(before: str, after: str, classes: Sequence[str]) -> float:
+    """The share of the words of ``before``, names of ``classes`` left out, that ``after`` still says; nan of none."""
+    names = {word for name in classes for phrase in words_for(name) for word in phrase.split()}
+    words = set(before.lower().split()) - names
+    return len(words & set(after.lower().split())) / len(words) if words else float("nan")
+
+
+def similarities(captions: Sequence[str], encode: Callable[[Sequence[str]], Tensor], concepts: Tensor) -> Tensor:
+    """Cosine [n, m] of the texts of ``captions`` with ``concepts`` [m, d]; each text is encoded once, an empty one as
+    a full stop's."""
+    different = sorted({caption or "." for caption in captions})
+    place = {caption: i for i, caption in enumerate(different)}
+    parts = [encode(different[at : at + 256]).float().cpu() for at in range(0, len(different), 256)]
+    texts = torch.nn.functional.normalize(torch.cat(parts), dim=1)
+    return (texts @ torch.nn.functional.normalize(concepts, dim=1).T)[[place[c or "."] for c in captions]]
+
+
+def concept_embedding(embeddings: Tensor, top: Sequence[int], k: int) -> Tensor:
+    """Mean of the unit embeddings of the first ``k`` of a latent's ``top`` images, [d]; ``embeddings`` [n, d]."""
+    return torch.nn.functional.normalize(embeddings[list(top[:k])].float(), dim=1).mean(0)
+
+
+def interval(each: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float] | None:
+    """95 % interval of the mean of one figure a latent, by percentile bootstrap over latents; None of fewer than 3."""
+    values = np.asarray(each, dtype=np.float64)
+    values = values[~np.isnan(values)]
+    if len(values) < 3:
+        return None
+    return mean_interval(values, seed)
+
+
+def with_class_names(caption: str, classes: Sequence[str]) -> str:
+    """``caption`` with each other name of a class replaced by the class's own, which is all that a small text tower
+    may know ("a boat at sea" -> "a ship at sea")."""
+    text = f" {caption.lower()} "
+    for name in classes:
+        for phrase in words_for(name):
+            if phrase != name.lower():
+                text = text.replace(f" {phrase} ", f" {name} ").replace(f" {phrase}s ", f" {name} ")
+    return text.strip()
+
+
+def own_class_share(captions: Sequence[str], images: ImageData, rows: np.ndarray) -> float:
+    """The share of ``captions`` of the pictures ``rows`` that name the picture's class."""
+    classes = [images.class_names[label] for label in images.labels[rows]]
+    return float(np.mean([mentions(caption, name) for caption, name in zip(captions, classes, strict=True)]))
+
+
+def headlines(
+    table: pd.DataFrame, best: Mapping[tuple[str, str], Sequence[float]], top_k: Sequence[int]
+) -> list[Headline]:
+    """Figures of the SAE's latents beside both baselines, each method at its ``best`` α; means over latents."""
+    near = f"gain_{max(top_k)}"
+    lines = (
+        ("insert", "share", "captions that name the concept, its latent turned up", ("random", "diffmean")),
+        ("insert", "passed", "… and name no other class and stay well formed", ("random", "diffmean")),
+        ("insert", "kept", "other words that those captions keep", ("diffmean",)),
+        (
+            "insert",
+            near,
+            f"rise of the text's cosine with the latent's top {max(top_k)} images",
+            ("random", "diffmean"),
+        ),
+        ("suppress", "share", "captions that stop naming the concept, its latent turned down", ("random", "diffmean")),
+        ("suppress", "passed", "… and name at most one other class and stay well formed", ("random", "diffmean")),
+        ("suppress", "kept", "other words that those captions keep", ("diffmean",)),
+    )
+    titles = {"diffmean": "DiffMean", "random": "random latents"}
+    found = []
+    for goal, figure, what, baselines in lines:
+        each = {m: part[figure] for m, part in table[table.goal == goal].groupby("method")}
+        for against in baselines:
+            if {"sae", against} <= set(each):
+                label = f"{titles[against]} at {best[goal, against][0]:g} peaks (SAE at {best[goal, 'sae'][0]:g})"
+                ours, theirs = float(each["sae"].mean()), float(each[against].mean())
+                found.append(Headline(what, ours, theirs, label, interval(each["sae"])))
+    for goal in ("insert", "suppress"):
+        gap = paired(table, goal, "passed", "diffmean")
+        if len(gap):
+            found.append(
+                Headline(f"both criteria, {goal}: SAE minus DiffMean", gap.mean(), 0.0, "no difference", interval(gap))
+            )
+    return found
+
+
+def paired(table: pd.DataFrame, goal: str, figure: str, against: str) -> pd.Series:
+    """The SAE's ``figure`` minus that of the method ``against``, one value a latent."""
+    wide = table[table.goal == goal].pivot(index="latent", columns="method", values=figure)
+    return (wide["sae"] - wide[against]).dropna() if {"sae", against} <= set(wide.columns) else pd.Series(dtype=float)
+
 
 GOALS = ("insert", "suppress")
+
 METHODS = ("sae", "random", "diffmean")
 
 

@@ -1,0 +1,140 @@
+"""The page's first sections: what was run, profiles and means a backbone, FVU against preservation, every setting."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from sae_lightning.analysis.figures import ORDER, normalised, profile, setting_frames, setting_maps
+from sae_lightning.analysis.grid import KIND, METRICS, Grid, missing_cells
+from sae_lightning.analysis.paper import PAPER, Paper, spelled
+from sae_lightning.rendering.page import EVALUATE, TRAIN, Picture, Section, plural, some
+from sae_lightning.rendering.table import Head, Spread, Table
+
+
+def what_was_run(grid: Grid, paper: Paper) -> Section:
+    """Scale, data, settings and seeds, a line a backbone, with the paper's; what lacks."""
+    main, lacking = grid.main, _lacking(grid)
+    heads = [Head("backbone"), Head("data"), Head("features"), Head("layer"), Head("d_in", ".0f"), Head("expansion"),
+             Head("k"), Head("seeds"), Head("runs", ".0f"), Head("missing", ".0f")]  # fmt: skip
+    rows: list[list[object]] = []
+    for title in grid.titles:
+        own = main[main["title"] == title]
+        layer = own["layer"].iloc[0]
+        rows.append([
+            title, own["data"].iloc[0], own["features"].iloc[0], "" if math.isnan(layer) else f"{layer:g}",
+            own["d_in"].iloc[0], *(_levels(own[name]) for name in ("expansion", "k", "seed")), len(own),
+            sum(name == title for name, _ in lacking),
+        ])  # fmt: skip
+    rows.append(["paper: 5 × ViT-B", "ImageNet-1K", "patch", "11", 768, "8, 16, 32", "64, 128, 192, 256", "42", 60, 0])
+    return Section("What was run", _about(grid, lacking), tables=(Table("runs", "Runs", heads, rows),))
+
+
+def _lacking(grid: Grid) -> list[tuple[str, str]]:
+    """Backbones and configurations without a run that has a score of M1–M7."""
+    scored = grid.main[grid.main[list(METRICS)].notna().any(axis=1)]
+    return [(grid.names[backbone], setting) for backbone, setting in missing_cells(scored)]
+
+
+def _about(grid: Grid, lacking: list[tuple[str, str]]) -> tuple[str, ...]:
+    main, rest = grid.main, grid.frame[~grid.frame["run"].isin(grid.main["run"])]
+    first = main.iloc[0]
+    kind = f"{first['variant']}" + (f" with MonoLoss {first['monoloss']:g}" if first["monoloss"] else "")
+    factors = {
+        "title": ("backbone", ""),
+        "expansion": ("expansion", ""),
+        "k": ("k", "values of k"),
+        "seed": ("seed", ""),
+    }
+    spelled = " × ".join(plural(n, *words) for name, words in factors.items() if (n := main[name].nunique()))
+    says = [f"{plural(len(main), 'run')} of {kind}: {spelled}, scored on the {grid.split} images."]
+    if lacking:
+        cells = [" ".join(cell) for cell in lacking]
+        count = f"{len(cells)} cells lack" if len(cells) > 1 else "One cell lacks"
+        says.append(f"{count} a run with scores: {some(cells)}. `{TRAIN}` and `{EVALUATE}` make them.")
+    partial = [f"{m} ({int(main[m].isna().sum())})" for m in METRICS if main[m].isna().any()]
+    if partial:
+        says.append(f"Runs that lack a metric: {', '.join(partial)}; `{EVALUATE}` fills them in.")
+    if len(rest):
+        same = (rest[list(KIND)] == first[list(KIND)]).all(axis=1)
+        others = rest.assign(other=same & (rest.get("recipe") != first.get("recipe")))
+        others = others.groupby([*KIND, "other", "layer"], dropna=False).size()
+        said = [f"{n} of {variant}" + (f" with MonoLoss {weight:g}" if weight else "")
+                + (f" on layer {layer:g}" if layer == layer else "") + ("" if data == first["data"] else f" on {data}")
+                + (" with other settings" if other else "")
+                for (data, _, variant, weight, other, layer), n in others.items()]  # fmt: skip
+        says.append(f"Beside them {len(rest)} runs which only comparisons of layers and variants use: {some(said)}.")
+    if grid.tiny:
+        says.append("Backbones marked (tiny) are small stand-ins trained on CIFAR-10 with the published models’ "
+                    "paradigms. The paper’s figures are those of published ViT-B on ImageNet-1K: they are shown to "
+                    "compare patterns, never values.")  # fmt: skip
+    return tuple(says)
+
+
+def _levels(values: pd.Series) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(values.dropna().unique()))
+
+
+def profiles(grid: Grid, paper: Paper) -> Section:
+    """Normalised scores of backbones [Fig. 1a], with the scores table beside."""
+    means = grid.means(list(METRICS)).dropna(axis=1, how="all")
+    if len(means) < 2:
+        return Section(
+            "Profiles of backbones", missing=f"A profile compares backbones; here is one. `{TRAIN}` trains five."
+        )
+    scores = normalised(means, {m: METRICS[m].better for m in means})
+    firsts = {t: [str(m) for m in scores if scores[m].max() == scores.at[t, m]] for t in scores.index}
+    lasts = {t: [str(m) for m in scores if scores[m].min() == scores.at[t, m]] for t in scores.index}
+    rows = [[t, *scores.loc[t], ", ".join(firsts[t]) or "–", ", ".join(lasts[t]) or "–"] for t in scores.index]
+    heads = [Head("backbone"), *(Head(str(m), ".2f") for m in scores), Head("first in"), Head("last in")]
+    return Section(
+        "Profiles of backbones",
+        ("Means over all settings, each metric from the worst backbone (0) to the best (1); FVU and absorption count "
+         "downwards. [ViSAEBench Fig. 1a]",),
+        (Picture(profile(scores, [METRICS[str(m)].title for m in scores], grid.colours)),),
+        (Table("profiles", "Normalised scores of backbones", heads, rows),), keys=True,
+    )  # fmt: skip
+
+
+def means_table(grid: Grid, paper: Paper) -> Section:
+    """Mean and standard deviation of M1–M7 over each backbone's settings."""
+    names = [m for m in METRICS if grid.main[m].notna().any()]
+    heads = [Head("backbone"), *(Head(METRICS[m].title, better=METRICS[m].better) for m in names), Head("L0", ".1f"),
+             Head("dead", ".1%", better=False)]  # fmt: skip
+    columns = [*names, "l0", "dead_share"]
+    means, stds = grid.means(columns), grid.stds(columns)
+    rows = []
+    for t in grid.titles:
+        spreads = {c: Spread(means.at[t, c], stds.at[t, c]) for c in columns}
+        rows.append([t, *(spreads[m] for m in names), spreads["l0"].mean, spreads["dead_share"]])
+    about = "Mean ± standard deviation over a backbone’s settings; an arrow shows the better direction."
+    return Section(
+        "Means of backbones", (about,),
+        tables=(Table("means", "M1–M7 by backbone, mean and standard deviation over settings", heads, rows),
+                *_printed_means(paper)),
+    )  # fmt: skip
+
+
+def _printed_means(paper: Paper) -> list[Table]:
+    """The means that the paper's text gives; it has no table of them."""
+    found = {key: value for key, value in paper.means().items() if key[1] in METRICS}
+    names = [m for m in METRICS if any(metric == m for _, metric in found)]
+    heads = [Head("backbone"), *(Head(METRICS[m].title) for m in names)]
+    rows = [[spelled(b), *(found.get((b, m)) for m in names)] for b in ORDER]
+    note = "Only those that its text gives; M6 and its deviations are under Other data sets."
+    return [Table("means-paper", f"Means of backbones, {PAPER}", heads, rows, note)] if found else []
+
+
+def settings(grid: Grid, paper: Paper) -> Section:
+    """Heat maps of each metric over expansion and k, a map a backbone."""
+    main = grid.main.dropna(subset=["k"])
+    if main.empty or (main["k"].nunique() < 2 and main["expansion"].nunique() < 2):
+        return Section(
+            "Every setting", missing=f"All runs have one expansion and one k; `{TRAIN}` trains twelve settings."
+        )
+    pictures = []
+    for name, (title, better) in METRICS.items():
+        if maps := setting_frames(main, name, grid.titles):
+            pictures.append(Picture(setting_maps(maps, ".3f", better), title))
+    return Section("Every setting", ("Means over seeds; one scale a metric, dark is better.",), tuple(pictures))

@@ -1,0 +1,275 @@
+"""The one interface of every vision encoder: images or captions in, features of any number of taps out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be had, or a tap, layer or image that does not fit it."""
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message without its full stop (the second, too, where that ends in a colon), or the
+    error's name when it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")
+
+
+LAYER_KINDS = ("patch", "cls")
+
+KINDS = (*LAYER_KINDS, "pooled", "embedding", "text")
+
+
+@dataclass(frozen=True, order=True)
+class Tap:
+    """One place to read features from.
+
+    ``patch`` and ``cls`` are the patch tokens [B, P, d] and the class token [B, d] after block (or stage)
+    ``layer``, from 0; a negative layer counts from the end. ``pooled`` is the model's own pooled output,
+    ``embedding`` the image's and ``text`` the caption's projection into a joint image–text space, neither of
+    them scaled to unit norm; these three have no layer. BackboneError for an unknown kind, and for a layer
+    that is missing or too many.
+    """
+
+    kind: str
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise BackboneError(f"Unknown kind of tap '{self.kind}'; choose one of {', '.join(KINDS)}.")
+        if self.kind not in LAYER_KINDS and self.layer is not None:
+            raise BackboneError(f"A {self.kind} tap has no layer, but layer {self.layer} was given; leave it out.")
+        if self.kind in LAYER_KINDS and type(self.layer) is not int:
+            raise BackboneError(f"A {self.kind} tap needs a layer, a whole number from 0; it got {self.layer!r}.")
+
+    def __str__(self) -> str:
+        return self.kind if self.layer is None else f"{self.kind}-L{self.layer}"
+
+
+LACKING = {
+    "cls": "has no class token",
+    "pooled": "has no pooled output",
+    "embedding": "has no projection into an image–text space",
+    "text": "has no text tower",
+}
+
+
+class LayerTokens(NamedTuple):
+    """What one layer gives: ``patch`` [B, rows · columns, d] in reading order, ``cls`` [B, d] or None."""
+
+    patch: Tensor
+    cls: Tensor | None
+    grid: tuple[int, int]
+
+
+class Reading(NamedTuple):
+    """What one forward pass gives: the tokens of each wanted layer, and the pooled output [B, d] if there is one."""
+
+    layers: dict[int, LayerTokens]
+    pooled: Tensor | None
+
+
+# (images [B, 3, H, W], layers, whether the pooled output is wanted): one forward pass, as short as that allows
+Read = Callable[[Tensor, Collection[int], bool], Reading]
+
+
+class Backbone(nn.Module):
+    """A frozen encoder.
+
+    ``name`` is what configs call it, ``title`` what tables show. ``depth`` is the number of layers, ``layer``
+    the default one (from 0) with its width ``d_in`` and its patch grid ``grid`` (rows, columns). ``transform``
+    turns a PIL image into the model's input [3, image_size, image_size] and can be pickled.
+
+    ``read`` runs ``model``; ``project`` takes pooled outputs into the image–text space; ``load_text`` makes the
+    text tower, a module from captions to embeddings [B, d], when captions first ask for it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        read: Read,
+        *,
+        name: str,
+        title: str,
+        depth: int,
+        layer: int,
+        image_size: int,
+        transform: Callable[[Image.Image], Tensor],
+        project: nn.Module | None = None,
+        load_text: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.project = project.eval().requires_grad_(False) if project is not None else None
+        self.text_tower: nn.Module | None = None
+        self.name, self.title, self.depth, self.image_size, self.transform = name, title, depth, image_size, transform
+        self._read, self._load_text = read, load_text
+        self.layer = self.check_layer(layer)
+        self._shapes, self.kinds = self._try_out()
+        self.d_in, self.grid = self.width_at(self.layer), self.grid_at(self.layer)
+
+    @property
+    def n_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def grid_at(self, layer: int) -> tuple[int, int]:
+        """Rows and columns of the patch tokens of ``layer``."""
+        return self._shapes[self.check_layer(layer)][0]
+
+    def width_at(self, layer: int) -> int:
+        """Width of the tokens of ``layer``."""
+        return self._shapes[self.check_layer(layer)][1]
+
+    def check_layer(self, layer: int) -> int:
+        """``layer`` counted from 0; BackboneError unless it exists."""
+        if not -self.depth <= layer < self.depth:
+            raise BackboneError(
+                f"Layer {layer} does not exist in {self.title}: its layers are 0 to {self.depth - 1}, or -1 for the "
+                "last. Set backbone.layer."
+            )
+        return layer % self.depth
+
+    def check(self, tap: Tap) -> Tap:
+        """``tap`` with its layer counted from 0; BackboneError if this backbone does not have it."""
+        if tap.kind not in self.kinds:
+            raise BackboneError(f"{self.title} {LACKING[tap.kind]}; it has {', '.join(self.kinds)}.")
+        return tap if tap.layer is None else Tap(tap.kind, self.check_layer(tap.layer))
+
+    @torch.no_grad()
+    def forward_features(self, images: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """The features of all ``taps`` from one forward pass: patch taps [B, P, d], all others [B, d].
+
+        ``images`` [B, 3, H, W] as ``transform`` makes them. Class and register tokens are no patches. The
+        pass ends after the last wanted block unless the pooled output or the embedding is wanted too.
+        BackboneError for a tap that this backbone does not have or that needs captions, for no taps at
+        all, for images of another size, and where the features are not one row an image.
+        """
+        found = {tap: self.check(tap) for tap in taps}
+        if not found:
+            raise BackboneError("No taps were given; name at least one, for example Tap('pooled').")
+        if any(tap.kind == "text" for tap in found):
+            raise BackboneError("Text features come from captions, not from images; use encode_text.")
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise BackboneError(
+                f"{self.title} takes images of {self.image_size} x {self.image_size} pixels; "
+                f"it got {images.shape[-2]} x {images.shape[-1]}. Use its transform."
+            )
+        layers = {tap.layer for tap in found.values() if tap.layer is not None}
+        reading = self._read(images, layers, any(tap.kind not in LAYER_KINDS for tap in found))
+        return {tap: self._pick(reading, tap_from_0, len(images)) for tap, tap_from_0 in found.items()}
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings [B, d] of ``captions`` in the image–text space, not scaled to unit norm.
+
+        The text tower is loaded by the first call, to where the model is. Captions beyond its length are
+        cut. BackboneError without a text tower, without captions, and when the tower cannot be loaded.
+        """
+        self.check(Tap("text"))
+        if isinstance(captions, str) or not captions:
+            raise BackboneError("encode_text takes a list with at least one caption.")
+        if self.text_tower is None:
+            assert self._load_text is not None  # or check would have raised
+            tower = self._load_text().eval().requires_grad_(False)
+            self.text_tower = tower.to(next(self.model.parameters()).device)
+        return self._one_each(self.text_tower(list(captions)), Tap("text"), len(captions))
+
+    def describe(self) -> str:
+        """What, beside the weights, changes the features: for the fingerprint."""
+        return f"{self.title}|{self.image_size}|{self.transform}"
+
+    def fingerprint(self) -> str:
+        """Hex digest of the image encoder's weights, architecture and transform."""
+        digest = hashlib.sha256(self.describe().encode())
+        for part in (self.model, self.project):
+            for name, tensor in ({} if part is None else part.state_dict()).items():
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _pick(self, reading: Reading, tap: Tap, count: int) -> Tensor:
+        if tap.layer is not None:
+            tokens = reading.layers[tap.layer]
+            features = tokens.patch if tap.kind == "patch" else tokens.cls
+        elif tap.kind == "embedding" and self.project is not None:
+            features = self.project(reading.pooled)
+        else:
+            features = reading.pooled
+        assert features is not None  # or check would have raised
+        return self._one_each(features, tap, count)
+
+    def _one_each(self, features: Tensor, tap: Tap, count: int) -> Tensor:
+        """``features`` themselves; BackboneError unless they are one row for each of ``count`` inputs."""
+        if len(features) != count:
+            given = "captions" if tap.kind == "text" else "images"
+            raise BackboneError(
+                f"{self.title} gives {tuple(features.shape)} for {count} {given} at {tap}, not one row for each; such "
+                "an encoder is not supported. Choose another model."
+            )
+        return features
+
+    @torch.no_grad()
+    def _try_out(self) -> tuple[list[tuple[tuple[int, int], int]], tuple[str, ...]]:
+        """Grid and width of every layer, and the kinds of taps that exist, as one black image shows them."""
+        black = torch.zeros(1, 3, self.image_size, self.image_size)
+        try:
+            reading = self._read(black, range(self.depth), True)
+        except BackboneError:
+            raise
+        except Exception as error:
+            raise BackboneError(
+                f"{self.title} cannot encode images of {self.image_size} x {self.image_size} pixels: {reason(error)}. "
+                "Set backbone.published.image_size, or choose another model: not every one is supported."
+            ) from error
+        has_pooled = reading.pooled is not None and reading.pooled.ndim == 2
+        has = {
+            "patch": True,
+            "cls": all(tokens.cls is not None for tokens in reading.layers.values()),
+            "pooled": has_pooled,
+            "embedding": has_pooled and self.project is not None,
+            "text": self._load_text is not None,
+        }
+        shapes = [(reading.layers[layer].grid, reading.layers[layer].patch.shape[-1]) for layer in range(self.depth)]
+        return shapes, tuple(kind for kind in KINDS if has[kind])
+
+
+class _Enough(Exception):  # noqa: N818 - no error: it leaves a forward pass from which nothing more is wanted
+    """Raised inside the last wanted block's hook."""
+
+
+def block_outputs(
+    run: Callable[[], Any], blocks: Sequence[nn.Module], layers: Collection[int], finish: bool
+) -> tuple[dict[int, Tensor], Any]:
+    """What ``blocks[layer]`` gives for each of ``layers`` during ``run()``, and what ``run()`` returns.
+
+    Without ``finish`` the pass ends after the last wanted block, and None stands for its result. No hook
+    stays behind, whatever happens.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def hook_of(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            seen[layer] = output[0] if isinstance(output, tuple) else output
+            if not finish and len(seen) == len(layers):
+                raise _Enough
+
+        return hook
+
+    handles = []
+    try:
+        handles += [blocks[layer].register_forward_hook(hook_of(layer)) for layer in layers]
+        result = run()
+    except _Enough:
+        result = None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, result

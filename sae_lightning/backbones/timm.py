@@ -1,0 +1,134 @@
+"""Any image model of timm: vision transformers by block, convolutional and hierarchical ones by stage."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor
+
+from sae_lightning.backbones.backbone import Backbone, BackboneError, LayerTokens, Reading, reason
+from sae_lightning.backbones.settings import Published, asked_layer, fixed_seed, fully_loaded, published
+
+
+class Anatomy(NamedTuple):
+    """What a model's architecture says without weights; ``sized`` where it is built for one image size."""
+
+    depth: int
+    image_size: int
+    sized: bool
+
+
+def load_timm(cfg: Mapping[str, Any]) -> Backbone:
+    """The timm model ``cfg.published.model``; its layers are the entries of timm's ``feature_info``.
+
+    Those are the blocks of a vision transformer and the stages of other models (a stem counts where timm
+    counts it). BackboneError for a model that timm does not have, one without intermediate features, and
+    weights that cannot be had.
+    """
+    wanted = published(cfg)
+    anatomy = timm_anatomy(wanted.model, wanted.image_size)
+    model = _build(wanted, anatomy)
+    data = resolve_model_data_config(model) | {"input_size": (3, anatomy.image_size, anatomy.image_size)}
+    return Backbone(
+        model,
+        partial(read_timm, model),
+        name=cfg["name"],
+        title=wanted.title,
+        depth=anatomy.depth,
+        layer=asked_layer(cfg, "published"),
+        image_size=anatomy.image_size,
+        transform=create_transform(**data, is_training=False),
+    )
+
+
+def read_timm(model: Any, images: Tensor, layers: Collection[int], pooled: bool) -> Reading:
+    """One forward pass of a timm model through its ``forward_intermediates``, cut short where nothing is pooled.
+
+    Tokens are as the layers give them, without the final norm. A token in front of the patches is the class
+    token if the model has one.
+    """
+    if not layers:
+        return Reading({}, model(images))
+    wanted = sorted(layers)
+    takes = inspect.signature(model.forward_intermediates).parameters
+    has_prefix = "return_prefix_tokens" in takes and model.num_prefix_tokens > 0
+    given = model.forward_intermediates(
+        images,
+        indices=wanted,
+        norm=False,
+        stop_early=not pooled,
+        intermediates_only=not pooled,
+        output_fmt="NCHW",
+        **({"return_prefix_tokens": True} if has_prefix else {}),
+    )
+    final, maps = given if pooled else (None, given)
+    has_class = has_prefix and getattr(model, "cls_token", None) is not None
+    tokens = {}
+    for layer, found in zip(wanted, maps, strict=True):
+        patches = found[0] if has_prefix else found
+        rows, columns = patches.shape[-2:]
+        cls = found[1][:, 0] if has_class else None
+        tokens[layer] = LayerTokens(patches.flatten(2).transpose(1, 2), cls, (rows, columns))
+    return Reading(tokens, model.forward_head(final) if pooled else None)
+
+
+@lru_cache(maxsize=64)
+def timm_anatomy(name: str, image_size: int | None) -> Anatomy:
+    """Depth and image size of the timm model ``name``, built without memory for weights.
+
+    BackboneError for a model that timm does not have or that has no intermediate features.
+    """
+    try:
+        model, sized = _skeleton(name, image_size)
+    except Exception as error:
+        raise BackboneError(
+            f"timm cannot build '{name}': {reason(error)}. Check backbone.published.model and image_size; "
+            "timm.list_models() names all models."
+        ) from error
+    if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
+        raise BackboneError(f"timm's '{name}' gives no intermediate features; choose another model.")
+    height, width = model.pretrained_cfg["input_size"][-2:]
+    if image_size is None and height != width:
+        raise BackboneError(f"'{name}' is made for {height} x {width} pixels; set backbone.published.image_size.")
+    return Anatomy(len(model.feature_info), image_size or height, sized)
+
+
+def _skeleton(name: str, image_size: int | None) -> tuple[Any, bool]:
+    """The model without memory behind its weights, and whether it was built for ``image_size``."""
+    with torch.device("meta"):
+        if image_size is None:
+            return timm.create_model(name, num_classes=0), False
+        try:
+            return timm.create_model(name, num_classes=0, img_size=image_size), True
+        except TypeError as error:  # convolutional models take images of any size
+            if "img_size" not in str(error):
+                raise
+            return timm.create_model(name, num_classes=0), False
+
+
+def _build(wanted: Published, anatomy: Anatomy) -> Any:
+    options: dict[str, Any] = {"num_classes": 0, "pretrained": wanted.pretrained}
+    if anatomy.sized:
+        options["img_size"] = anatomy.image_size
+    if wanted.weights is not None:  # source empty: the file, even for a model whose id names a hub
+        options["pretrained_cfg_overlay"] = {"file": str(wanted.weights), "source": ""}
+    build = partial(timm.create_model, wanted.model, **options)
+    try:
+        if wanted.weights is not None:
+            return fully_loaded(build, wanted.weights)
+        with fixed_seed():
+            return build()
+    except BackboneError:
+        raise
+    except Exception as error:
+        source = wanted.weights or "the model hub"
+        raise BackboneError(
+            f"The weights of '{wanted.model}' cannot be loaded from {source}: {reason(error)}. Check the model's id "
+            "and the connection, or give a local file as backbone.published.weights; data=demo works offline."
+        ) from error

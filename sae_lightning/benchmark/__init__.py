@@ -1,1 +1,0 @@
-"""Scoring finished runs in one pass over a store."""

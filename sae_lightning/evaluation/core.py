@@ -1,0 +1,237 @@
+"""What is written of an SAE once its pass is done: scores.json, figures of single latents, and images to show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from sae_lightning.evaluation.by_latent import (
+    TopImages,
+    bands,
+    choose_latents,
+    ranked,
+    spread_of_moran,
+    spread_ranks,
+    top_purity,
+)
+from sae_lightning.evaluation.image_codes import ImageCodes
+from sae_lightning.evaluation.scoring_pass import Gather, ScoringPass, labelled, stream
+from sae_lightning.evaluation.similarity import Judge, Similarity
+from sae_lightning.features.source import ensure_store
+from sae_lightning.features.store import FeatureStore
+from sae_lightning.files import write_json, write_tensors
+from sae_lightning.metrics import Firing, MonoScore, Moran, Purity, decoder_cosine
+from sae_lightning.runs.run import BAND_IMAGES, FILES, LATENTS, SCORES, TOP_IMAGES
+from sae_lightning.saes import SAE
+from sae_lightning.saes.artefact import ArtefactError, put_tensors, read_cfg, read_json, tensor_names
+
+
+def save_top_images(
+    run: Path, sae: SAE, store: FeatureStore, images: Tensor, top: TopImages, counts: Tensor, purity: Tensor,
+    label: Tensor, chosen: dict[str, Tensor],
+) -> None:  # fmt: skip
+    """The chosen latents with the first of their top ``images`` [d_sae, n] and the patch activations there (fp16)."""
+    latents = torch.cat(list(chosen.values()))
+    images = images[latents]
+    tensors = {
+        "latents": latents,
+        "group": torch.cat([torch.full((len(v),), i) for i, v in enumerate(chosen.values())]),
+        "images": images,
+        "maps": activation_maps(sae, store, latents, images).half(),
+        "firing_share": counts[latents] / store.n_tokens,
+        "images_fired": top.images_fired[latents],
+        "peak": top.peaks()[latents],
+        "purity": purity[latents],
+        "label": label[latents],
+        "counts": counts,
+    }
+    metadata = {
+        "groups": "|".join(chosen), "grid": "x".join(map(str, store.grid)), "image_ids": _ids(store, images)
+    }  # fmt: skip
+    write_tensors(run / TOP_IMAGES, tensors, metadata)
+
+
+def save_bands(
+    run: Path, store: FeatureStore, codes: ImageCodes, monoscores: Tensor, n_ranks: int, n_images: int
+) -> None:
+    """The top, middle and bottom images of the latents at ``n_ranks`` MonoScore ranks spread over all of them.
+
+    ``ranks`` and ``latents`` [r], ``monoscore`` [r], ``images`` and ``values`` [r, 3, n_images]; images as rows of the
+    store, -1 where there is none.
+    """
+    ranks = spread_ranks(len(monoscores), n_ranks)
+    latents = ranked(monoscores)[ranks]
+    images, values = bands(codes, latents, n_images)
+    tensors = {
+        "ranks": ranks, "latents": latents, "monoscore": monoscores[latents], "images": images, "values": values
+    }  # fmt: skip
+    write_tensors(run / BAND_IMAGES, tensors, {"image_ids": _ids(store, images)})
+
+
+def activation_maps(sae: SAE, store: FeatureStore, latents: Tensor, images: Tensor) -> Tensor:
+    """Activations [n, m, P] of each of ``latents`` [n] on the patches of its ``images`` [n, m] (-1: none, zeros)."""
+    maps = torch.zeros(*images.shape, store.n_patches)
+    columns, column_of = latents.unique(return_inverse=True)  # a latent may be named twice
+    column = torch.full((sae.d_sae,), -1)
+    column[columns] = torch.arange(len(columns))
+    for some in images[images >= 0].unique().split(64):
+        codes = sae.encode(store.features(some))
+        here = column[codes.latents] >= 0
+        part = torch.zeros(len(some) * store.n_patches, len(columns))
+        part[codes.rows()[here], column[codes.latents[here]]] = codes.values[here].float()
+        part = part.view(len(some), store.n_patches, len(columns))
+        n, m = torch.isin(images, some).nonzero(as_tuple=True)
+        maps[n, m] = part[torch.searchsorted(some, images[n, m]), :, column_of[n]]
+    return maps
+
+
+def _ids(store: FeatureStore, images: Tensor) -> str:
+    """Ids of the images (rows of the store, -1 none) as JSON, by row."""
+    return json.dumps({str(i): store.image_ids[i] for i in images[images >= 0].unique().tolist()})
+
+
+SCHEMA = 2  # 1 had no MonoScore, R² and purity
+
+ABOVE = (0.25, 0.5, 0.75)
+
+SHOWN = 9  # top images of a latent
+
+
+def write_summary(
+    scored: ScoringPass, latents_shown: int = 12, above: Sequence[float] = ABOVE, band_ranks: int = 24,
+    band_images: int = 8, anew: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Write ``scores.json``, ``latents.safetensors``, ``top_images.safetensors`` and ``bands.safetensors``.
+
+    They go into the run's folder; the first is returned. ``above`` are the MonoScores from which the share of latents
+    is counted; ``band_ranks`` latents get ``band_images`` images a band.
+    """
+    run, store, sae, top = scored.run, scored.store, scored.sae, scored.top
+    mono, firing = scored.metrics["mono"], scored.metrics["firing"]
+    assert isinstance(mono, MonoScore)
+    assert isinstance(firing, Firing)
+    monoscores, counts = mono.scores().cpu(), firing.counts.cpu()
+    metrics = core_scores(scored)
+    baseline = metrics.pop("similarity_baseline")  # says something of the judge, not of the SAE
+    metrics |= shares_above(monoscores, above) | decoder_cosine(sae.W_dec)
+    images = top.images()[:, :SHOWN]
+    label, top_share = top_purity(images, store.labels)
+    enough = top.images_fired >= 10
+    known = labelled(store) and bool(enough.any())
+    metrics["top_purity"] = float(top_share[enough].mean()) if known else float("nan")
+    chosen = choose_latents(counts, top.images_fired, top_share, latents_shown)
+    moran = scored.metrics.get("moran")
+    if isinstance(moran, Moran):
+        chosen |= spread_of_moran(moran.scores().cpu(), -(-latents_shown // 2))
+    save_top_images(run, sae.cpu(), store, images, top, counts, top_share, label, chosen)
+    save_bands(run, store, scored.codes, monoscores, band_ranks, band_images)
+    put_tensors(run / LATENTS, per_latent(scored), anew)
+    scores = {
+        "schema": SCHEMA, "split": store.split, "store": store.fingerprint, "n_images": len(store),
+        "n_tokens": store.n_tokens, "similarity": scored.judge.about() | {"baseline": baseline},
+        "metrics": metrics,
+    }  # fmt: skip
+    write_json(run / SCORES, scores)
+    return scores
+
+
+def core_scores(scored: ScoringPass) -> dict[str, float]:
+    """What the core metrics' ``compute`` give."""
+    names = ("reconstruction", "l0", "firing", "mono", "purity")
+    found = [scored.metrics[name].compute() for name in names if name in scored.metrics]
+    return {name: float(value) for each in found for name, value in each.items()}
+
+
+def shares_above(scores: Tensor, above: Sequence[float]) -> dict[str, float]:
+    """The share of all latents whose MonoScore [d_sae] lies above each of ``above``."""
+    return {above_name(t): float((scores > t).double().mean()) for t in above}
+
+
+def above_name(threshold: float) -> str:
+    """The name of the share of latents above a MonoScore."""
+    return f"monoscore_above_{threshold:g}"
+
+
+def per_latent(scored: ScoringPass) -> dict[str, Tensor]:
+    """[d_sae] each: MonoScore and whether there is one, images and tokens fired on, purities and dominant class, and
+    Moran's I with the images it is a mean of.
+    """
+    m = scored.metrics
+    mono, firing, purity, moran = m["mono"], m["firing"], m.get("purity"), m.get("moran")
+    assert isinstance(mono, MonoScore)
+    assert isinstance(firing, Firing)
+    tensors: dict[str, Tensor] = {
+        "monoscore": mono.scores(), "scored": mono.scored(), "images_fired": scored.top.images_fired,
+        "counts": firing.counts,
+    }  # fmt: skip
+    if isinstance(purity, Purity):
+        found = purity.per_latent()
+        tensors |= {
+            "purity": found.purity, "weighted_purity": found.weighted_purity, "dominant_class": found.dominant
+        }  # fmt: skip
+    if isinstance(moran, Moran):
+        tensors |= {"moran": moran.scores(), "moran_images": moran.images}
+    return {name: torch.as_tensor(tensor).cpu() for name, tensor in tensors.items()}
+
+
+def evaluate_run(
+    run: Path, split: str = "test", batch_tokens: int = 4096, latents_shown: int = 12,
+    similarity: Similarity | None = None, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """``score`` the SAE in ``run`` on ``split`` of its own data; extracts the store if it is missing.
+
+    ``similarity`` judges how alike images are (by default the SAE's own features).
+    """
+    config = read_cfg(run)["config"]
+    similarity = similarity or Similarity()
+    store = ensure_store(OmegaConf.create(config), split)
+    judge = Judge(store, similarity.open(config, split), similarity.key(config))
+    return score(run, store, batch_tokens, latents_shown, judge, **options)
+
+
+def score(
+    run: Path, store: FeatureStore, batch_tokens: int = 4096, latents_shown: int = 12, judge: Judge | None = None,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Score the SAE in ``run`` on ``store`` in one pass, write what ``write_summary`` says, and return the scores.
+
+    MonoScore and purity work on codes of images: of patch tokens the maximum over an image's patches. ``judge`` gives
+    the images' embeddings (by default their own features); ``options`` are those of ``write_summary``. Raises
+    StoreError when the store is of another backbone, layer or width than the SAE.
+    """
+    with TemporaryDirectory(dir=run, prefix="evaluation.") as folder:
+        scored = ScoringPass(run, store, judge or Judge(store), Path(folder), Gather())
+        try:
+            stream([scored], batch_tokens, title=f"Scoring {run.name}")
+            return write_summary(scored, latents_shown, **options)
+        finally:
+            scored.close()
+
+
+def stored_scores(
+    run: Path, split: str, names: Iterable[str], similarity: Similarity | None = None
+) -> dict[str, Any] | None:
+    """The scores of ``run`` on ``split``; None unless whole, newer than the SAE, with every metric in ``names`` and,
+    where ``similarity`` is given, judged by it.
+    """
+    path = run / SCORES
+    if not path.is_file() or not all(tensor_names(run / name) for name in FILES if name != SCORES):
+        return None
+    if not (run / "sae.safetensors").is_file() or path.stat().st_mtime < (run / "sae.safetensors").stat().st_mtime:
+        return None
+    try:
+        scores = read_json(path, "score the run again")
+    except ArtefactError:
+        return None
+    if scores.get("schema") != SCHEMA or scores["split"] != split or not set(names) <= set(scores["metrics"]):
+        return None
+    if similarity is not None and scores["similarity"]["key"] != similarity.key(read_cfg(run)["config"]):
+        return None
+    return scores

@@ -1,0 +1,269 @@
+"""What one SAE gathers while its store streams by once: sums of metrics, top images, and features of whole images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_lightning.data.splits import UNLABELLED
+from sae_lightning.evaluation.by_latent import TopImages
+from sae_lightning.evaluation.image_codes import ImageCodes, RowFile
+from sae_lightning.evaluation.similarity import Judge
+from sae_lightning.features.manifest import StoreError
+from sae_lightning.features.store import FeatureStore
+from sae_lightning.files import set_aside, write_tensors
+from sae_lightning.metrics import L0, ActivationHistogram, Firing, MonoScore, Moran, Purity, Reconstruction
+from sae_lightning.metrics.base import SumMetric, of_one_rank
+from sae_lightning.saes import SAE, SparseCodes
+from sae_lightning.saes.artefact import ArtefactError, read_cfg, read_tensors
+
+STATE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Gather:
+    """What a pass gathers beside codes of images, reconstruction, L0 and firing counts; two are joined with ``|``.
+
+    ``core``: the other core metrics, and each latent's ``top`` images. ``images``: the maximum over an image's patches
+    of its features and of their reconstruction. ``moran`` are options of Moran (None: not gathered; never of features
+    without a patch grid), ``histograms`` those of ActivationHistogram.
+    """
+
+    core: bool = True
+    images: bool = False
+    top: int = 9
+    moran: Mapping[str, Any] | None = None
+    histograms: Mapping[str, Any] | None = None
+
+    def __or__(self, other: Gather) -> Gather:
+        return Gather(
+            self.core or other.core, self.images or other.images, max(self.top, other.top),
+            self.moran if self.moran is not None else other.moran,
+            self.histograms if self.histograms is not None else other.histograms,
+        )  # fmt: skip
+
+
+class ScoringPass:
+    """The SAE of ``run`` over the images ``span`` of ``store``, kept in ``folder`` so that another process goes on.
+
+    Raises StoreError when the store is of another backbone, layer or width than the SAE.
+    """
+
+    def __init__(
+        self, run: Path, store: FeatureStore, judge: Judge, folder: Path, gather: Gather | None = None,
+        span: range | None = None, device: str = "cpu",
+    ) -> None:  # fmt: skip
+        check_store(run, store)
+        gather = gather or Gather()
+        self.run, self.store, self.judge, self.folder, self.device = run, store, judge, folder, device
+        self.span = range(len(store)) if span is None else span
+        self.sae = SAE.load(run).to(device)
+        self.metrics = {name: of_one_rank(metric).to(device) for name, metric in self._metrics(gather).items()}
+        self.top = TopImages(self.sae.d_sae, gather.top if gather.core else 1, self.span.start)
+        self.done = self._load()  # images of the span
+        self.codes = ImageCodes(self.sae.d_sae, folder, self.done)
+        self.pools = {
+            name: RowFile(folder / f"{name}.f32", np.float32, self.sae.d_in, self.done)
+            for name in (("raw", "reconstruction") if gather.images else ())
+        }
+
+    def _metrics(self, gather: Gather) -> dict[str, SumMetric]:
+        sae, store = self.sae, self.store
+        made: dict[str, SumMetric] = {
+            "reconstruction": Reconstruction(sae.d_in, center=store.mean), "l0": L0(), "firing": Firing(sae.d_sae)
+        }  # fmt: skip
+        if gather.core:
+            made["mono"] = MonoScore(sae.d_sae, self.judge.d)
+            if labelled(store):
+                made["purity"] = Purity(sae.d_sae, len(store.class_names))
+        if gather.moran is not None and store.n_patches > 1:
+            made["moran"] = Moran(sae.d_sae, store.grid, **gather.moran)
+        if gather.histograms is not None:
+            made["histograms"] = ActivationHistogram(sae.d_sae, **gather.histograms)
+        return made
+
+    def bytes(self) -> int:
+        """Memory that weights and sums hold."""
+        tensors = [*self.sae.state_dict().values(), *self.top.state().values()]
+        tensors += [t for metric in self.metrics.values() for t in states(metric).values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    # --- streaming ------------------------------------------------------------------------------------
+    @property
+    def next(self) -> int:
+        """The image of the store that it waits for; the span's end when it has seen all."""
+        return self.span.start + self.done
+
+    @property
+    def finished_whole(self) -> bool:
+        """Whether it has seen all images of the store."""
+        return self.done == len(self.store)
+
+    @torch.no_grad()
+    def add(self, first: int, read: Tensor) -> None:
+        """Take in the images of the store from ``first`` on, with their features [n, P, d_in]; those seen are skipped.
+
+        ValueError when images between the last one seen and ``first`` are left out.
+        """
+        if first > self.next:
+            raise ValueError(f"Images {self.next} to {first} were left out.")
+        read = read[self.next - first :]
+        if not len(read):
+            return
+        images = slice(self.next, self.next + len(read))
+        patches, metrics = self.store.n_patches, self.metrics
+        features = read.to(self.device).reshape(-1, self.sae.d_in).float()
+        codes = self.sae.encode(features)
+        rebuilt = self.sae.decode(codes)
+        pooled = codes.pool(patches, "max")
+        for name, metric in metrics.items():
+            if name == "reconstruction":
+                metric.update(features, rebuilt)
+            elif name == "mono":
+                metric.update(pooled, self.judge.embeddings(images, read).to(self.device))
+            elif name == "purity":
+                metric.update(pooled, self.store.labels[images].to(self.device))
+            else:
+                metric.update(codes)
+        pooled = SparseCodes(pooled.latents.cpu(), pooled.values.cpu(), pooled.offsets.cpu(), pooled.d_sae)
+        self.top.update(pooled)
+        self.codes.append(pooled)
+        for name, pool in self.pools.items():
+            tokens = features if name == "raw" else rebuilt
+            pool.append(tokens.unflatten(0, (-1, patches)).amax(1).cpu().numpy())
+        self.done += len(read)
+
+    # --- on disk --------------------------------------------------------------------------------------
+    def save(self) -> None:
+        """Bring everything to the disk, so that a later object in the same folder goes on from here."""
+        for file in (*self.codes.files, *self.pools.values()):
+            file.sync()
+        tensors = {f"{m}.{s}": t.cpu() for m, metric in self.metrics.items() for s, t in states(metric).items()}
+        tensors |= {f"top.{name}": tensor for name, tensor in self.top.state().items()}
+        write_tensors(self.folder / STATE, tensors, {"images": json.dumps(self.done)})
+
+    def _load(self) -> int:
+        path = self.folder / STATE
+        if not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return 0
+        try:
+            tensors, metadata = read_tensors(path)
+        except ArtefactError as error:
+            set_aside(path, str(error), f"{self.run.name} is scored anew")
+            return 0
+        for name, metric in self.metrics.items():
+            metric.merge_state(_part(tensors, name, self.device))
+            metric._update_count = 1  # else compute() warns that there was no update
+        done = json.loads(metadata["images"])
+        self.top.load(_part(tensors, "top"), self.span.start + done)
+        return done
+
+    def merge(self, other: ScoringPass) -> None:
+        """Add what ``other`` gathered of the images after this one's."""
+        for name, metric in self.metrics.items():
+            metric.merge_state(states(other.metrics[name]))
+            metric._update_count = 1
+        self.top.merge(other.top.state())
+        self.codes.extend(other.codes)
+        for name, pool in self.pools.items():
+            pool.append(other.pools[name].mapped())
+        self.span = range(self.span.start, other.span.stop)
+        self.done += other.done
+
+    def close(self) -> None:
+        """Close the files, which stay."""
+        for file in (*self.codes.files, *self.pools.values()):
+            file.close()
+
+    def remove(self) -> None:
+        """Delete all that it left on the disk."""
+        self.close()
+        shutil.rmtree(self.folder)
+
+
+def states(metric: SumMetric) -> dict[str, Tensor]:
+    """A metric's states, all of which are tensors."""
+    return {name: torch.as_tensor(state) for name, state in metric.metric_state.items()}
+
+
+def check_store(run: Path, store: FeatureStore) -> None:
+    """StoreError unless ``store`` holds what the SAE of ``run`` was trained on, of whatever images."""
+    cfg = read_cfg(run)
+    made_for = (cfg["backbone"], cfg["features"], cfg["layer"], cfg["d_in"])
+    found = (store.backbone, store.kind, store.layer, store.d_in)
+    if made_for != found:
+        raise StoreError(
+            f"{run.name} was trained on (backbone, features, layer, d_in) = {made_for}; the store {store.folder} holds "
+            f"{found}. Evaluate it on a store of its own backbone."
+        )
+
+
+def labelled(store: FeatureStore) -> bool:
+    """Whether the images have classes, without which there is no purity."""
+    return store.class_names != [UNLABELLED]
+
+
+def _part(tensors: Mapping[str, Tensor], name: str, device: str = "cpu") -> dict[str, Tensor]:
+    """The entries ``name.…`` without that prefix."""
+    return {key.partition(".")[2]: t.to(device) for key, t in tensors.items() if key.partition(".")[0] == name}
+
+
+def stream(
+    passes: Sequence[ScoringPass], batch_tokens: int = 4096, checkpoint_minutes: float = 5, title: str = "Scoring"
+) -> None:
+    """Let all ``passes``, of one store and span, see their images; those that an earlier process saw are not read.
+
+    Every ``checkpoint_minutes`` and at the end everything is brought to the disk.
+    """
+    store, stop = passes[0].store, passes[0].span.stop
+    start = min(each.next for each in passes)
+    images = max(1, batch_tokens // store.n_patches)
+    saved, fresh = time.monotonic(), False
+    with tqdm(total=len(passes[0].span), initial=start - passes[0].span.start, desc=title, unit=" images",
+              leave=False) as bar:  # fmt: skip
+        for first, read in batches(store, start, stop, images):
+            for each in passes:
+                each.add(first, read)
+            bar.update(len(read))
+            fresh = True
+            if time.monotonic() - saved > 60 * checkpoint_minutes:
+                save(passes)
+                saved, fresh = time.monotonic(), False
+    if fresh:
+        save(passes)
+
+
+def save(passes: Sequence[ScoringPass]) -> None:
+    """Bring all ``passes`` to the disk."""
+    for each in passes:
+        each.save()
+
+
+def batches(
+    store: FeatureStore, start: int, stop: int, images: int, title: str | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """The images ``start`` to ``stop`` of a store, ``images`` at a time, the next batch read while one is used.
+
+    With a ``title`` a progress bar is shown.
+    """
+    spans = [slice(first, min(stop, first + images)) for first in range(start, stop, images)]
+    bar = tqdm(spans, title, unit="batch", leave=False, disable=title is None)
+    with ThreadPoolExecutor(1, "reader") as pool:
+        ahead = pool.submit(store.features, spans[0]) if spans else None
+        for i, span in enumerate(bar):
+            assert ahead is not None
+            read = ahead.result()
+            ahead = pool.submit(store.features, spans[i + 1]) if i + 1 < len(spans) else None
+            yield span.start, read

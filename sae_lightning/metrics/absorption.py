@@ -1,0 +1,136 @@
+"""Whether a class is told from its siblings by one latent or only by several: M7 of ViSAEBench."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+from torch import Tensor
+
+from sae_lightning.metrics import probes
+from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.probes import Matrix
+from sae_lightning.metrics.sparse_probing import class_sums, f_statistics_of, ranked
+
+Groups = Mapping[str, Sequence[str | int]]
+
+ONE, FEW = 1, 4  # latents of the two probes
+
+
+class Task(NamedTuple):
+    """A class against its siblings: F1 on the held-out images of probes of the best latent and of the best four."""
+
+    group: str
+    name: str
+    label: int
+    f1_1: float
+    f1_4: float
+    converged: bool
+
+
+class Absorption(NamedTuple):
+    """``scores`` of an SAE and the ``tasks`` behind them."""
+
+    scores: list[Score]
+    tasks: list[Task]
+
+
+def absorption(
+    codes: Matrix, labels: np.ndarray | Tensor, groups: Groups, class_names: Sequence[str],
+    split: probes.Split | None = None, alphas: Sequence[float] = (0.7, 0.8, 0.9),
+    betas: Sequence[float] = (0.3, 0.5, 0.7), min_classes: int = 3, C: float = 1.0, max_iter: int = 500,
+) -> Absorption:  # fmt: skip
+    """M7: the share of class-versus-siblings tasks with F1(1) < α and F1(4) > β [ViSAEBench §4.4, App. N].
+
+    ``codes`` [N, d_sae] max-pooled, ``labels`` [N] int64 index ``class_names``. ``groups`` maps a group's name to its
+    classes, by name or by label; those without images in the split are ignored, and so are groups with fewer than
+    ``min_classes`` left. ``split``, by default ``probes.split(labels)``, is that of all images, of which a task takes
+    its group's.
+
+    ``absorption`` has a score for each α and β, as ``alpha=0.8,beta=0.5`` (the paper's choice); ``absorption_f1`` is
+    the mean F1 of ``k=1`` and of ``k=4`` latents, ``absorption_tasks`` the number of tasks, ``absorption_converged``
+    the share of them whose solvers did. All but the number are NaN without a task. ValueError for a class that a group
+    names but ``class_names`` holds twice, and as in ``probes.split``.
+    """
+    codes, labels = probes.as_codes(codes), probes.as_labels(labels)
+    probes.check_rows(labels, codes=codes)
+    train, test = probes.split(labels) if split is None else split
+    tasks = []
+    for group, members in members_of(groups, class_names, labels[np.concatenate([train, test])], min_classes).items():
+        rows = (part[np.isin(labels[part], members)] for part in (train, test))
+        fit_on, held = ((codes[part], labels[part]) for part in rows)
+        for label, f1_1, f1_4, converged in _group_tasks(*fit_on, *held, members, C, max_iter):
+            tasks.append(Task(group, class_names[label], label, f1_1, f1_4, converged))
+    return Absorption(summary(tasks, alphas, betas), tasks)
+
+
+def summary(tasks: Sequence[Task], alphas: Sequence[float], betas: Sequence[float]) -> list[Score]:
+    """The scores that follow from the ``tasks``."""
+    one, few = np.array([task.f1_1 for task in tasks]), np.array([task.f1_4 for task in tasks])
+
+    def mean(x: np.ndarray) -> float:
+        return float(x.mean()) if len(x) else float("nan")
+
+    return [
+        *(
+            Score("absorption", mean((one < alpha) & (few > beta)), f"alpha={alpha:g},beta={beta:g}")
+            for alpha in alphas
+            for beta in betas
+        ),
+        Score("absorption_f1", mean(one), f"k={ONE}"),
+        Score("absorption_f1", mean(few), f"k={FEW}"),
+        Score("absorption_tasks", float(len(tasks))),
+        Score("absorption_converged", mean(np.array([task.converged for task in tasks]))),
+    ]
+
+
+def members_of(
+    groups: Groups, class_names: Sequence[str], labels: np.ndarray, min_classes: int = 3
+) -> dict[str, list[int]]:
+    """Labels of the classes of each group that have images, for groups with ``min_classes`` of them or more."""
+    places: dict[str | int, list[int]] = {label: [label] for label in range(len(class_names))}
+    for label, each in enumerate(class_names):
+        places.setdefault(each, []).append(label)
+    present = set(np.unique(labels).tolist())
+    found = {}
+    for group, named in groups.items():
+        members: list[int] = []
+        for name in dict.fromkeys(named):
+            at = places.get(name, [])
+            if len(at) > 1:
+                raise ValueError(
+                    f"Sibling group '{group}' names '{name}', which is the name of classes {at}; give their labels "
+                    "instead of the name."
+                )
+            members += [label for label in at if label in present and label not in members]
+        if len(members) >= min_classes:
+            found[group] = members
+    return found
+
+
+def _group_tasks(
+    train: sparse.csr_array, train_labels: np.ndarray, test: sparse.csr_array, test_labels: np.ndarray,
+    members: Sequence[int], C: float, max_iter: int,
+) -> list[tuple[int, float, float, bool]]:  # fmt: skip
+    """(label, F1(1), F1(4), whether both probes converged) of every member with images of both kinds in both parts."""
+    sums, columns, held = class_sums(train, train_labels), train.tocsc(), test.tocsc()
+    found = []
+    for label in members:
+        actual = test_labels == label
+        at = np.flatnonzero(sums.classes == label)
+        if not len(at) or len(sums.classes) < 2 or not actual.any() or actual.all():
+            continue
+        best = ranked(f_statistics_of(sums, int(at[0])))[:FEW]
+        x, y, z = columns[:, best].toarray(), train_labels == label, held[:, best].toarray()
+        one, few = (probes.fit(x[:, :k], y, C, max_iter) for k in (ONE, FEW))
+        f1_1, f1_4 = (f1(probes.predict(m, z[:, :k]) == 1, actual) for m, k in ((one, ONE), (few, FEW)))
+        found.append((label, f1_1, f1_4, one.converged_ and few.converged_))
+    return found
+
+
+def f1(predicted: np.ndarray, actual: np.ndarray) -> float:
+    """F1 = 2 TP / (2 TP + FP + FN) of boolean arrays; 0 when nothing is predicted nor actual."""
+    both = int(predicted.sum() + actual.sum())
+    return 2 * int((predicted & actual).sum()) / both if both else 0.0

@@ -1,0 +1,75 @@
+"""Whether an SAE keeps what other data sets need: M6 of ViSAEBench."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from sae_lightning.metrics import probes
+from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.probes import Matrix, ratio
+from sae_lightning.metrics.sparse_probing import read_out
+
+
+class Own(NamedTuple):
+    """The held-out accuracy of a representation's own probe, and whether its solver converged."""
+
+    accuracy: float
+    converged: bool
+
+
+class Part(NamedTuple):
+    """What the train or the test images of a data set became: their ``labels`` [N] int64, ``reconstruction`` [N, d_in]
+    and ``codes`` [N, d_sae], max-pooled."""
+
+    labels: np.ndarray | Tensor
+    reconstruction: Matrix
+    codes: Matrix
+
+
+def own_accuracy(
+    train: Matrix, train_labels: np.ndarray | Tensor, test: Matrix, test_labels: np.ndarray | Tensor,
+    C: float = 1.0, max_iter: int = 500, device: str = "cpu",
+) -> Own:  # fmt: skip
+    """Fit on the ``train`` images [N, d], score on the ``test`` images; of raw features once for all SAEs.
+
+    Test images of classes without a train image count as wrong.
+    """
+    model = probes.fit(train, train_labels, C, max_iter, device)
+    return Own(probes.accuracy(model, test, test_labels, device), model.converged_)
+
+
+def cross_domain(
+    name: str, raw: Own, train: Part, test: Part, k: int = 128, C: float = 1.0, max_iter: int = 500,
+    codes: bool = True, device: str = "cpu",
+) -> list[Score]:  # fmt: skip
+    """M6 on a data set ``name`` with its own train and test images [ViSAEBench §4.3, App. L].
+
+    Each representation has its own probe: ``raw`` is ``own_accuracy`` of the raw features. In the setting
+    ``data=name``: ``cross_domain_preservation`` = accuracy of the reconstruction / raw, ``cross_domain_codes_lift`` =
+    codes / raw (NaN where raw is 0) and the three accuracies; in ``data=name,k=128`` the AUC and accuracy of a probe of
+    the ``k`` latents with the largest F on the train images, left out when the SAE has fewer.
+    Without ``codes`` the probe of all codes, which takes long for many classes, is left out with its figures.
+    ``cross_domain_converged`` is the share of these probes whose solver did.
+    """
+    y, held = probes.as_labels(train.labels), probes.as_labels(test.labels)
+    reconstruction = own_accuracy(train.reconstruction, y, test.reconstruction, held, C, max_iter, device)
+    converged = [raw.converged, reconstruction.converged]
+    values = {
+        "preservation": ratio(reconstruction.accuracy, raw.accuracy),
+        "accuracy_raw": raw.accuracy,
+        "accuracy_reconstruction": reconstruction.accuracy,
+    }
+    if codes:
+        whole = own_accuracy(train.codes, y, test.codes, held, C, max_iter, device)
+        converged.append(whole.converged)
+        values |= {"codes_lift": ratio(whole.accuracy, raw.accuracy), "accuracy_codes": whole.accuracy}
+    scores = [Score(f"cross_domain_{metric}", value, f"data={name}") for metric, value in values.items()]
+    if k <= train.codes.shape[1]:
+        found = read_out(train.codes, y, test.codes, held, [k], C, max_iter, device)[0]
+        scores.append(Score("cross_domain_sparse_probing_auc", found.auc, f"data={name},k={k}"))
+        scores.append(Score("cross_domain_sparse_probing_accuracy", found.accuracy, f"data={name},k={k}"))
+        converged.append(found.converged)
+    return [*scores, Score("cross_domain_converged", float(np.mean(converged)), f"data={name}")]

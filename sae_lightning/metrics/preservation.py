@@ -1,0 +1,89 @@
+"""What a classifier of the raw features still knows of their reconstruction: M3 of ViSAEBench, LP of MSAE."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from sae_lightning.metrics import probes
+from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.probes import Matrix
+
+
+class RawProbe(NamedTuple):
+    """The classifier φ of a backbone's raw features, fitted once for all of its SAEs.
+
+    ``train`` and ``test`` are positions of images (int64); ``accuracy`` and ``logits`` [n_test, n_classes] (or [n_test]
+    for two classes) are those of φ on the raw features held out.
+    """
+
+    model: LogisticRegression
+    train: np.ndarray
+    test: np.ndarray
+    accuracy: float
+    logits: np.ndarray
+
+
+def fit_raw(
+    raw: Matrix, labels: np.ndarray | Tensor, split: probes.Split | None = None,
+    C: float = 1.0, max_iter: int = 1000, device: str = "cpu",
+) -> RawProbe:  # fmt: skip
+    """φ on the train part of ``raw`` [N, d_in], max-pooled and normalised, of images with ``labels`` [N] int64.
+
+    ``split`` is by default ``probes.split(labels)``. ValueError as in ``probes.split`` and ``probes.fit``.
+    """
+    raw, labels = probes.as_matrix(raw), probes.as_labels(labels)
+    probes.check_rows(labels, raw=raw)
+    train, test = probes.split(labels) if split is None else split
+    model = probes.fit(raw[train], labels[train], C, max_iter, device)
+    right = probes.accuracy(model, raw[test], labels[test], device)
+    return RawProbe(model, train, test, right, probes.logits(model, raw[test], device))
+
+
+def preservation(
+    probe: RawProbe, reconstruction: Matrix, labels: np.ndarray | Tensor, codes: Matrix | None = None,
+    retrain: bool = False, C: float = 1.0, max_iter: int = 1000, device: str = "cpu",
+) -> list[Score]:  # fmt: skip
+    """M3 of an SAE, ``preservation`` = acc(φ(x̂)) / acc(φ(x)) on the images held out [ViSAEBench §4.2].
+
+    ``reconstruction`` [N, d_in], ``codes`` [N, d_sae] of the same images as ``labels`` [N], all of them. Also given are
+    both accuracies; ``lp_kl``, the mean of KL(φ(x) ‖ φ(x̂)) in nats, and ``lp_accuracy``, how often φ's most probable
+    class stays the same [MSAE §5]; for codes, the accuracy of their own probe and ``codes_lift`` = accuracy_codes /
+    accuracy_raw [ViSAEBench App. O]; with ``retrain`` those of a probe fitted on the reconstruction. Ratios are NaN
+    where φ is never right. ``probes_converged`` is the share of the probes in use whose solver did.
+    """
+    x, labels = probes.as_matrix(reconstruction), probes.as_labels(labels)
+    probes.check_rows(labels, reconstruction=x)
+    if x.shape[1] != probe.model.coef_.shape[1]:
+        raise ValueError(
+            f"The raw probe was fitted on {probe.model.coef_.shape[1]} dimensions, but the reconstruction has "
+            f"{x.shape[1]}; give both as the same features."
+        )
+    z = probes.logits(probe.model, x[probe.test], device)
+    p, q = probes.log_probabilities(probe.logits), probes.log_probabilities(z)
+    right = float((probe.model.classes_[q.argmax(1)] == labels[probe.test]).mean())
+    scores = [
+        Score("preservation", probes.ratio(right, probe.accuracy)),
+        Score("accuracy_raw", probe.accuracy),
+        Score("accuracy_reconstruction", right),
+        Score("lp_kl", float((np.exp(p) * (p - q)).sum(1).mean())),
+        Score("lp_accuracy", float((p.argmax(1) == q.argmax(1)).mean())),
+    ]
+    converged = [probe.model.converged_]
+
+    def own(name: str, features: Matrix, lift: str) -> None:
+        model = probes.fit(features[probe.train], labels[probe.train], C, max_iter, device)
+        found = probes.accuracy(model, features[probe.test], labels[probe.test], device)
+        scores.extend([Score(name, found), Score(lift, probes.ratio(found, probe.accuracy))])
+        converged.append(model.converged_)
+
+    if codes is not None:
+        codes = probes.as_matrix(codes)
+        probes.check_rows(labels, codes=codes)
+        own("accuracy_codes", codes, "codes_lift")
+    if retrain:
+        own("accuracy_reconstruction_retrained", x, "preservation_retrained")
+    return [*scores, Score("probes_converged", float(np.mean(converged)))]

@@ -1,0 +1,271 @@
+"""Linear probes: the split of the images, logistic regression as scikit-learn fits it, and what a probe predicts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from scipy import optimize, sparse, special
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+Matrix: TypeAlias = "np.ndarray | Tensor | sparse.csr_array | sparse.csr_matrix"
+
+SMALL = 1 << 30  # multiplications of a product below which one BLAS thread is faster than several that wait
+
+BLOCK = 1 << 27  # logits held at once
+
+
+class Split(NamedTuple):
+    """Positions of the images to fit on, ``train``, and of those held out, ``test``; int64, ascending."""
+
+    train: np.ndarray
+    test: np.ndarray
+
+
+def split(labels: np.ndarray | Tensor, test_share: float = 0.2, seed: int = 42) -> Split:
+    """The stratified split of N images that all probes of a backbone share [ViSAEBench Table 2, M3].
+
+    ``labels`` [N] int64. scikit-learn's, so that each class is divided by ``test_share`` up to rounding; a class of two
+    images may have none held out. Classes with a single image are in neither part; where each part would still have
+    fewer images than there are classes, nor are those with two, three … until it works (``left_out`` tells which).
+    ValueError when no class is left.
+    """
+    labels = as_labels(labels)
+    classes, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    for least in np.unique([2, *counts[counts > 1]]):
+        kept = np.flatnonzero(counts[place] >= least)
+        held, n_classes = int(np.ceil(test_share * len(kept))), int((counts >= least).sum())
+        if 0 < n_classes <= min(held, len(kept) - held):
+            parts = train_test_split(kept, test_size=test_share, random_state=seed, stratify=labels[kept])
+            return Split(*(np.sort(part) for part in parts))
+    single, n, n_classes = classes[counts < 2].tolist(), int(counts[counts > 1].sum()), int((counts > 1).sum())
+    some = ""
+    if single:
+        some = f"{len(single)} of {len(classes)} classes have a single image (the first is class {single[0]}). "
+    raise ValueError(
+        f"{some}A share of {test_share} of {n} images is {int(np.ceil(test_share * n))} held out, but a stratified "
+        f"split of {n_classes} classes needs {n_classes} images or more in each part; give more images."
+    )
+
+
+def left_out(labels: np.ndarray | Tensor, split: Split) -> np.ndarray:
+    """The classes among ``labels`` [N] that have no image in either part of ``split``, ascending."""
+    labels = as_labels(labels)
+    return np.setdiff1d(labels, labels[np.concatenate(split)])
+
+
+def as_matrix(x: Matrix) -> np.ndarray | sparse.csr_array:
+    """``x`` [N, d] as a NumPy array or a ``csr_array``; float64 stays, all else becomes float32.
+
+    ValueError when it does not have two dimensions.
+    """
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().float().numpy() if x.dtype != torch.float64 else x.detach().cpu().numpy()
+    x = sparse.csr_array(x) if sparse.issparse(x) else np.asarray(x)
+    if x.ndim != 2:
+        raise ValueError(f"Expected a matrix [N, d], one row an image; got the shape {list(x.shape)}.")
+    return x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
+
+
+def as_codes(codes: Matrix) -> sparse.csr_array:
+    """Codes [N, d_sae] as a ``csr_array`` of floats; dense ones are compressed."""
+    return sparse.csr_array(as_matrix(codes))
+
+
+def as_labels(labels: np.ndarray | Tensor) -> np.ndarray:
+    """``labels`` as an int64 array [N]."""
+    return np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels, dtype=np.int64)
+
+
+def check_rows(labels: np.ndarray, **matrices: Matrix) -> None:
+    """ValueError unless every matrix has one row a label."""
+    for name, x in matrices.items():
+        if x.shape[0] != len(labels):
+            raise ValueError(f"There are {x.shape[0]} rows of {name}, but {len(labels)} labels; give one a row.")
+
+
+def fit(
+    x: Matrix, y: np.ndarray | Tensor, C: float = 1.0, max_iter: int = 1000, device: str = "cpu"
+) -> LogisticRegression:
+    """A fitted ``LogisticRegression(C=C, max_iter=max_iter)``: L-BFGS, L2, no class weights [ViSAEBench App. C].
+
+    ``x`` [N, d] dense or CSR, ``y`` [N] int64. Two classes make one binary probe, more a multinomial one. On the CPU
+    scikit-learn fits; on another ``device`` PyTorch evaluates the same objective for the same solver. No warning where
+    the solver stops early: ``converged_`` tells, beside ``n_iter_``. ValueError for rows that do not fit the labels, a
+    single class, or values that are not finite.
+    """
+    x, y = as_matrix(x), as_labels(y)
+    check_rows(y, features=x)
+    classes = np.unique(y)
+    if len(classes) < 2:
+        raise ValueError(f"A probe needs images of two classes or more; got {len(y)} images of {len(classes)}.")
+    if not np.isfinite(x.data if sparse.issparse(x) else x).all():
+        raise ValueError("Features to fit a probe on hold values that are not finite; look for overflow in the store.")
+    model = LogisticRegression(C=C, max_iter=max_iter)
+    if sparse.issparse(x):  # weights of latents that are silent on all images stay zero
+        active = np.flatnonzero(np.bincount(sparse.csr_array(x).indices, minlength=x.shape[1]))
+        active = active if len(active) else np.arange(1)
+        _fit(model, x[:, active], y, device)
+        whole = np.zeros((len(model.coef_), x.shape[1]), model.coef_.dtype)
+        whole[:, active] = model.coef_
+        model.coef_, model.n_features_in_ = whole, x.shape[1]
+    else:
+        _fit(model, x, y, device)
+    return model
+
+
+def _fit(model: LogisticRegression, x: np.ndarray | sparse.csr_array, y: np.ndarray, device: str) -> None:
+    if torch.device(device).type == "cpu":
+        _fit_by_scikit_learn(model, x, y)
+    else:
+        _fit_by_torch(model, x, y, device)
+
+
+def _fit_by_scikit_learn(model: LogisticRegression, x: np.ndarray | sparse.csr_array, y: np.ndarray) -> None:
+    small = x.shape[0] * x.shape[1] * len(np.unique(y)) < SMALL
+    with warnings.catch_warnings(record=True) as caught, threadpool_limits(1 if small else None, "blas"):
+        warnings.simplefilter("always", ConvergenceWarning)
+        model.fit(x, y)
+    model.converged_ = True
+    for warning in caught:
+        if issubclass(warning.category, ConvergenceWarning):
+            model.converged_ = False
+        else:
+            warnings.warn(warning.message, warning.category, stacklevel=3)
+
+
+def _fit_by_torch(model: LogisticRegression, x: np.ndarray | sparse.csr_array, y: np.ndarray, device: str) -> None:
+    """Sets what ``model.fit`` would: scikit-learn's objective and options, products and softmax on ``device``."""
+    model.classes_, target = np.unique(y, return_inverse=True)
+    objective, shape = _objective(x, target, len(model.classes_), 1 / (model.C * len(y)), device)
+    options = {"maxiter": model.max_iter, "maxls": 50, "gtol": model.tol, "ftol": 64 * np.finfo(float).eps}
+    found = optimize.minimize(objective, np.zeros(np.prod(shape)), method="L-BFGS-B", jac=True, options=options)
+    weights = found.x.reshape(shape).astype(x.dtype)
+    model.coef_, model.intercept_ = np.ascontiguousarray(weights[:-1].T), weights[-1]
+    model.n_iter_, model.n_features_in_ = np.array([found.nit], dtype=np.int32), x.shape[1]
+    model.converged_ = bool(found.success)
+
+
+def _objective(
+    x: np.ndarray | sparse.csr_array, target: np.ndarray, n_classes: int, decay: float, device: str
+) -> tuple[Callable[[np.ndarray], tuple[float, np.ndarray]], tuple[int, int]]:
+    """Mean cross-entropy + decay/2 · ‖coef‖² and its gradient, in weights [d + 1, n_classes], or [d + 1, 1] for two.
+
+    The last row is the intercept, which is not penalised. Sums over images and the weights are in float64 on the CPU.
+    """
+    (n, d), width = x.shape, n_classes if n_classes > 2 else 1
+    rows = range(0, n, max(1, BLOCK // width))
+    blocks = [_with_transpose(x[i : i + rows.step], device) for i in rows]
+    targets = torch.from_numpy(target)[:, None].to(device).split(rows.step)
+
+    def evaluate(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = flat.reshape(d + 1, width)
+        w = torch.from_numpy(weights.astype(x.dtype)).to(device)
+        loss, gradient = 0.0, np.zeros_like(weights)
+        for (block, transposed), y in zip(blocks, targets, strict=True):
+            z = block @ w[:d] + w[d]
+            if width == 1:
+                losses, residual = torch.nn.functional.softplus(z) - y * z, z.sigmoid() - y
+            else:
+                normalizer = z.logsumexp(1, keepdim=True)
+                losses = normalizer - z.gather(1, y)
+                residual = z.sub_(normalizer).exp_()
+                residual.scatter_add_(1, y, residual.new_tensor(-1.0).expand(y.shape))
+            loss += float(losses.cpu().double().sum())
+            gradient[:d] += (transposed @ residual).cpu().numpy()
+            gradient[d] += residual.sum(0).cpu().numpy()
+        gradient /= n
+        gradient[:d] += decay * weights[:d]
+        return loss / n + decay / 2 * float(np.square(weights[:d]).sum()), gradient.ravel()
+
+    return evaluate, (d + 1, width)
+
+
+def _with_transpose(x: np.ndarray | sparse.csr_array, device: str) -> tuple[Tensor, Tensor]:
+    block = to_tensor(x, device)
+    return block, to_tensor(x.T, device) if sparse.issparse(x) else block.T
+
+
+def to_tensor(x: np.ndarray | sparse.sparray, device: str) -> Tensor:
+    """``x`` as a dense or CSR tensor on ``device``."""
+    if not sparse.issparse(x):
+        return torch.from_numpy(np.require(x, requirements=["C", "W"])).to(device)
+    x = sparse.csr_array(x)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        offsets, columns, values = (torch.from_numpy(np.array(part)) for part in (x.indptr, x.indices, x.data))
+        return torch.sparse_csr_tensor(offsets, columns, values, size=x.shape, check_invariants=False).to(device)
+
+
+def logits(model: LogisticRegression, x: Matrix, device: str = "cpu") -> np.ndarray:
+    """The probe's decision function: [N, n_classes], or [N] for the second of two classes; in x's float type."""
+    x = as_matrix(x)
+    if torch.device(device).type == "cpu":
+        return model.decision_function(x)
+    coef, intercept = to_tensor(model.coef_.T, device), to_tensor(model.intercept_, device)
+    found = (to_tensor(x[rows], device) @ coef + intercept for rows in _blocks(len(coef[0]), x.shape[0]))
+    z = torch.cat([block.cpu() for block in found]).numpy()
+    return z[:, 0] if z.shape[1] == 1 else z
+
+
+def _blocks(width: int, n: int) -> Iterator[slice]:
+    step = max(1, BLOCK // width)
+    return (slice(i, i + step) for i in range(0, n, step))
+
+
+def log_probabilities(z: np.ndarray) -> np.ndarray:
+    """log of the class distributions [N, n_classes] float64 of ``logits`` z [N, n_classes], or [N] for two classes."""
+    z = np.asarray(z, dtype=np.float64)
+    return special.log_softmax(z if z.ndim == 2 else np.stack([np.zeros_like(z), z], axis=1), axis=1)
+
+
+def predict(model: LogisticRegression, x: Matrix, device: str = "cpu") -> np.ndarray:
+    """The most probable class of each of N images, [N] int64; of equals the lower one."""
+    x = as_matrix(x)
+    found = []
+    for rows in _blocks(len(model.classes_), x.shape[0]):
+        z = logits(model, x[rows], device)
+        found.append(model.classes_[z.argmax(1) if z.ndim == 2 else (z > 0).astype(int)])
+    return np.concatenate(found)
+
+
+def accuracy(model: LogisticRegression, x: Matrix, y: np.ndarray | Tensor, device: str = "cpu") -> float:
+    """Share of the images that the probe puts in their class; images of classes it was not fitted on count as wrong."""
+    x, y = as_matrix(x), as_labels(y)
+    check_rows(y, features=x)
+    return float((predict(model, x, device) == y).mean())
+
+
+def ratio(value: float, whole: float) -> float:
+    """value / whole; NaN where whole is 0."""
+    return value / whole if whole else float("nan")
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the ROC curve of ``scores`` [N] for the images that are ``positive`` [N] bool; ties count half.
+
+    NaN without a positive or without a negative.
+    """
+    p, n = int(positive.sum()), int((~positive).sum())
+    if not p or not n:
+        return float("nan")
+    ordered = np.sort(scores[~positive])
+    wins = sum(np.searchsorted(ordered, scores[positive], side).sum() for side in ("left", "right")) / 2
+    return float(wins / (p * n))
+
+
+def mean_auc(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> float:
+    """Mean over classes of the one-vs-rest AUC of ``scores`` [N, n_classes], column c for ``classes[c]``.
+
+    Classes without a positive or without a negative among ``labels`` [N] are left out; NaN when none is left.
+    """
+    found = [auc(scores[:, c], labels == name) for c, name in enumerate(classes)]
+    found = [each for each in found if not np.isnan(each)]
+    return float(np.mean(found)) if found else float("nan")

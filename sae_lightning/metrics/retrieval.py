@@ -1,0 +1,151 @@
+"""Retrieval by cosine: images by an image of their class, and images and their texts by each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from sae_lightning.metrics import probes
+from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.probes import Matrix, ratio
+
+BLOCK = 1 << 25  # similarities held at once
+
+Recall = dict[int, float]  # share of the queries with a hit among their k nearest, by k
+
+
+def nearest(queries: Matrix, gallery: Matrix | None = None, k: int = 5, device: str = "cpu") -> np.ndarray:
+    """Rows of the ``gallery`` [M, d] with the largest cosine to each of ``queries`` [N, d], best first: [N, k] int64.
+
+    Without a gallery, each query is compared with all other queries. Of equal cosines the lower row comes first. A row
+    of zeros has no cosine: it finds nothing and is not found. -1 where fewer than ``k`` rows can be found. Dense, or
+    CSR, whose products are sparse on the CPU; similarities are in float32, some 2²⁵ of them at once. ValueError for
+    rows of different widths or values that are not finite.
+    """
+    alone = gallery is None
+    queries, has_direction = _unit(queries)
+    gallery, in_gallery = (queries, has_direction) if gallery is None else _unit(gallery)
+    (n, d), (m, width) = queries.shape, gallery.shape
+    if d != width:
+        raise ValueError(f"Queries have {d} dimensions, the gallery {width}; give both in one space.")
+    found = np.full((n, k), -1, dtype=np.int64)
+    similarity, hidden = _similarity(queries, gallery, device), torch.from_numpy(~in_gallery).to(device)
+    step = max(1, BLOCK // max(1, m))
+    for start in range(0, n, step):
+        cosines = similarity(slice(start, start + step)).masked_fill_(hidden, -torch.inf)
+        if alone:
+            cosines.diagonal(start).fill_(-torch.inf)
+        found[start : start + step, :m] = _largest(cosines, min(k, m)).cpu().numpy()
+    found[~has_direction] = -1
+    return found
+
+
+def _unit(x: Matrix) -> tuple[np.ndarray | sparse.csr_array, np.ndarray]:
+    """Rows of ``x`` in float32 at length 1 (those of zeros as they are), and which are not zero."""
+    x = probes.as_matrix(x)
+    exact = x.astype(np.float64)
+    norm = np.sqrt((sparse.csr_array(exact).power(2) if sparse.issparse(x) else exact**2).sum(1))
+    if not np.isfinite(norm).all():
+        raise ValueError(f"Row {int(np.argmin(np.isfinite(norm)))} holds values that are not finite: it has no cosine.")
+    scale = 1 / np.where(norm > 0, norm, 1)
+    unit = sparse.csr_array(sparse.diags_array(scale) @ x) if sparse.issparse(x) else x * scale[:, None]
+    return unit.astype(np.float32), norm > 0
+
+
+def _similarity(
+    queries: np.ndarray | sparse.csr_array, gallery: np.ndarray | sparse.csr_array, device: str
+) -> Callable[[slice], Tensor]:
+    """Products of some of the queries with all rows of the gallery, on ``device``."""
+    if sparse.issparse(queries) and sparse.issparse(gallery) and torch.device(device).type == "cpu":
+        columns = sparse.csr_array(gallery.T)
+        return lambda rows: torch.from_numpy((queries[rows] @ columns).toarray())
+    kept = probes.to_tensor(gallery, device)
+
+    def dense(rows: slice) -> Tensor:
+        block = queries[rows]
+        block = sparse.csr_array(block).toarray() if sparse.issparse(block) else block
+        return (kept @ probes.to_tensor(block, device).T).T.contiguous()
+
+    return dense
+
+
+def _largest(values: Tensor, k: int) -> Tensor:
+    """Columns of the ``k`` largest of each row, largest first, of equals the lower; -1 for -inf."""
+    top, columns = values.topk(k, dim=1)
+    last, within = top[:, -1:], (top == top[:, -1:]).sum(1, keepdim=True)
+    tied = ((values == last).sum(1, keepdim=True) > within).nonzero()[:, 0]  # more than there is room for
+    if len(tied):
+        rows, last = values[tied], last[tied]
+        first = (rows == last) & ((rows == last).cumsum(1) <= within[tied])
+        columns[tied] = ((rows > last) | first).nonzero()[:, 1].reshape(-1, k)
+    columns = columns.sort(dim=1).values
+    ordered = values.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return columns.gather(1, ordered.indices).masked_fill(ordered.values == -torch.inf, -1)
+
+
+def recall(found: np.ndarray, query_ids: np.ndarray, gallery_ids: np.ndarray, ks: Sequence[int]) -> Recall:
+    """R@k for each of ``ks``: how many queries have a row of their own id among the first k of ``found`` [N, K]."""
+    hits = (gallery_ids[found] == query_ids[:, None]) & (found >= 0)
+    return {k: float(hits[:, :k].any(1).mean()) if len(hits) else float("nan") for k in ks}
+
+
+def image_recall(
+    features: Matrix, labels: np.ndarray | Tensor, gallery: Matrix | None = None,
+    gallery_labels: np.ndarray | Tensor | None = None, ks: Sequence[int] = (1, 5), device: str = "cpu",
+) -> Recall:  # fmt: skip
+    """Share of images with one of their class among the k nearest [ViSAEBench §4.5, H3].
+
+    ``features`` [N, d] and ``labels`` [N] are queried against the ``gallery``, by default each image against all
+    others. Queries of a class that the gallery lacks cannot hit and are left out; NaN when none is left.
+    """
+    labels = probes.as_labels(labels)
+    probes.check_rows(labels, features=features)
+    if (gallery is None) != (gallery_labels is None):
+        raise ValueError("A gallery needs labels of its own, and labels a gallery; give both or neither.")
+    of_gallery = labels if gallery_labels is None else probes.as_labels(gallery_labels)
+    if gallery is not None:
+        probes.check_rows(of_gallery, gallery=gallery)
+    classes, counts = np.unique(of_gallery, return_counts=True)
+    possible = np.isin(labels, classes[counts > (gallery is None)])
+    found = nearest(features, gallery, max(ks), device)
+    return recall(found[possible], labels[possible], of_gallery, ks)
+
+
+class TextRecall(NamedTuple):
+    """R@k of finding an image's text and a text's image."""
+
+    image_to_text: Recall
+    text_to_image: Recall
+
+
+def text_recall(
+    images: Matrix, texts: Matrix, same: np.ndarray | Tensor | None = None, ks: Sequence[int] = (1, 5),
+    device: str = "cpu",
+) -> TextRecall:  # fmt: skip
+    """R@k of ``images`` [N, d] and their ``texts`` [N, d], paired by position, in both directions.
+
+    Pairs with equal ids in ``same`` [N] have the same text, which then counts once, in its first position: as one row
+    to be found, and as one query, for which each of its images is a hit. By default all texts differ.
+    """
+    ids = np.arange(images.shape[0]) if same is None else probes.as_labels(same)
+    probes.check_rows(ids, images=images, texts=texts)
+    first = np.sort(np.unique(ids, return_index=True)[1])
+    distinct = probes.as_matrix(texts)[first]
+    return TextRecall(
+        recall(nearest(images, distinct, max(ks), device), ids, ids[first], ks),
+        recall(nearest(distinct, images, max(ks), device), ids[first], ids, ks),
+    )
+
+
+def lifts(metric: str, raw: Mapping[int, float], codes: Mapping[int, float]) -> list[Score]:
+    """Recall of the raw features and of the codes and ``metric_lift`` = codes / raw [ViSAEBench App. O], at each k."""
+    return [
+        Score(f"{metric}_{name}", value, f"k={k}")
+        for k in codes
+        for name, value in (("raw", raw[k]), ("codes", codes[k]), ("lift", ratio(codes[k], raw[k])))
+    ]

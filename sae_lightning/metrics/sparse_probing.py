@@ -1,0 +1,166 @@
+"""How well classes are read out of a few latents: M4 of ViSAEBench, and the F statistics that rank the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+from torch import Tensor
+
+from sae_lightning.metrics import probes
+from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.probes import Matrix
+
+BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+RANKINGS = ("joint", "per_class")
+
+
+class ClassSums(NamedTuple):
+    """Sums over images from which F statistics follow: everything in float64.
+
+    ``counts`` [n_classes] images and ``totals`` CSR [n_classes, d_sae] of each of ``classes``; ``total`` and
+    ``squares`` [d_sae] are Σz and Σz² over all images.
+    """
+
+    classes: np.ndarray
+    counts: np.ndarray
+    totals: sparse.csr_array
+    total: np.ndarray
+    squares: np.ndarray
+
+
+def class_sums(codes: Matrix, labels: np.ndarray | Tensor) -> ClassSums:
+    """Sums of ``codes`` [N, d_sae] with ``labels`` [N]; one pass over the active latents."""
+    codes, labels = probes.as_codes(codes), probes.as_labels(labels)
+    probes.check_rows(labels, codes=codes)
+    classes, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    member = sparse.csr_array((np.ones(len(labels)), (place, np.arange(len(labels)))), (len(classes), len(labels)))
+    values = codes.data.astype(np.float64)
+    total, squares = (np.bincount(codes.indices, w, codes.shape[1]) for w in (values, np.square(values)))
+    return ClassSums(classes, counts, member @ codes.astype(np.float64), total, squares)
+
+
+def f_statistics(sums: ClassSums) -> np.ndarray:
+    """ANOVA's F of each latent over all classes, [d_sae] float64, as ``sklearn.feature_selection.f_classif`` gives it.
+
+    F = (Σ_c n_c (z̄_c - z̄)² / (G - 1)) / (Σ_c Σ_{i in c} (z_i - z̄_c)² / (N - G)) for G classes. NaN for a latent that is
+    constant, inf for one that is constant within each class; sums of squares that are no larger than their rounding
+    count as zero.
+    """
+    between = sparse.diags_array(1 / sums.counts) @ sums.totals.power(2)
+    return _f(sums, between.sum(0), len(sums.classes))
+
+
+def f_statistics_of(sums: ClassSums, c: int) -> np.ndarray:
+    """The same for two groups: the images of ``sums.classes[c]`` and all others."""
+    n, own = sums.counts[c], sums.totals[[c]].toarray()[0]
+    return _f(sums, own**2 / n + (sums.total - own) ** 2 / (sums.counts.sum() - n), 2)
+
+
+def _f(sums: ClassSums, squared_means: np.ndarray, groups: int) -> np.ndarray:
+    n = int(sums.counts.sum())
+    shared = sums.total**2 / n
+    rounding = n * np.finfo(np.float64).eps * sums.squares
+    spread, between = sums.squares - shared, np.clip(squared_means - shared, 0, None)
+    within = spread - between
+    constant, apart = spread <= rounding, within <= rounding
+    f = np.where(constant, np.nan, np.inf)
+    np.divide(between * (n - groups), within * (groups - 1), out=f, where=~constant & ~apart)
+    return f
+
+
+def ranked(f: np.ndarray) -> np.ndarray:
+    """Latents by descending F, [d_sae] int64; of equals the lower first, those without F (NaN) last."""
+    return np.argsort(-np.nan_to_num(f, nan=-1.0, posinf=np.inf), kind="stable")
+
+
+class Readout(NamedTuple):
+    """The held-out score of the probe of ``k`` latents."""
+
+    k: int
+    accuracy: float
+    auc: float
+    converged: bool
+
+
+def read_out(
+    train: Matrix, train_labels: np.ndarray, test: Matrix, test_labels: np.ndarray,
+    budgets: Sequence[int] = BUDGETS, C: float = 1.0, max_iter: int = 500, device: str = "cpu",
+) -> list[Readout]:  # fmt: skip
+    """One multinomial probe for each budget, of codes ranked once for all classes on the ``train`` images."""
+    train, test = probes.as_codes(train), probes.as_codes(test)
+    budgets = _checked(budgets, train.shape[1])
+    order = ranked(f_statistics(class_sums(train, train_labels)))[: max(budgets)]
+    x, held = train[:, order].toarray(), test[:, order].toarray()
+    found = []
+    for k in budgets:
+        model = probes.fit(x[:, :k], train_labels, C, max_iter, device)
+        p = probes.log_probabilities(probes.logits(model, held[:, :k], device))
+        right = float((model.classes_[p.argmax(1)] == test_labels).mean())
+        found.append(Readout(k, right, probes.mean_auc(p, test_labels, model.classes_), model.converged_))
+    return found
+
+
+def _checked(budgets: Sequence[int], d_sae: int) -> list[int]:
+    if not budgets or min(budgets) < 1:
+        raise ValueError(f"Budgets are numbers of latents, 1 or more; got {list(budgets)}.")
+    if min(budgets) > d_sae:
+        raise ValueError(f"The smallest budget is {min(budgets)} latents, but the SAE has {d_sae}; add a smaller one.")
+    return sorted({k for k in budgets if k <= d_sae})
+
+
+def sparse_probing(
+    codes: Matrix, labels: np.ndarray | Tensor, split: probes.Split | None = None, budgets: Sequence[int] = BUDGETS,
+    ranking: str = "joint", C: float = 1.0, max_iter: int = 500, device: str = "cpu",
+) -> list[Score]:  # fmt: skip
+    """M4: probes of the ``k`` most discriminative latents, k in ``budgets`` [ViSAEBench §4.3, Table 2, App. I].
+
+    ``codes`` [N, d_sae] max-pooled, ``labels`` [N] int64, ``split`` by default ``probes.split(labels)``. Latents are
+    ranked on the train part by F. ``ranking="joint"`` [Table 2] ranks them once by F over all classes, for multinomial
+    probes: ``sparse_probing_auc``, the mean over classes of the one-vs-rest AUC of their probabilities on the held-out
+    images, and ``sparse_probing_accuracy``. ``"per_class"`` [§4.3] ranks them for each class by F against the rest, for
+    a binary probe each: the mean of their AUC. Settings are ``k=128`` or ``k=128,ranking=per_class``; budgets above
+    d_sae are left out. A constant latent, ranked last, adds nothing. ``sparse_probing_converged`` is the share of
+    probes whose solver did. ValueError for an unknown ranking or no possible budget, and as in ``probes.split``.
+    """
+    if ranking not in RANKINGS:
+        raise ValueError(f"Unknown ranking={ranking}; choose one of {', '.join(RANKINGS)}.")
+    codes, labels = probes.as_codes(codes), probes.as_labels(labels)
+    probes.check_rows(labels, codes=codes)
+    train, test = probes.split(labels) if split is None else split
+    if ranking == "per_class":
+        return _per_class(codes[train], labels[train], codes[test], labels[test], budgets, C, max_iter, device)
+    found = read_out(codes[train], labels[train], codes[test], labels[test], budgets, C, max_iter, device)
+    return [
+        Score(f"sparse_probing_{name}", value, f"k={each.k}")
+        for each in found
+        for name, value in (("auc", each.auc), ("accuracy", each.accuracy), ("converged", float(each.converged)))
+    ]
+
+
+def _per_class(
+    train: sparse.csr_array, train_labels: np.ndarray, test: sparse.csr_array, test_labels: np.ndarray,
+    budgets: Sequence[int], C: float, max_iter: int, device: str,
+) -> list[Score]:  # fmt: skip
+    budgets = _checked(budgets, train.shape[1])
+    sums, train, test = class_sums(train, train_labels), train.tocsc(), test.tocsc()
+    found: dict[int, list[tuple[float, bool]]] = {k: [] for k in budgets}
+    for c, name in enumerate(sums.classes):
+        positive = test_labels == name
+        if not positive.any() or positive.all():
+            continue
+        order = ranked(f_statistics_of(sums, c))[: max(budgets)]
+        x, held = train[:, order].toarray(), test[:, order].toarray()
+        for k in budgets:
+            model = probes.fit(x[:, :k], train_labels == name, C, max_iter, device)
+            found[k].append((probes.auc(probes.logits(model, held[:, :k], device), positive), model.converged_))
+    scores = []
+    for k, each in found.items():
+        area, converged = np.mean(each, axis=0) if each else (np.nan, np.nan)
+        setting = f"k={k},ranking=per_class"
+        scores.append(Score("sparse_probing_auc", float(area), setting))
+        scores.append(Score("sparse_probing_converged", float(converged), setting))
+    return scores

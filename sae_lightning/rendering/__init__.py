@@ -1,0 +1,1 @@
+"""Tables, figures, strips of pictures and pages, whatever they show."""

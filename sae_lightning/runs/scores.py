@@ -1,0 +1,79 @@
+"""Scores as a table: one row a run, metric and setting, in a parquet file beside the run's SAE."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sae_lightning.metrics.base import Score
+from sae_lightning.saes.artefact import ArtefactError
+
+TABLE = "scores.parquet"
+
+SCHEMA = pa.schema(
+    [
+        ("run", pa.string()), ("metric", pa.string()), ("setting", pa.string()), ("value", pa.float64()),
+        ("part", pa.string()), ("split", pa.string()), ("key", pa.string()), ("why", pa.string()),
+    ]
+)  # fmt: skip
+
+
+def read_rows(run: Path, strict: bool = False) -> list[dict[str, Any]]:
+    """All rows of a run's table; none where there is no table, or one that cannot be read (it is then made anew).
+
+    With ``strict`` ArtefactError for one that cannot be read.
+    """
+    try:
+        table = pq.read_table(run / TABLE)
+        if table.schema.names != SCHEMA.names:
+            raise pa.ArrowInvalid("it has other columns")
+        return table.to_pylist()
+    except FileNotFoundError:
+        return []
+    except (pa.ArrowException, OSError) as error:
+        if strict:
+            raise ArtefactError(
+                f"{run / TABLE} cannot be read ({error}); make it anew: python evaluate.py runs={run.name}, with the "
+                "metrics that it had."
+            ) from error
+        return []
+
+
+def scores_of(run: Path, part: str, split: str, key: str) -> list[Score] | None:
+    """The scores of a ``part`` of the benchmark on ``split``; None unless made by what ``key`` stands for."""
+    found = [r for r in read_rows(run) if (r["part"], r["split"], r["key"]) == (part, split, key)]
+    return [Score(r["metric"], r["value"], r["setting"], r["why"]) for r in found] or None
+
+
+def put_scores(run: Path, part: str, split: str, key: str, scores: Iterable[Score]) -> None:
+    """Write the scores of a ``part`` on ``split`` in place of earlier ones, atomically.
+
+    ValueError where two rows would have the same metric and setting.
+    """
+    rows = [r for r in read_rows(run) if (r["part"], r["split"]) != (part, split)]
+    made = [
+        {"run": run.name, "metric": s.metric, "setting": s.setting, "value": float(s.value), "part": part,
+         "split": split, "key": key, "why": s.why}
+        for s in scores
+    ]  # fmt: skip
+    names = [(r["metric"], r["setting"], r["split"]) for r in (*rows, *made)]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"Two scores of {run.name} are called {twice}; give them different settings.")
+    rows = sorted((*rows, *made), key=lambda r: (r["part"], r["split"]))
+    partial = run / (TABLE + ".partial")
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), partial)
+    os.replace(partial, run / TABLE)
+
+
+def value_of(rows: Iterable[Mapping[str, Any]], metric: str, setting: str = "", split: str | None = None) -> float:
+    """The value of one row; NaN where there is none."""
+    for r in rows:
+        if r["metric"] == metric and r["setting"] == setting and split in (None, r["split"]):
+            return r["value"]
+    return float("nan")

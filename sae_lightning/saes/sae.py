@@ -1,0 +1,243 @@
+"""What every sparse autoencoder shares: weights, encode, decode, the decoder's unit norm, dead-latent counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sae_lightning.kernels import products as kernels
+from sae_lightning.kernels import selection, sparse_pre_acts
+from sae_lightning.saes.codes import DenseCodes, SparseCodes
+
+
+class Normalizer(nn.Module):
+    """Subtract a per-dimension mean [d_in] and divide by one scalar deviation (ViSAEBench Table 1).
+
+    Raises ValueError when the mean is not finite or the deviation is not positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, d_in: int, mean: Tensor | None = None, std: float | Tensor = 1.0) -> None:
+        super().__init__()
+        mean = torch.zeros(d_in) if mean is None else torch.as_tensor(mean, dtype=torch.float32).clone()
+        std = torch.as_tensor(std, dtype=torch.float32).clone()
+        if mean.shape != (d_in,) or not bool(mean.isfinite().all()):
+            raise ValueError(f"The normaliser needs a finite mean of shape [{d_in}]; it got {tuple(mean.shape)}.")
+        if not (float(std) > 0 and bool(std.isfinite())):
+            raise ValueError(
+                f"The normaliser needs a positive deviation; it got {float(std)}. Are all features the same?"
+            )
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def normalize(self, features: Tensor) -> Tensor:
+        """Raw features [..., d_in] of any float type to float32, centred and scaled."""
+        return kernels.normalize(features, self.mean, self.std)
+
+    def denormalize(self, features: Tensor) -> Tensor:
+        """The inverse, [..., d_in]."""
+        return features * self.std + self.mean
+
+
+INPUT_NORMS = ("none", "layer", "unit")
+
+
+def input_norm(kind: str, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """``x`` [N, d_in] normed by sample, and the (shift, scale) [N, 1] that undo it; None for "none".
+
+    "layer": zero mean and unit variance over dimensions [Gao et al. 2024, §A.1]. "unit": L2 norm √d_in, which is
+    the unit norm of MonoLoss's features up to a factor that keeps deviations near 1.
+    """
+    if kind == "none":
+        return x, None
+    shift = x.mean(1, keepdim=True) if kind == "layer" else x.new_zeros(len(x), 1)
+    scale = (x - shift).square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
+    return (x - shift) / scale, (shift, scale)
+
+
+DENSE_FROM = 0.10  # share of positive pre-activations from which dense products are faster (docs/decisions.md)
+
+PROBE = 64  # samples that decide it
+
+
+@dataclass
+class Pass:
+    """One training pass over a batch of normalised features ``x`` [N, d_in].
+
+    ``levels`` [N, h, d_in] are a nested variant's reconstructions, coarse to fine, with ``level_weights``
+    [h] that sum to 1; ``extra`` is what a variant's own loss terms need besides.
+    """
+
+    x: Tensor
+    codes: SparseCodes
+    reconstruction: Tensor
+    levels: Tensor | None = None
+    level_weights: Tensor | None = None
+    extra: dict[str, SparseCodes] = field(default_factory=dict)
+
+
+class SAE(nn.Module):
+    """Base of all variants: x̂ = codes · W_dec + b_pre, pre_acts = (x - b_pre) · W_encᵀ + b_enc.
+
+    Row i of ``W_enc`` [d_sae, d_in] reads latent i, row i of ``W_dec`` [d_sae, d_in] writes it. The decoder's
+    rows have unit norm, the encoder starts as their copy (and stays it with ``tied``); ``b_enc`` [d_sae] and
+    ``b_pre`` [d_in] start at zero, b_pre in normalised space, where zero is the data's mean. ``input_norm``
+    ("none", "layer", "unit") norms each sample once more before the encoder and gives the norm back after
+    the decoder.
+
+    ``encode``, ``decode`` and ``forward`` speak raw features; ``run`` and the losses speak normalised ones.
+    A variant implements ``code``; it lists what makes it, beside d_in and d_sae, in ``settings``.
+    """
+
+    variant: str
+    tokens_since_fired: Tensor
+    k: float | None = None  # active latents a sample, for variants that choose them so
+    k_now: float  # what training uses, if it anneals k
+    later_buffers: ClassVar[dict[str, float]] = {}  # scalars that older artefacts lack, with what they are taken for
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        normalizer: Normalizer | None = None,
+        seed: int | None = None,
+        tied: bool = False,
+        input_norm: str = "none",
+    ) -> None:
+        super().__init__()
+        if d_in < 1 or d_sae < 1:
+            raise ValueError(f"d_in and d_sae must be at least 1; got d_in={d_in}, d_sae={d_sae}.")
+        if input_norm not in INPUT_NORMS:
+            raise ValueError(f"Unknown input_norm={input_norm}; choose one of {', '.join(INPUT_NORMS)}.")
+        self.d_in, self.d_sae, self.tied, self.input_norm = d_in, d_sae, tied, input_norm
+        self.normalizer = normalizer or Normalizer(d_in)
+        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        directions = torch.randn(d_sae, d_in, generator=generator)
+        self.W_dec = nn.Parameter(directions / directions.norm(dim=1, keepdim=True))
+        self.W_enc = self.W_dec if tied else nn.Parameter(self.W_dec.detach().clone())
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_pre = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.long))
+
+    # --- what a variant defines -------------------------------------------------------------------
+    def code(self, x: Tensor) -> SparseCodes:
+        """Codes of normalised features [N, d_in], differentiable; may differ between training and evaluation."""
+        raise NotImplementedError
+
+    def sparsity(self, run: Pass, decoder_norms: bool = True) -> Tensor:
+        """What the loss term ``sparsity`` penalises, summed over the batch: the L1 norm of the codes.
+
+        With ``decoder_norms`` each latent counts by its decoder row's norm, so that a smaller code with a
+        larger row gains nothing.
+        """
+        return run.codes.total(self.W_dec.norm(dim=1) if decoder_norms else None)
+
+    def settings(self) -> dict[str, object]:
+        """Constructor arguments besides d_in, d_sae and the normaliser, as plain values."""
+        options: dict[str, object] = {"tied": True} if self.tied else {}
+        return options | ({"input_norm": self.input_norm} if self.input_norm != "none" else {})
+
+    # --- normalised space -------------------------------------------------------------------------
+    def pre_acts(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Pre-activations [N, d_sae] of normalised features [N, d_in], or those of ``latents`` [n] alone."""
+        W, b = (self.W_enc, self.b_enc) if latents is None else (self.W_enc[latents], self.b_enc[latents])
+        return torch.nn.functional.linear(x - self.b_pre, W, b)
+
+    def run(self, x: Tensor) -> Pass:
+        """Encode and decode normalised features [N, d_in]; ``Pass.x`` is them after ``input_norm``."""
+        return self.reconstruct(input_norm(self.input_norm, x)[0])
+
+    def reconstruct(self, x: Tensor) -> Pass:
+        """The pass over features [N, d_in] that ``input_norm`` has been applied to."""
+        codes = self.code(x)
+        return Pass(x, codes, codes.decode(self.W_dec, self.b_pre))
+
+    def with_gradient(self, x: Tensor, entries: selection.Entries, bias: Tensor | None = None) -> SparseCodes:
+        """Codes of the selected ``entries`` (latents, values, offsets) of the pre-activations of ``x``."""
+        latents, values, offsets = entries
+        bias = self.b_enc if bias is None else bias
+        values = sparse_pre_acts(x, self.b_pre, self.W_enc, bias, latents, offsets, values)
+        return SparseCodes(latents, values, offsets, self.d_sae)
+
+    def positive(self, x: Tensor, bias: Tensor | None = None) -> SparseCodes:
+        """Codes of all positive pre-activations; held as a matrix where a tenth or more of them is positive."""
+        bias = self.b_enc if bias is None else bias
+        with torch.no_grad():
+            some = torch.nn.functional.linear(x[:: max(1, len(x) // PROBE)] - self.b_pre, self.W_enc, bias) > 0
+        if float(some.float().mean()) > DENSE_FROM:
+            return DenseCodes(torch.relu(torch.nn.functional.linear(x - self.b_pre, self.W_enc, bias)))
+        entries = selection.above(x - self.b_pre, self.W_enc, bias, bias.new_zeros(()))
+        return self.with_gradient(x, entries, bias)
+
+    # --- raw features -----------------------------------------------------------------------------
+    def encode(self, features: Tensor) -> SparseCodes:
+        """Codes of raw features [..., d_in]; leading dimensions become samples, N = their product."""
+        if features.shape[-1] != self.d_in:
+            raise ValueError(
+                f"This SAE takes features of {self.d_in} dimensions; it got {features.shape[-1]}. "
+                "Is it from another backbone or layer?"
+            )
+        x, frame = input_norm(self.input_norm, self.normalizer.normalize(features.reshape(-1, self.d_in)))
+        nothing = x.new_zeros(0, self.d_sae)
+        codes = self.code(x) if len(x) else SparseCodes.select(nothing, nothing > 0)
+        codes.frame = frame
+        return codes
+
+    def decode(self, codes: SparseCodes) -> Tensor:
+        """Raw-space reconstruction [N, d_in] of codes."""
+        x = codes.decode(self.W_dec, self.b_pre)
+        if codes.frame is not None:
+            x = x * codes.frame[1] + codes.frame[0]
+        return self.normalizer.denormalize(x)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Reconstruction of raw features, same shape [..., d_in], float32."""
+        return self.decode(self.encode(features)).reshape(features.shape)
+
+    # --- the decoder's constraint and dead latents ------------------------------------------------
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Scale every decoder row to unit norm."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8))
+
+    @torch.no_grad()
+    def count_firing(self, fired: Tensor, tokens: int) -> None:
+        """Advance the dead-latent counters by ``tokens`` samples; the latents of ``fired`` [d_sae] bool start anew."""
+        self.tokens_since_fired += tokens
+        self.tokens_since_fired[fired] = 0
+
+    # --- the artefact -----------------------------------------------------------------------------
+    def save(self, folder: str | Path, **record: object) -> None:
+        """Write ``sae.safetensors`` and ``cfg.json`` into ``folder``; ``record`` is added to the latter."""
+        from sae_lightning.saes.artefact import save
+
+        save(self, Path(folder), record)
+
+    @staticmethod
+    def load(folder: str | Path) -> SAE:
+        """The SAE in ``folder``, in evaluation mode; ArtefactError says what is missing or does not fit."""
+        from sae_lightning.saes.artefact import load
+
+        return load(Path(folder))
+
+    @staticmethod
+    def from_pretrained(name: str | Path, revision: str | None = None) -> SAE:
+        """The SAE in a folder or in a repository of the model hub, in evaluation mode.
+
+        "org/name", or "org/name/folder" for one of several.
+        """
+        from sae_lightning.saes.artefact import from_pretrained
+
+        return from_pretrained(name, revision)
+
+    def push_to_hub(self, repo_id: str, private: bool = False, **record: object) -> str:
+        """Upload the SAE with a card; ``record`` is added to its ``cfg.json``. Returns the commit's address."""
+        from sae_lightning.saes.artefact import push_to_hub
+
+        return push_to_hub(self, repo_id, private, record)
