@@ -20,6 +20,7 @@ from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.sparsity import ActivationHistogram
 from sae_lightning.rendering.pictures import GAP, heat
 from sae_lightning.rendering.table import number
+from sae_lightning.report import latents as report_latents
 from sae_lightning.report import page as report_page
 from sae_lightning.report.benchmark import (
     MAIN,
@@ -368,7 +369,8 @@ def write_run(folder, backbone, expansion=8, bench=True):
 
 @pytest.fixture
 def shown(monkeypatch):
-    monkeypatch.setattr(report_page, "pictures", pictures_of)
+    for module in (report_page, report_latents):
+        monkeypatch.setattr(module, "pictures", pictures_of)
 
 
 def tinted(uri, place):
