@@ -22,7 +22,7 @@ from tests.processes import server_address, share_server
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # one server for all tests and all of pytest's processes, which imports once what those forked off it need
-preload("tests.data.test_images", "tests.features.jobs", "sae_lightning.training.packed", "datasets", "pandas")
+preload("tests.data.test_images", "tests.features.jobs", "sae_lightning.training.packed", "datasets", "pandas", "timm")
 
 os.fsync = lambda fd: None  # what tests write need not outlive a power cut; a training's sixteen calls take 0.15 s
 

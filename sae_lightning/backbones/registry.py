@@ -8,9 +8,7 @@ from typing import Any
 
 from sae_lightning.backbones.backbone import KINDS, Backbone, BackboneError, Tap
 from sae_lightning.backbones.settings import asked_layer, check_size, digest, published
-from sae_lightning.backbones.timm import load_timm, timm_anatomy
 from sae_lightning.backbones.tiny import DEPTH, load_tiny, tiny_identity
-from sae_lightning.backbones.transformers import load_transformers, transformers_depth
 from sae_lightning.settings.resolvers import folder_name
 
 
@@ -37,7 +35,11 @@ def _depth(cfg: Mapping[str, Any], size: str) -> int:
         return DEPTH
     wanted = published(cfg)
     if wanted.library == "timm":
+        from sae_lightning.backbones.timm import timm_anatomy
+
         return timm_anatomy(wanted.model, wanted.image_size).depth
+    from sae_lightning.backbones.transformers import transformers_depth
+
     return transformers_depth(wanted)
 
 
@@ -49,7 +51,13 @@ def load_backbone(cfg: Mapping[str, Any]) -> Backbone:
     """
     if check_size(cfg["size"]) == "tiny":
         return load_tiny(cfg)
-    return load_timm(cfg) if published(cfg).library == "timm" else load_transformers(cfg)
+    if published(cfg).library == "timm":  # either takes seconds to import, which names of runs need not wait for
+        from sae_lightning.backbones.timm import load_timm
+
+        return load_timm(cfg)
+    from sae_lightning.backbones.transformers import load_transformers
+
+    return load_transformers(cfg)
 
 
 def identity(cfg: Mapping[str, Any]) -> str:

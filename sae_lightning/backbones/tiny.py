@@ -10,17 +10,17 @@ import hashlib
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
-from timm.data import create_transform
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sae_lightning.backbones.backbone import Backbone, BackboneError
 from sae_lightning.backbones.settings import asked_layer, fixed_seed
-from sae_lightning.backbones.timm import read_timm
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 TINY_NAMES = ("dinov2", "clip", "siglip", "mae", "deit")
 
@@ -35,6 +35,8 @@ def tiny_vit(name: str) -> VisionTransformer:
     Input [B, 3, 32, 32] normalised by ``PIXEL_MEAN`` and ``PIXEL_STD``. As in the published models,
     SigLIP has no class token and pools by attention; the other four have a class token.
     """
+    from timm.models.vision_transformer import VisionTransformer
+
     if name not in TINY_NAMES:
         raise ValueError(f"There is no tiny backbone '{name}'; choose one of {', '.join(TINY_NAMES)}.")
     attention_pool = name == "siglip"
@@ -121,6 +123,10 @@ def tiny_identity(cfg: Mapping[str, Any]) -> str:
 
 def load_tiny(cfg: Mapping[str, Any]) -> Backbone:
     """The tiny backbone ``cfg.name``; with ``cfg.tiny.pretrained=false`` the same architecture with random weights."""
+    from timm.data import create_transform  # here, as the import takes seconds, and names of runs need no encoder
+
+    from sae_lightning.backbones.timm import read_timm
+
     name, trained = cfg["name"], _trained(cfg)
     with fixed_seed():
         vit = tiny_vit(name)

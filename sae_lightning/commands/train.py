@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,16 +19,58 @@ def main(cfg: DictConfig) -> None:
     from sae_lightning.commands.hydra import point_to
     from sae_lightning.features.source import looking_once
     from sae_lightning.runs.identity import run_name
+    from sae_lightning.runs.run import is_finished
     from sae_lightning.runs.state import is_a_try
-    from sae_lightning.training.fit import train
-    from sae_lightning.training.packed import members_of, train_packed
 
-    output = Path(HydraConfig.get().runtime.output_dir)
-    members = members_of(cfg)
+    members = [cfg]
+    if cfg.pack.file is not None:
+        from sae_lightning.training.packed import members_of
+
+        members = members_of(cfg)
     with looking_once():
-        kept = [member for member in members if not is_a_try(member)]
-        point_to(output, [Path(member.paths.runs) / run_name(member) for member in kept])
-    if len(members) == 1:
-        train(members[0])
-    else:
-        train_packed(members)
+        folders = [Path(member.paths.runs) / run_name(member) for member in members]
+        point_to(Path(HydraConfig.get().runtime.output_dir), [] if is_a_try(cfg) else folders)
+        if not all(map(is_finished, folders)):
+            print(first_line(members, folders), flush=True)
+        from sae_lightning.training.fit import train  # with Lightning, which takes seconds
+        from sae_lightning.training.packed import train_packed
+
+        if len(members) == 1:
+            train(members[0])
+        else:
+            train_packed(members)
+
+
+def first_line(members: Sequence[DictConfig], folders: Sequence[Path]) -> str:
+    """What is trained on what, into which folder, for who waits for the rest."""
+    names = ", ".join(dict.fromkeys(str(member.sae.name) for member in members))
+    what, into = (names, folders[0]) if len(members) == 1 else (f"{len(members)} SAEs ({names})", folders[0].parent)
+    shown = into.relative_to(Path.cwd()) if into.is_relative_to(Path.cwd()) else into
+    return f"Training {what} on {features_of(members[0])}, into {shown}"
+
+
+def features_of(cfg: DictConfig) -> str:
+    """For example ``dinov2 (tiny) patch-L4, 320,000 tokens``: the number where it is known before an extraction."""
+    from sae_lightning.backbones.settings import published
+    from sae_lightning.backbones.tiny import IMAGE_SIZE, PATCH_SIZE
+    from sae_lightning.data import ImageData, load_images
+    from sae_lightning.features.manifest import MANIFEST
+    from sae_lightning.features.source import fingerprint, given_store, plain, store_folder, tap_of
+    from sae_lightning.features.store import FeatureStore
+
+    tap, subset = tap_of(cfg), plain(cfg.subset)
+    if cfg.data.source == "store":
+        store = given_store(cfg, "train", tap).subset(**subset)
+        return f"{store.backbone} {tap}, {store.n_tokens:,} tokens"
+    images, tiny = load_images(plain(cfg.data), "train"), cfg.backbone.size == "tiny"
+    folder = store_folder(cfg, images, tap, fingerprint(cfg, images, tap))
+    if (folder / MANIFEST).is_file():
+        store = FeatureStore.open(folder, cfg.stream.damaged).subset(**subset)
+        return f"{store.backbone} {tap}, {store.n_tokens:,} tokens"
+    encoder = f"{cfg.backbone.name} (tiny)" if tiny else published(plain(cfg.backbone)).title
+    if not isinstance(images, ImageData) or any(value is not None for value in subset.values()):
+        return f"{encoder} {tap} of {images.name}"
+    if tap.kind == "patch" and not tiny:
+        return f"{encoder} {tap}, {len(images):,} images"
+    patches = (IMAGE_SIZE // PATCH_SIZE) ** 2 if tap.kind == "patch" else 1
+    return f"{encoder} {tap}, {len(images) * patches:,} tokens"

@@ -16,7 +16,6 @@ from sae_lightning.data.bundled import load_mosaic_masks
 from sae_lightning.data.decode import Source
 from sae_lightning.data.errors import DataError, brief
 from sae_lightning.data.folder import load_folder
-from sae_lightning.data.geometry import steps_of, through
 from sae_lightning.data.huggingface import load_hf
 from sae_lightning.data.images import ImageData
 from sae_lightning.data.splits import arrange, check_split
@@ -66,6 +65,8 @@ class Masks:
         self.name, self.split, self.class_names, self.first = name, split, list(class_names), first
         self.image_ids, self._read = list(image_ids), read
         self._rows = np.arange(len(self.image_ids))
+        from sae_lightning.data.geometry import steps_of  # with torchvision, which takes seconds
+
         self._steps = steps_of(transform)
         self._pixels: dict[Grid, PatchPixels] = {}
 
@@ -79,6 +80,8 @@ class Masks:
         """
         image_id = self.image_ids[index]
         values = class_map(self._read(int(self._rows[index])), image_id)
+        from sae_lightning.data.geometry import through
+
         rows, columns = through(self._steps, *values.shape)
         seen = values[np.ix_(rows, columns)].astype(np.int64) - self.first
         nothing = (seen < 0) | (seen == IGNORE - self.first) | (rows < 0)[:, None] | (columns < 0)

@@ -1,4 +1,7 @@
-"""Each command, started by an interpreter of its own as users do, in another folder than the checkout."""
+"""Each command, started by an interpreter of its own as users do, in another folder than the checkout.
+
+What it imports on the way decides how long a user waits; the tests name it rather than measure seconds.
+"""
 
 import os
 import subprocess
@@ -13,14 +16,59 @@ COMMANDS = {
     "report": ("detailed=3", "detailed: 3"), "explore": ("app=search", "name: search"),
     "finetune": ("epochs=3", "epochs: 3"),
 }  # fmt: skip
+SLOW = {"lightning", "pytorch_lightning", "torchvision", "timm", "transformers", "wandb", "pandas", "sklearn", "scipy",
+        "matplotlib", "datasets", "peft", "statsmodels"}  # fmt: skip
+UP_TO_TRAINING = """
+import os, sys, types
+
+class Ends(types.ModuleType):
+    def __getattr__(self, name):
+        if name != "train":
+            raise AttributeError(name)
+        print("loaded:", *{name.split(".")[0] for name in sys.modules}, flush=True)
+        os._exit(0)
+
+sys.modules["sae_lightning.training.fit"] = Ends("fit")  # in place of what trains
+from sae_lightning.commands.train import main
+main()
+"""
+
+
+def cold(*arguments: str, cwd) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, in an interpreter that has imported nothing."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=os.environ, capture_output=True, text=True, timeout=HANG)
+
+
+def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
+    """The packages that a process with ``-X importtime`` has imported."""
+    return {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_it_composes_its_config(name, tmp_path):
+def test_it_composes_its_config_without_what_it_works_with(name, tmp_path):
     override, shown = COMMANDS[name]
-    command = [sys.executable, str(ROOT / f"{name}.py"), override, "--cfg", "job"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=HANG)
+    done = cold("-X", "importtime", str(ROOT / f"{name}.py"), override, "--cfg", "job", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert shown in done.stdout
     assert not list(tmp_path.iterdir())
+    assert "hydra" in imported(done)
+    assert not imported(done) & (SLOW | {"torch", "numpy", "rich"})
+
+
+@pytest.mark.slow
+def test_help_needs_no_hydra(tmp_path):
+    done = cold("-X", "importtime", str(ROOT / "train.py"), "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "Usage: python train.py" in done.stdout
+    assert not imported(done) & (SLOW | {"torch", "numpy", "hydra", "omegaconf"})
+
+
+@pytest.mark.slow
+def test_a_run_says_what_it_does_before_it_imports_what_trains(tmp_path):
+    done = cold("-c", UP_TO_TRAINING, "backbone=mae", cwd=tmp_path)
+    _, line, loaded = done.stdout.splitlines()
+    assert line.startswith("Training batchtopk on mae (tiny) patch-L4, 320,000 tokens, into runs/batchtopk-mae-x8-k16-")
+    assert "torch" in loaded
+    assert not set(loaded.split()) & SLOW - {"scipy", "pandas"}  # which read scores and the bundled pictures
