@@ -94,8 +94,9 @@ apps: $(READY)
 explore: $(READY)
 	$(PY) explore.py app=explorer run='$(RUN)'
 
-# in WORKERS processes of one thread each, one more than cores, as some wait for what they have started
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+# in WORKERS processes of one thread each, one more than cores, as some wait for what they have started; with compiled
+# files, as each process would compile all tests by itself
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 test: $(PEERS)
 	$(PYTEST)

@@ -35,6 +35,25 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def runs_alone(tmp_path_factory):
+    """The folders of runs trained alone, by their settings; each is trained once."""
+    return tmp_path_factory.mktemp("alone"), {}
+
+
+@pytest.fixture
+def alone(config, runs_alone):
+    """``alone(*overrides)``: the folder of the run of that config, trained by itself."""
+    root, folders = runs_alone
+
+    def trained(*overrides):
+        if overrides not in folders:
+            folders[overrides] = train(config(*overrides, f"paths.runs={root}"))
+        return folders[overrides]
+
+    return trained
+
+
 def weights(folder):
     return load_file(folder / "sae.safetensors")
 
@@ -54,10 +73,10 @@ def history(folder):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_pack_of_many_kinds_equals_its_runs_alone(config, tmp_path, workers):
-    alone = [train(config(*choice, f"paths.runs={tmp_path / 'alone'}")) for choice in MEMBERS]
+def test_a_pack_of_many_kinds_equals_its_runs_alone(config, alone, workers):
     packed = train_packed([config(*choice, f"pack.workers={workers}") for choice in MEMBERS])
-    for one, other in zip(packed, alone, strict=True):
+    for one, choice in zip(packed, MEMBERS, strict=True):
+        other = alone(*choice)
         assert_equal(one, other)
         assert history(one) == history(other)
         assert not (one / "checkpoints").exists()
@@ -65,7 +84,7 @@ def test_a_pack_of_many_kinds_equals_its_runs_alone(config, tmp_path, workers):
     assert result["side_by_side"] == len(MEMBERS)
 
 
-def test_rounds_that_fit_the_memory_give_the_same(config, tmp_path, monkeypatch):
+def test_rounds_that_fit_the_memory_give_the_same(config, alone, monkeypatch):
     seen = []
     from sae_lightning.training import packed
 
@@ -76,7 +95,7 @@ def test_rounds_that_fit_the_memory_give_the_same(config, tmp_path, monkeypatch)
     assert sum(seen) == 3
     assert len(seen) > 1
     for k, folder in zip((2, 4, 8), folders, strict=True):
-        assert_equal(folder, train(config(f"k={k}", f"paths.runs={tmp_path / 'alone'}")))
+        assert_equal(folder, alone(f"k={k}"))
 
 
 def test_finished_ones_are_skipped_and_bad_ones_named(config, capsys):
@@ -91,7 +110,7 @@ def test_finished_ones_are_skipped_and_bad_ones_named(config, capsys):
     assert len(list(done.parent.glob("*-k8-*/result.json"))) == 1
 
 
-def test_a_crash_leaves_the_others_alone_and_all_go_on(config, tmp_path, capsys):
+def test_a_crash_leaves_the_others_alone_and_all_go_on(config, alone, capsys):
     cfgs = [config("k=4"), config("k=8", CRASH), config("k=12")]
     with pytest.raises(PackError, match="1 of 3"):
         train_packed(cfgs)
@@ -99,11 +118,11 @@ def test_a_crash_leaves_the_others_alone_and_all_go_on(config, tmp_path, capsys)
     fresh = [config(f"k={k}") for k in (4, 8, 12, 16)]  # a new one, one that is half done, and two finished ones
     packed = train_packed(fresh)
     for k, folder in zip((4, 8, 12, 16), packed, strict=True):
-        assert_equal(folder, train(config(f"k={k}", f"paths.runs={tmp_path / 'alone'}")))
+        assert_equal(folder, alone(f"k={k}"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_signal_stops_all_at_checkpoints_and_they_go_on_to_the_same_weights(config, tmp_path, capsys, workers):
+def test_a_signal_stops_all_at_checkpoints_and_they_go_on_to_the_same_weights(config, alone, capsys, workers):
     kill = "+callbacks.signal={_target_: tests.training.crash.Signal, at: 11, name: SIGTERM}"
     with pytest.raises(SystemExit) as stopped:
         train_packed([config(f"k={k}", f"pack.workers={workers}", *([kill] if k == 8 else [])) for k in (4, 8, 12)])
@@ -112,16 +131,16 @@ def test_a_signal_stops_all_at_checkpoints_and_they_go_on_to_the_same_weights(co
     packed = train_packed([config(f"k={k}") for k in (4, 8, 12)])
     assert capsys.readouterr().out.count("resuming from its last checkpoint") == 3
     for k, folder in zip((4, 8, 12), packed, strict=True):
-        assert_equal(folder, train(config(f"k={k}", f"paths.runs={tmp_path / 'alone'}")))
+        assert_equal(folder, alone(f"k={k}"))
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_and_ends_with_the_same_weights(config, pictures, tmp_path):
+def test_a_killed_sweep_goes_on_and_ends_with_the_same_weights(config, pictures, alone, tmp_path):
     cfg = config()
     command = [
         "train.py", "-m", "data=folder", f"data.path={pictures}", "backbone=deit",
         "backbone.size=tiny", "k=4,8,12", "expansion=2", "batch_size=256", "trainer.accelerator=cpu",
-        "trainer.max_epochs=12", "checkpoint.every_steps=10", "trainer.log_every_n_steps=2", "dead_after=1000",
+        "trainer.max_epochs=8", "checkpoint.every_steps=4", "trainer.log_every_n_steps=2", "dead_after=1000",
         f"paths.stores={cfg.paths.stores}", f"paths.runs={cfg.paths.runs}", f"hydra.sweep.dir={tmp_path / 'sweep'}",
     ]  # fmt: skip
     folder = Path(cfg.paths.runs)
@@ -132,10 +151,9 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_weights(config, pictures,
     assert not list(folder.glob("*/result.json"))
     again = run(*command, cwd=tmp_path)
     assert again.stdout.count("resuming from its last checkpoint") == 3
-    settings = ["trainer.max_epochs=12", "checkpoint.every_steps=10", f"paths.runs={tmp_path / 'alone'}"]
     for k in (4, 8, 12):
-        alone = train(config(f"k={k}", *settings))
-        assert_equal(folder / alone.name, alone)
+        other = alone(f"k={k}", "trainer.max_epochs=8", "checkpoint.every_steps=4")
+        assert_equal(folder / other.name, other)
 
 
 @pytest.mark.slow
@@ -143,8 +161,7 @@ def test_two_ranks_with_a_pack_equal_two_ranks_alone(config, tmp_path, monkeypat
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     choices = [["k=4", "callbacks=monoloss"], ["sae=jumprelu"]]
     packed = train_packed([config(*choice, "trainer.devices=2") for choice in choices])
-    alone = train(config(*choices[0], "trainer.devices=2", f"paths.runs={tmp_path / 'alone'}"))
-    assert_equal(packed[0], alone)
+    assert_equal(packed[0], train(config(*choices[0], "trainer.devices=2", f"paths.runs={tmp_path / 'alone'}")))
     assert [json.loads((folder / "result.json").read_text())["devices"] for folder in packed] == [2, 2]
 
 
