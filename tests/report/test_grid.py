@@ -26,6 +26,7 @@ from sae_lightning.analysis.tables import cross_domain, raw_moran, thresholds
 from sae_lightning.analysis.variance import decomposition
 from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.part import HEADLINES
+from sae_lightning.rendering import figures
 from sae_lightning.rendering.figures import limits_of
 from sae_lightning.rendering.page import plural, prose, some
 from sae_lightning.rendering.table import view
@@ -75,6 +76,12 @@ def write_run(
 
 def write_grid(folder, **changes):
     return [write_run(folder, b, e, k, **changes) for b, e, k in product(PLACES, EXPANSIONS, KS)]
+
+
+@pytest.fixture
+def _undrawn(monkeypatch):
+    """Figures are made but not drawn, for tests of the tables and files beside them."""
+    monkeypatch.setattr(figures, "svg", lambda figure: "<svg></svg>")
 
 
 def tables_of(page):
@@ -222,6 +229,7 @@ def test_without_the_papers_files_only_our_figures_are_shown(section, tmp_path):
     assert any("paper" in str(view(table)) for table in both.tables)
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_runs_without_scores_are_left_out_and_counted(tmp_path):
     runs = [write_run(tmp_path / "runs", b, 8, 16) for b in ("clip", "mae")]
     (runs[0] / "scores.json").unlink()
@@ -237,6 +245,7 @@ def test_runs_scored_on_different_splits_are_refused(tmp_path):
         load(runs)
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_two_pages_keep_their_tables_apart_and_an_old_pages_tables_go(tmp_path):
     runs = [write_run(tmp_path / "runs", b, 8, 16) for b in ("clip", "mae")]
     build_grid(runs, tmp_path / "a.html", tmp_path / "no paper")
@@ -319,6 +328,7 @@ def test_prose_escapes_and_shows_code():
     assert some(list("abcd"), 2) == "a, b and 2 more"
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_the_command_writes_the_grids_page_of_the_runs_that_match(tmp_path, monkeypatch):
     for backbone in ("clip", "mae"):
         (write_run(tmp_path / "runs", backbone, 8, 16) / "result.json").write_text("{}")
