@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialized
 from torch import Tensor
 
+from sae_lightning.registry import one_of
+
 
 def whole(path: Path) -> bool:
     """Whether there is a file ``path``, of json or safetensors as its name says, that can be read."""
@@ -132,8 +134,7 @@ class Lock:
 def kind() -> str:
     """How to lock, as CHOICE says: ``auto``, ``soft`` (by leases), or ``none`` (you see to it yourself)."""
     chosen = os.environ.get(CHOICE, KINDS[0])
-    if chosen not in KINDS:
-        raise LockError(f"Unknown {CHOICE}={chosen}; choose one of {', '.join(KINDS)}.")
+    one_of(chosen, KINDS, CHOICE, LockError)
     return chosen
 
 

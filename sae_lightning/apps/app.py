@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from sae_lightning import __version__
 from sae_lightning.files import write_json, write_text
+from sae_lightning.registry import one_of
 from sae_lightning.runs.results import RECORD, Result
 from sae_lightning.runs.run import Opened, chosen_runs
 
@@ -53,8 +54,7 @@ def explore(cfg: DictConfig) -> list[Result]:
     fit the application.
     """
     name = cfg.app.name
-    if name not in EACH + TOGETHER:
-        raise ValueError(f"Unknown app={name}; choose one of {', '.join(EACH + TOGETHER)}.")
+    one_of(name, EACH + TOGETHER, "app")
     application: Callable = import_module(f"sae_lightning.apps.{name}.app").run
     opened = [Opened(folder) for folder in chosen_runs(cfg.run, Path(cfg.paths.runs))]
     if name in TOGETHER:

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sae_lightning.registry import one_of
+
 
 class BackboneError(ValueError):
     """A backbone that cannot be had, or a tap, layer or image that does not fit it."""
@@ -43,8 +45,7 @@ class Tap:
     layer: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise BackboneError(f"Unknown kind of tap '{self.kind}'; choose one of {', '.join(KINDS)}.")
+        one_of(self.kind, KINDS, "kind of tap", BackboneError)
         if self.kind not in LAYER_KINDS and self.layer is not None:
             raise BackboneError(f"A {self.kind} tap has no layer, but layer {self.layer} was given; leave it out.")
         if self.kind in LAYER_KINDS and type(self.layer) is not int:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from sae_lightning.backbones.backbone import BackboneError
+from sae_lightning.registry import one_of
 
 SIZES = ("tiny", "published")
 
@@ -41,8 +42,7 @@ class Published:
 
 def check_size(size: str) -> str:
     """``size`` itself; BackboneError unless it is one that a config can choose."""
-    if size not in SIZES:
-        raise BackboneError(f"Unknown backbone.size={size}; choose {' or '.join(SIZES)}.")
+    one_of(size, SIZES, "backbone.size", BackboneError)
     return size
 
 
@@ -63,8 +63,7 @@ def published(cfg: Mapping[str, Any]) -> Published:
     node = cfg["published"]
     section: dict[str, Any] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)  # type: ignore[assignment]
     library, model = section["library"], section["model"]
-    if library not in LIBRARIES:
-        raise BackboneError(f"Unknown backbone.published.library={library}; choose {' or '.join(LIBRARIES)}.")
+    one_of(library, LIBRARIES, "backbone.published.library", BackboneError)
     if model in (None, "", "???"):
         raise BackboneError(f"backbone.published.model is missing; set it to the id of a {library} model.")
     if model.startswith("local-dir:") or (library == "transformers" and Path(model).is_dir()):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sae_lightning.backbones.backbone import Backbone, BackboneError
 from sae_lightning.backbones.settings import asked_layer, fixed_seed
+from sae_lightning.registry import one_of
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -37,8 +38,7 @@ def tiny_vit(name: str) -> VisionTransformer:
     """
     from timm.models.vision_transformer import VisionTransformer
 
-    if name not in TINY_NAMES:
-        raise ValueError(f"There is no tiny backbone '{name}'; choose one of {', '.join(TINY_NAMES)}.")
+    one_of(name, TINY_NAMES, "tiny backbone")
     attention_pool = name == "siglip"
     return VisionTransformer(
         img_size=IMAGE_SIZE,

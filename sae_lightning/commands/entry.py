@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sae_lightning.registry import import_plugins
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-PLUGINS = "sae_lightning.plugins"  # an entry point of packages whose modules add to ours when they are imported
 Work = Callable[["DictConfig"], None]
 
 
@@ -92,20 +93,6 @@ def run(task: Work, name: str, config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
     finally:
         utils.run_and_report = original  # type: ignore[assignment]
-
-
-def import_plugins() -> None:
-    """Import the modules that installed packages name as plugins; ValueError with a sentence where one cannot be."""
-    from importlib.metadata import entry_points
-
-    for plugin in entry_points(group=PLUGINS):
-        try:
-            plugin.load()
-        except Exception as error:
-            raise ValueError(
-                f"The plugin {plugin.name} ({plugin.value}) cannot be imported: {type(error).__name__}: {error}. Mend "
-                "or uninstall its package."
-            ) from error
 
 
 def check_own_folder() -> None:

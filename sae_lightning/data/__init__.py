@@ -17,6 +17,7 @@ from sae_lightning.data.siblings import sibling_groups
 from sae_lightning.data.splits import SPLITS, arrange, check_split
 from sae_lightning.data.stream import ImageStream
 from sae_lightning.data.webdataset import load_webdataset
+from sae_lightning.registry import one_of
 
 SOURCES: dict[str, Callable[[dict[str, Any], str], ImageData | ImageStream]] = {
     "demo": load_demo,
@@ -40,8 +41,7 @@ def load_images(data: Mapping[str, Any], split: str) -> ImageData | ImageStream:
     """
     check_split(split)
     source = data["source"]
-    if source not in SOURCES:
-        raise DataError(f"Unknown data.source={source}; choose one of {', '.join(SOURCES)}.")
+    one_of(source, SOURCES, "data.source", DataError)
     reading = Reading.of(data)
     images = SOURCES[source](dict(data), split)
     if isinstance(images, ImageStream):

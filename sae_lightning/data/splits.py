@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from sae_lightning.data.errors import DataError, tell
 from sae_lightning.data.images import ImageData
+from sae_lightning.registry import one_of
 
 SPLITS = ("train", "val", "test")
 
@@ -66,8 +67,7 @@ def _by_split(names: Sequence[str], rest: tuple[str, ...]) -> dict[str, str]:
 
 def check_split(split: str) -> None:
     """DataError unless ``split`` is train, val or test."""
-    if split not in SPLITS:
-        raise DataError(f"Unknown split '{split}'; choose one of {', '.join(SPLITS)}.")
+    one_of(split, SPLITS, "split", DataError)
 
 
 def choose_splits(

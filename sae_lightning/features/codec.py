@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.features.manifest import Moments, StoreError
+from sae_lightning.registry import one_of
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 DELIVERED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.float16}
@@ -38,8 +39,7 @@ class Frame:
 
 def check_dtype(dtype: str) -> str:
     """``dtype`` itself; StoreError unless it is one that stores can have."""
-    if dtype not in DTYPES:
-        raise StoreError(f"Unknown extract.dtype={dtype}; choose one of {', '.join(DTYPES)}.")
+    one_of(dtype, DTYPES, "extract.dtype", StoreError)
     return dtype
 
 

@@ -24,6 +24,7 @@ from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.prepare import Captions, Pictures, collate
 from sae_lightning.features.shard import ShardFile
 from sae_lightning.features.writer import StoreWriter
+from sae_lightning.registry import one_of
 
 DEPTH = 4  # batches in flight
 
@@ -161,10 +162,8 @@ class Settings:
     sharing: int = 1  # processes here that extract the same at once, and share the cores
 
     def __post_init__(self) -> None:
-        if str(self.precision) not in PRECISIONS:
-            raise StoreError(f"Unknown extract.precision={self.precision}; choose one of {', '.join(PRECISIONS)}.")
-        if self.unreadable not in UNREADABLE:
-            raise StoreError(f"Unknown extract.unreadable={self.unreadable}; choose one of {', '.join(UNREADABLE)}.")
+        one_of(str(self.precision), PRECISIONS, "extract.precision", StoreError)
+        one_of(self.unreadable, UNREADABLE, "extract.unreadable", StoreError)
         self.share()
 
     def share(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae_lightning.features.order import Order
 from sae_lightning.features.store import FeatureStore
+from sae_lightning.registry import one_of
 
 
 class Buffer:
@@ -115,8 +116,7 @@ class FeatureLoader:
         block_mb: float = 4, lanes: int = 8, readers: int = 4, rank: int = 0, world: int = 1,
         pinned: bool | None = None, device: torch.device | None = None,
     ) -> None:  # fmt: skip
-        if unit not in UNITS:
-            raise ValueError(f"Unknown stream.unit={unit}; choose one of {', '.join(UNITS)}.")
+        one_of(unit, UNITS, "stream.unit")
         if readers < 1:
             raise ValueError(f"stream.readers={readers} must be at least 1.")
         self.store, self.unit, self.readers, self.world = store, unit, readers, world

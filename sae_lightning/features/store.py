@@ -31,6 +31,7 @@ from sae_lightning.features.codec import DELIVERED, Frame, decode, header, layou
 from sae_lightning.features.manifest import Manifest, StoreError, merge, read_record
 from sae_lightning.features.shard import check_shard, read_rows
 from sae_lightning.files import data_sha256, file_sha256
+from sae_lightning.registry import one_of
 
 Index = slice | Tensor | np.ndarray | Sequence[int]
 
@@ -66,8 +67,7 @@ class FeatureStore:
         or missing shard is refused with its name, or with ``damaged="skip"`` left out with a warning that counts.
         Raises StoreError.
         """
-        if damaged not in DAMAGED:
-            raise StoreError(f"Unknown stream.damaged={damaged}; choose one of {', '.join(DAMAGED)}.")
+        one_of(damaged, DAMAGED, "stream.damaged", StoreError)
         folder = Path(folder)
         store = cls(folder, Manifest.read(folder))
         for error in store.damaged_files().values():

@@ -19,6 +19,7 @@ from sae_lightning.backbones.settings import fixed_seed, published
 from sae_lightning.backbones.transformers import architecture
 from sae_lightning.files import write_json, write_tensors
 from sae_lightning.finetuning.data import FinetuneError, Preprocess
+from sae_lightning.registry import one_of
 from sae_lightning.saes.artefact import unwrapped
 
 SHOWN = 40  # names of layers in an error
@@ -176,8 +177,7 @@ def build(
 def backbone_node(model: Model) -> dict[str, Any]:
     """``model`` as a config node of the backbones; FinetuneError for an unknown library, or files for a tiny one."""
     library = model["library"]
-    if library not in LIBRARIES:
-        raise FinetuneError(f"Unknown model.library={library}; choose one of {', '.join(LIBRARIES)}.")
+    one_of(library, LIBRARIES, "model.library", FinetuneError)
     if library == "tiny":
         if model["weights"] is not None or model["image_size"] is not None:
             raise FinetuneError("The bundled tiny models take neither model.weights nor model.image_size.")

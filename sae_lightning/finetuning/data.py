@@ -24,6 +24,7 @@ from sae_lightning.distributed.limits import cores
 from sae_lightning.distributed.ranks import rank, world_size
 from sae_lightning.features.source import ensure_store, plain
 from sae_lightning.features.store import FeatureStore
+from sae_lightning.registry import one_of
 from sae_lightning.training.data import next_batch
 
 
@@ -184,8 +185,7 @@ class Shift(nn.Module):
 
 def check_augment(augment: str) -> None:
     """FinetuneError for an augmentation that does not exist."""
-    if augment not in AUGMENT:
-        raise FinetuneError(f"Unknown augment={augment}; choose one of {', '.join(AUGMENT)}.")
+    one_of(augment, AUGMENT, "augment", FinetuneError)
 
 
 SMALL = 64  # pixels an edge up to which decoding costs less than starting a process

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 
 from sae_lightning.finetuning.classifier import Classifier
 from sae_lightning.finetuning.data import FinetuneError
+from sae_lightning.registry import one_of
 from sae_lightning.saes.monoloss import dense_mono_loss
 from sae_lightning.training.module import Schedule
 
@@ -95,8 +96,7 @@ def schedule_of(schedule: dict[str, Any], epochs: int) -> Schedule:
 
 def check_schedule(schedule: dict[str, Any]) -> None:
     """FinetuneError for an unknown shape or a negative warm-up."""
-    if schedule["shape"] not in SHAPES:
-        raise FinetuneError(f"Unknown schedule.shape={schedule['shape']}; choose one of {', '.join(SHAPES)}.")
+    one_of(schedule["shape"], SHAPES, "schedule.shape", FinetuneError)
     if schedule["warmup_epochs"] < 0:
         raise FinetuneError(f"schedule.warmup_epochs={schedule['warmup_epochs']} must not be negative.")
 

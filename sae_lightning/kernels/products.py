@@ -14,6 +14,7 @@ from sae_lightning.kernels import native, portable, reference
 from sae_lightning.kernels import triton as on_triton
 from sae_lightning.kernels.portable import rows_of
 from sae_lightning.kernels.selection import Entries
+from sae_lightning.registry import one_of
 
 MODULES: dict[str, ModuleType] = {
     "reference": reference, "portable": portable, "native": native, "triton": on_triton,
@@ -40,8 +41,7 @@ def choose(*tensors: Tensor, density: float = 0.0) -> ModuleType:
 @contextmanager
 def forced(name: str):
     """Use one implementation whatever the tensors are; for tests and benchmarks."""
-    if name not in MODULES:
-        raise ValueError(f"Unknown kernels '{name}'; choose one of {', '.join(MODULES)}.")
+    one_of(name, MODULES, "kernels")
     _forced.append(name)
     try:
         yield

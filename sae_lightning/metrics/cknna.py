@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
 
 FORMS = ("unbiased", "centered", "hsic")
@@ -50,8 +51,7 @@ def cknna(
     space has nothing to align, as when all samples are zero. Memory O(n · (d + k)) and blocks of K and L.
     ValueError for an unknown form, numbers of samples that differ, or k outside of 2 … n - 1.
     """
-    if form not in FORMS:
-        raise ValueError(f"Unknown form={form}; choose one of {', '.join(FORMS)}.")
+    one_of(form, FORMS, "form")
     return alignment(neighbours(first, k, normalize), neighbours(second, k, normalize), form)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from sae_lightning.kernels import native, sparse_decode
 from sae_lightning.kernels.portable import by_latent, offsets_of
 from sae_lightning.metrics.base import SumMetric
+from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import SparseCodes
 
 STEPS = {
@@ -37,8 +38,7 @@ def grid_weights(grid: tuple[int, int], contiguity: str = "queen", row_standardi
 
     ValueError for an unknown contiguity, or a grid of a single patch.
     """
-    if contiguity not in STEPS:
-        raise ValueError(f"Unknown contiguity={contiguity}; choose one of {', '.join(STEPS)}.")
+    one_of(contiguity, STEPS, "contiguity")
     rows, columns = grid
     if rows < 1 or columns < 1 or rows * columns < 2:
         raise ValueError(f"A grid of {rows} x {columns} patches has no neighbours; Moran's I needs patch tokens.")

@@ -22,6 +22,7 @@ from sae_lightning.data.masks import IGNORE, Masks
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.metrics.base import Score
+from sae_lightning.registry import one_of
 from sae_lightning.saes import SAE, SparseCodes
 from sae_lightning.saes.sae import Normalizer
 
@@ -53,8 +54,7 @@ class Probing:
     resolution: str = "pixel"
 
     def __post_init__(self) -> None:
-        if self.resolution not in RESOLUTIONS:
-            raise ValueError(f"Unknown resolution={self.resolution}; choose one of {', '.join(RESOLUTIONS)}.")
+        one_of(self.resolution, RESOLUTIONS, "resolution")
         if min(self.epochs, self.batch_tokens) < 1:
             raise ValueError(f"epochs={self.epochs} and batch_tokens={self.batch_tokens} must be at least 1.")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae_lightning.metrics import probes
 from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.probes import Matrix
+from sae_lightning.registry import one_of
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -126,8 +127,7 @@ def sparse_probing(
     d_sae are left out. A constant latent, ranked last, adds nothing. ``sparse_probing_converged`` is the share of
     probes whose solver did. ValueError for an unknown ranking or no possible budget, and as in ``probes.split``.
     """
-    if ranking not in RANKINGS:
-        raise ValueError(f"Unknown ranking={ranking}; choose one of {', '.join(RANKINGS)}.")
+    one_of(ranking, RANKINGS, "ranking")
     codes, labels = probes.as_codes(codes), probes.as_labels(labels)
     probes.check_rows(labels, codes=codes)
     train, test = probes.split(labels) if split is None else split

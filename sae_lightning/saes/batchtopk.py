@@ -13,6 +13,7 @@ from torch import Tensor
 from sae_lightning.distributed.ranks import sum_over_ranks, world_size
 from sae_lightning.kernels import selection
 from sae_lightning.kernels.selection import kth_largest_of_all, kth_largest_over_ranks, kth_positive_over_ranks
+from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.sae import SAE, input_norm
 
@@ -44,8 +45,7 @@ class BatchTopK(SAE):
 
     def __init__(self, d_in: int, d_sae: int, k: float, k_per: str = "sample", **options: Any) -> None:
         super().__init__(d_in, d_sae, **options)
-        if k_per not in ("sample", "batch"):
-            raise ValueError(f"Unknown k_per={k_per}; choose sample or batch.")
+        one_of(k_per, ("sample", "batch"), "k_per")
         if k_per == "sample" and not 0 < k <= d_sae:
             raise ValueError(f"k must lie above 0 and up to d_sae = {d_sae}; got k={k}. Lower k or raise expansion.")
         if k <= 0:

@@ -14,6 +14,7 @@ from sae_lightning.kernels import sparse_decode
 from sae_lightning.kernels.portable import offsets_of, rows_of
 from sae_lightning.kernels.products import rank_groups, union
 from sae_lightning.kernels.selection import keep
+from sae_lightning.registry import one_of
 
 POOLS = ("max", "mean")  # of a latent's values on an image's tokens
 
@@ -91,8 +92,7 @@ class SparseCodes:
 
         [N / each] samples, differentiable in the values. ValueError when the samples do not divide into images.
         """
-        if how not in POOLS:
-            raise ValueError(f"Unknown pooling '{how}'; choose {' or '.join(POOLS)}.")
+        one_of(how, POOLS, "pooling")
         if each < 1 or self.n_samples % each:
             raise ValueError(f"{self.n_samples} samples are not whole images of {each} tokens.")
         return self if each == 1 else self._pool(each, how)

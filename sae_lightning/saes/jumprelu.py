@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sae_lightning.distributed.ranks import world_size
 from sae_lightning.kernels import selection
 from sae_lightning.kernels.selection import kth_largest_over_ranks
+from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.sae import PROBE, SAE, Pass, input_norm
 
@@ -83,8 +84,7 @@ class JumpReLU(SAE):
         **options: Any,
     ) -> None:
         super().__init__(d_in, d_sae, **options)
-        if kernel_name not in REACH:
-            raise ValueError(f"Unknown kernel_name={kernel_name}; choose one of {', '.join(REACH)}.")
+        one_of(kernel_name, REACH, "kernel_name")
         if bandwidth != "silverman" and not (isinstance(bandwidth, int | float) and bandwidth > 0):
             raise ValueError(f"bandwidth must be a positive number or silverman; got {bandwidth}.")
         if not threshold > 0:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae_lightning.kernels import nested_decode, selection
 from sae_lightning.kernels.products import grouped, rank_groups
+from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.sae import SAE, Pass
 
@@ -54,8 +55,7 @@ class MSAE(SAE):
         levels = powers_of_two(int(k), d_sae) if ks is None else [int(n) for n in ks]
         if sorted(set(levels)) != levels or not levels or levels[0] < 1 or levels[-1] > d_sae:
             raise ValueError(f"ks={levels} must ascend within 1 … d_sae = {d_sae}.")
-        if weighting not in ("uniform", "reverse"):
-            raise ValueError(f"Unknown weighting={weighting}; choose uniform or reverse.")
+        one_of(weighting, ("uniform", "reverse"), "weighting")
         if soft_cap is not None and not soft_cap > 0:
             raise ValueError(f"soft_cap must be positive, or null for none; got {soft_cap}.")
         self.k, self.given_ks, self.weighting, self.soft_cap = int(k), ks, weighting, soft_cap

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sae_lightning.kernels import products as kernels
 from sae_lightning.kernels import selection, sparse_pre_acts
+from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
 
 
@@ -113,8 +114,7 @@ class SAE(nn.Module):
         super().__init__()
         if d_in < 1 or d_sae < 1:
             raise ValueError(f"d_in and d_sae must be at least 1; got d_in={d_in}, d_sae={d_sae}.")
-        if input_norm not in INPUT_NORMS:
-            raise ValueError(f"Unknown input_norm={input_norm}; choose one of {', '.join(INPUT_NORMS)}.")
+        one_of(input_norm, INPUT_NORMS, "input_norm")
         self.d_in, self.d_sae, self.tied, self.input_norm = d_in, d_sae, tied, input_norm
         self.normalizer = normalizer or Normalizer(d_in)
         generator = torch.Generator().manual_seed(seed) if seed is not None else None

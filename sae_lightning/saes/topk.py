@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_lightning.kernels import portable, selection
+from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.sae import SAE
 
@@ -35,9 +36,8 @@ class TopK(SAE):
             raise ValueError(
                 f"k must be a whole number between 1 and d_sae = {d_sae}; got k={k}. Lower k or raise expansion."
             )
-        if inference not in ("topk", "relu"):
-            raise ValueError(f"Unknown inference={inference}; choose topk or relu.")
-        self.k, self.k_now, self.inference = int(k), float(k), inference
+        self.k, self.k_now = int(k), float(k)
+        self.inference = one_of(inference, ("topk", "relu"), "inference")
 
     def settings(self) -> dict[str, object]:
         chosen: dict[str, object] = {"k": self.k}

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 
 from sae_lightning.distributed.ranks import any_over_ranks, mean_over_ranks, world_size
 from sae_lightning.metrics import FVU, L0, Cosine, Firing
+from sae_lightning.registry import one_of
 from sae_lightning.saes import SAE, JumpReLU, Pass
 from sae_lightning.saes.losses import TERMS, check_terms, loss_terms, total_loss
 from sae_lightning.training.optimizer import UnitRowAdam, build_optimizer, check_name
@@ -43,8 +44,7 @@ class Schedule:
         for name in ("warmup", "decay", "sparsity_warmup", "k_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"schedule.{name}={getattr(self, name)} must be a share of all steps, from 0 to 1.")
-        if self.shape not in SHAPES:
-            raise ValueError(f"Unknown schedule.shape={self.shape}; choose one of {', '.join(SHAPES)}.")
+        one_of(self.shape, SHAPES, "schedule.shape")
         if self.k_share > 0 and self.k_from is None:
             raise ValueError("schedule.k_share needs schedule.k_from, the k to start at.")
 

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from sae_lightning.registry import one_of
 from sae_lightning.saes import Pass
 from sae_lightning.saes.codes import POOLS
 from sae_lightning.saes.monoloss import Memory, mono_loss
@@ -45,8 +46,7 @@ class MonoLoss(L.Callback):
                 f"callbacks.monoloss: weight={weight} must be at least 0, warmup={warmup} a share of all steps "
                 f"(0 to 1), every={every} at least 1, memory={memory} at least 0 and below 1."
             )
-        if pool not in POOLS:
-            raise ValueError(f"Unknown callbacks.monoloss.pool={pool}; choose one of {', '.join(POOLS)}.")
+        one_of(pool, POOLS, "callbacks.monoloss.pool")
         self.weight, self.warmup, self.every, self.center, self.pool = weight, warmup, every, center, pool
         self.memory = memory
         self.remembered: Memory | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_lightning.kernels import native
+from sae_lightning.registry import one_of
 from sae_lightning.saes import SAE
 
 OPTIMIZERS = ("adam", "adamw")
@@ -107,8 +108,7 @@ class UnitRowAdam(torch.optim.AdamW):
 
 def check_name(name: str | None) -> None:
     """ValueError for a name that is no optimiser."""
-    if name not in OPTIMIZERS:
-        raise ValueError(f"Unknown optimizer.name={name}; choose one of {', '.join(OPTIMIZERS)}.")
+    one_of(name, OPTIMIZERS, "optimizer.name")
 
 
 def build_optimizer(sae: SAE, name: str = "adam", lr: float = 1e-3, **settings: Any) -> UnitRowAdam:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.features.store import FeatureStore
+from sae_lightning.registry import one_of
 from sae_lightning.saes import SAE, JumpReLU
 from sae_lightning.saes.sae import input_norm
 
@@ -50,8 +51,7 @@ def prepare(sae: SAE, store: FeatureStore, b_pre: str, l0: float | None) -> None
     ``l0`` is the number of active latents a sample that the thresholds are to start at. ValueError for an
     unknown choice.
     """
-    if b_pre not in B_PRE:
-        raise ValueError(f"Unknown init.b_pre={b_pre}; choose one of {', '.join(B_PRE)}.")
+    one_of(b_pre, B_PRE, "init.b_pre")
     needs = b_pre == "geometric_median" or (isinstance(sae, JumpReLU) and l0)
     needs = needs or sae.input_norm != "none"
     x = sae.normalizer.normalize(sample(store)) if needs else torch.zeros(0)

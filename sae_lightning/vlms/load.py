@@ -13,6 +13,7 @@ from sae_lightning.backbones.backbone import reason
 from sae_lightning.backbones.settings import fixed_seed
 from sae_lightning.backbones.transformers import UNWRAPPED
 from sae_lightning.backbones.transformers_images import silent
+from sae_lightning.registry import one_of
 from sae_lightning.vlms.vlm import VLM, VLMError
 from sae_lightning.vlms.words import IMAGE, SPECIAL, word_tokenizer
 
@@ -98,8 +99,7 @@ def _pretrained(node: Mapping[str, Any], device: torch.device) -> tuple[Any, Any
 
     source = _source(node)
     dtype = node.get("dtype") or "auto"
-    if dtype not in DTYPES:
-        raise VLMError(f"Unknown vlm.dtype={dtype}; choose one of {', '.join(DTYPES)}.")
+    one_of(dtype, DTYPES, "vlm.dtype", VLMError)
     spread = node.get("device_map")
     try:
         with silent():

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sae_lightning.features.store import FeatureStore
+from sae_lightning.registry import one_of
 from sae_lightning.saes import SAE, DenseCodes, SparseCodes
 from sae_lightning.vlms.vlm import VLM
 
@@ -37,8 +38,7 @@ class Edit:
     alpha: float | Tensor = 0.0
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"Unknown mode={self.mode} of an edit; choose one of {', '.join(MODES)}.")
+        one_of(self.mode, MODES, "mode of an edit")
 
     def apply(self, z: Tensor) -> Tensor:
         """The edited values of codes ``z`` [N], N / B tokens of each picture one after another."""
@@ -146,8 +146,7 @@ def _written(sae: SAE, columns: Sequence[int], directions: Tensor | None) -> Ten
 
 
 def _check(sae: SAE, edits: Sequence[Edit], tokens: str) -> None:
-    if tokens not in TOKENS:
-        raise ValueError(f"Unknown tokens={tokens}; choose {' or '.join(TOKENS)}.")
+    one_of(tokens, TOKENS, "tokens")
     missing = [edit.latent for edit in edits if not 0 <= edit.latent < sae.d_sae]
     if missing:
         raise ValueError(f"The SAE has latents 0 to {sae.d_sae - 1}; an edit names {missing[0]}.")

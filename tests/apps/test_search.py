@@ -87,7 +87,7 @@ def test_a_small_gallery_and_rows_without_codes_leave_gaps():
         [0, 2, -1],
         [0, 1, -1],
     ]
-    with pytest.raises(ValueError, match="Unknown distance 'dot'; choose cosine or manhattan"):
+    with pytest.raises(ValueError, match="Unknown distance=dot; choose one of cosine, manhattan"):
         neighbours(codes, codes, 1, "dot")
 
 

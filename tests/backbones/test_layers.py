@@ -52,7 +52,7 @@ def test_finding_a_large_models_last_layer_takes_no_weights(monkeypatch):
 def test_layers_beyond_the_first_are_refused():
     with pytest.raises(BackboneError, match="has 6 layers, so -6 is its first"):
         default_layer(timm("test_vit", -7))
-    with pytest.raises(BackboneError, match="choose tiny or published"):
+    with pytest.raises(BackboneError, match="choose one of tiny, published"):
         default_layer(backbone("mae", "huge"))
 
 

@@ -22,7 +22,7 @@ def test_taps_are_keys_and_have_an_order():
 @pytest.mark.parametrize(
     ("kind", "layer", "sentence"),
     [
-        ("token", 3, "Unknown kind of tap 'token'; choose one of patch, cls, pooled, embedding, text"),
+        ("token", 3, "Unknown kind of tap=token; choose one of patch, cls, pooled, embedding, text"),
         ("pooled", 3, "pooled tap has no layer, but layer 3 was given"),
         ("patch", None, "patch tap needs a layer"),
         ("cls", "last", "needs a layer, a whole number from 0; it got 'last'"),

@@ -132,9 +132,9 @@ def test_what_a_backbone_does_not_have_is_said_in_a_sentence(name, ask, sentence
     ("make", "sentence"),
     [
         (lambda: load_backbone(backbone("deit", layer=6)), "its layers are 0 to 5, or -1 for the last"),
-        (lambda: load_backbone(backbone("deit", size="huge")), "choose tiny or published"),
+        (lambda: load_backbone(backbone("deit", size="huge")), "choose one of tiny, published"),
         (lambda: load_backbone(backbone("deit", layer="last")), "is no layer; give a whole number"),
-        (lambda: tiny_vit("resnet"), "no tiny backbone 'resnet'"),
+        (lambda: tiny_vit("resnet"), "Unknown tiny backbone=resnet"),
     ],
 )
 def test_impossible_settings_are_said_in_a_sentence(make, sentence):

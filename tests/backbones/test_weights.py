@@ -113,7 +113,7 @@ def test_transforms_travel_to_worker_processes(cfg):
         ({"weights": "{folder}/model.bin", "pretrained": True}, "pickled weights are not loaded; convert it"),
         ({"weights": "{folder}", "pretrained": True}, "folder without safetensors, and pickled weights are not loaded"),
         ({"weights": "{folder}/model.bin"}, "pretrained=false contradict each other"),
-        ({"library": "keras"}, "choose timm or transformers"),
+        ({"library": "keras"}, "choose one of timm, transformers"),
         ({"model": None}, "set it to the id of a timm model"),
         ({"model": "local-dir:{folder}"}, "is a folder; give the folder as backbone.published.weights"),
         ({"library": "transformers", "model": "{folder}"}, "is a folder; give the folder as"),

@@ -67,7 +67,7 @@ def test_the_correlation_is_the_phi_coefficient_and_the_draw_is_seeded():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: mark(GREY, "hat", 0.5), "Unknown attribute 'hat'"),
+        (lambda: mark(GREY, "hat", 0.5), "Unknown attribute to plant=hat"),
         (lambda: mark(GREY, "tint", 0.0), "above 0 and at most 1"),
         (lambda: assign(np.array([True, False]), 1.5, 0), "between -1 and 1"),
     ],

@@ -71,7 +71,7 @@ def test_cifar10_parquet_and_what_it_refuses(tmp_path):
 @pytest.mark.parametrize(
     ("cfg", "split", "sentence"),
     [
-        (DEMO_CFG, "dev", "Unknown split 'dev'"),
+        (DEMO_CFG, "dev", "Unknown split=dev"),
         ({"source": "webcam"}, "train", r"data\.source=webcam"),
         (folder_cfg("/no/such"), "train", "There is no folder"),
     ],

@@ -100,7 +100,7 @@ def test_a_store_under_a_wrong_name_is_refused(ten, tmp_path):
         ("extract.unreadable=ignore", r"extract\.unreadable=ignore; choose one of refuse, skip"),
         ("extract.images_per_shard=-1", r"images_per_shard=-1 must be at least 1"),
         ("extract.images_per_shard=0", r"images_per_shard=0 must be at least 1"),
-        ("features=words", "Unknown kind of tap 'words'"),
+        ("features=words", "Unknown kind of tap=words"),
         ("features=embedding", r"mae \(tiny\) has no projection"),
         ("features=text", r"mae \(tiny\) has no text tower"),
     ],

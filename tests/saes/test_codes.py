@@ -122,7 +122,7 @@ def test_pooling_refuses_what_cannot_be():
     codes, _ = both(matrix(0.3, n=12))[0]
     with pytest.raises(ValueError, match="12 samples are not whole images of 5 tokens"):
         codes.pool(5)
-    with pytest.raises(ValueError, match="choose max or mean"):
+    with pytest.raises(ValueError, match="choose one of max, mean"):
         codes.pool(4, "median")
 
 

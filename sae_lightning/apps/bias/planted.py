@@ -20,6 +20,7 @@ from sae_lightning.data.loader import PictureLoader, pixel_bytes
 from sae_lightning.features.extraction import Settings, encoder
 from sae_lightning.features.prepare import Pictures, collate
 from sae_lightning.features.source import tap_of
+from sae_lightning.registry import one_of
 from sae_lightning.runs.run import Opened
 from sae_lightning.saes import SAE
 
@@ -63,8 +64,7 @@ ATTRIBUTES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
 
 def mark(image: Image.Image, attribute: str, strength: float) -> Image.Image:
     """``image`` (RGB) with the ``attribute`` put in; DataError for an unknown one or a strength outside (0, 1]."""
-    if attribute not in ATTRIBUTES:
-        raise DataError(f"Unknown attribute '{attribute}' to plant; choose one of {', '.join(ATTRIBUTES)}.")
+    one_of(attribute, ATTRIBUTES, "attribute to plant", DataError)
     if not 0 < strength <= 1:
         raise DataError(f"The strength of a planted attribute must be above 0 and at most 1; got {strength}.")
     changed = ATTRIBUTES[attribute](np.asarray(image, dtype=np.float64), strength)

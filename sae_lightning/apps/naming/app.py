@@ -49,6 +49,7 @@ from sae_lightning.apps.naming.vocabulary import (  # fmt: skip
 from sae_lightning.apps.statistics import share_interval
 from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.features.source import plain
+from sae_lightning.registry import one_of
 from sae_lightning.runs.results import Headline, Result
 from sae_lightning.runs.run import Opened
 
@@ -59,8 +60,7 @@ LEAST = 5  # latents with both names, from which their agreement is a headline
 def run(opened: Opened, cfg: DictConfig) -> Result:
     """Name the latents of one run; ValueError with a sentence for options that do not fit it."""
     options = cfg.app
-    if options.named not in CONDITIONS:
-        raise ValueError(f"Unknown app.named={options.named}; choose one of {', '.join(CONDITIONS)}.")
+    one_of(options.named, CONDITIONS, "app.named")
     method = chosen_method(opened, options.method)
     classes = opened.images("train").class_names
     table = label_table(opened, options)

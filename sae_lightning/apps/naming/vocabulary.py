@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_lightning.apps.naming.match import Fits, Match, Score, chance_counts, correlations, cosines, fit, like, match
 from sae_lightning.backbones.backbone import Backbone
+from sae_lightning.registry import one_of
 from sae_lightning.runs.run import Opened
 from sae_lightning.saes import SAE, Normalizer
 from sae_lightning.saes.sae import input_norm
@@ -137,8 +138,7 @@ def text_normalizer(opened: Opened, embeddings: Tensor, centre: str, own: Normal
     those of the vocabulary ``embeddings`` [V, d]. An SAE that was trained on texts has those already. ValueError for
     an unknown ``centre``, for ``captions`` where there are none, and for a vocabulary without spread.
     """
-    if centre not in CENTRES:
-        raise ValueError(f"Unknown app.centre={centre}; choose one of {', '.join(CENTRES)}.")
+    one_of(centre, CENTRES, "app.centre")
     captions = opened.images("train").captions is not None
     if centre == "auto":
         centre = "images" if opened.made["features"] == "text" else "captions" if captions else "vocabulary"
@@ -192,8 +192,7 @@ def chosen_method(opened: Opened, wanted: str) -> str:
 
     ValueError for an unknown one, and for one that the run's features or encoder do not allow.
     """
-    if wanted not in ("auto", *METHODS):
-        raise ValueError(f"Unknown app.method={wanted}; choose one of auto, {', '.join(METHODS)}.")
+    one_of(wanted, ("auto", *METHODS), "app.method")
     if wanted == "labels":
         return wanted
     features, kinds = opened.made["features"], opened.backbone.kinds

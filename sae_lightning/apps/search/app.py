@@ -36,6 +36,7 @@ from sae_lightning.apps.search.neighbours import (
 from sae_lightning.apps.search.page import dose_figure, precision_figure, shown_neighbours, shown_turned
 from sae_lightning.apps.statistics import mean_interval
 from sae_lightning.features.source import plain
+from sae_lightning.registry import one_of
 from sae_lightning.rendering.pictures import data_uri, thumbnail
 from sae_lightning.runs.results import Headline, Result
 from sae_lightning.runs.run import Opened
@@ -130,8 +131,7 @@ def captions(names: Sequence[str], label: np.ndarray, purity: np.ndarray, classe
 
 def magnitudes(opened: Opened, to: Sequence[float], unit: str) -> tuple[list[float], list[str]]:
     """Code values for the magnitudes ``to`` in ``unit``, and what is printed beside each of them."""
-    if unit not in UNITS:
-        raise ValueError(f"Unknown app.turn.unit={unit}; choose one of {', '.join(UNITS)}.")
+    one_of(unit, UNITS, "app.turn.unit")
     if unit == "code":
         return [float(value) for value in to], ["" for _ in to]
     one = spread_of(opened)

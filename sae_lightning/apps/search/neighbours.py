@@ -21,6 +21,7 @@ from sae_lightning.data import ImageData
 from sae_lightning.data.decode import to_rgb
 from sae_lightning.metrics.probes import Matrix, as_matrix
 from sae_lightning.metrics.retrieval import nearest
+from sae_lightning.registry import one_of
 from sae_lightning.runs.run import Opened
 
 WAYS = ("cosine", "manhattan")
@@ -43,8 +44,7 @@ def neighbours(queries: Matrix, gallery: Matrix, k: int, by: str = "cosine", own
     comes first. A row of zeros has no cosine: it finds nothing and is not found. Sparse rows stay sparse: a product
     for cosines, a merge of two rows for Manhattan, some 2²⁴ distances at a time. ValueError for an unknown ``by``.
     """
-    if by not in WAYS:
-        raise ValueError(f"Unknown distance '{by}'; choose {' or '.join(WAYS)}.")
+    one_of(by, WAYS, "distance")
     own = np.full(queries.shape[0], -1) if own is None else np.asarray(own)
     search = nearest if by == "cosine" else _nearest_manhattan
     images = _without(search(queries, gallery, k + 1), own)[:, :k]
@@ -172,8 +172,7 @@ def contributions(queries: csr_matrix, found: csr_matrix, gallery: csr_matrix, b
     "manhattan" ⟨|x_i - g_i|⟩ - |x_i - y_i|. Over all latents, shared or not, these sum to how much nearer the
     neighbour is than the average image, so that a latent which fires everywhere explains little.
     """
-    if by not in WAYS:
-        raise ValueError(f"Unknown distance '{by}'; choose {' or '.join(WAYS)}.")
+    one_of(by, WAYS, "distance")
     x, y, g = (csr_matrix(m, dtype=np.float64) for m in (queries, found, gallery))
     shared = csr_matrix(x.multiply(y))
     if not shared.nnz:
