@@ -21,7 +21,7 @@ import torch
 from rich.progress import track
 
 from sae_lightning.features.store import FeatureStore
-from sae_lightning.metrics import FVU
+from sae_lightning.metrics import Reconstruction
 from sae_lightning.runs.run import load_record
 from sae_lightning.saes import SAE
 
@@ -43,7 +43,7 @@ def recovery(sae: SAE, store: FeatureStore, ks: list[int]) -> list[float]:
     """Explained variance of val tokens from each token's k largest latents, for every k."""
     images = max(1, TOKENS // store.n_patches)
     features = store.features(slice(0, images)).reshape(-1, store.d_in).float()
-    scores = [FVU(store.d_in, center=store.mean) for _ in ks]
+    scores = [Reconstruction(store.d_in, center=store.mean) for _ in ks]
     with torch.no_grad():
         for part in features.split(2048):
             codes = sae.encode(part)

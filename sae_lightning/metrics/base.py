@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class SumMetric(Metric):
     the like leave their dtypes alone: a sum over millions of tokens does not fit 16 bits.
     """
 
+    inputs: ClassVar[tuple[str, ...]] = ("codes",)  # what ``update`` takes, of those that a pass has; see ``part.py``
     full_state_update = False
     is_differentiable = False
 

@@ -1,4 +1,4 @@
-"""FVU, R² and cosine together, for a price of one."""
+"""How well features are reconstructed: FVU (M2 of ViSAEBench), explained variance, R² and cosine, in one look."""
 
 from __future__ import annotations
 
@@ -7,17 +7,28 @@ from torch import Tensor
 
 from sae_lightning.kernels import native
 from sae_lightning.metrics.base import SumMetric, require_pair, require_samples
-from sae_lightning.metrics.r2 import CONSTANT
+
+CONSTANT = 1e-12  # a variance below this share of the mean square about the center is rounding
 
 
 class Reconstruction(SumMetric):
-    """What ``FVU``, ``R2`` and ``Cosine`` give, from one look at each number.
+    """FVU, explained variance, R² and cosine of features x and their reconstructions x̂, from sums over samples.
 
-    All are about the fixed ``center`` [d_in] (zero if None), which must be the same for all ranks. ``compute`` gives
-    ``fvu``, ``explained_variance``, ``r2`` and ``cosine``, float64 scalars. ValueError for shapes that do not fit, or
-    when no sample was seen.
+    - ``fvu`` = E‖x - x̂‖² / E‖x - x̄‖², x̄ the mean over the evaluated set [ViSAEBench §4.2, eq. 4], and
+      ``explained_variance`` = 1 - fvu. NaN when all samples are the same.
+    - ``r2``, the mean over dimensions of 1 - Σ (x_d - x̂_d)² / Σ (x_d - x̄_d)² [MonoLoss App. B]: every dimension weighs
+      the same, whereas those of FVU share one denominator. A dimension that is constant on the evaluated set, up to
+      1e-12 of its mean square about the center, is left out (scikit-learn's ``r2_score`` counts it 1 or 0).
+    - ``cosine``, the mean over samples of x·x̂ / (‖x‖ ‖x̂‖) about the center; 0 for a sample where a norm is 0.
+
+    The fixed ``center`` c [d_in] (zero if None) must be the same for all ranks. Variances are Σ y² - (Σ y)² / n of
+    y = x - c, the same for every c; one near the mean, such as the store's, keeps them free of cancellation. Without it
+    their relative error is about 1e-16 · x̄² / Var(x), harmless up to means a million times the deviation.
+
+    ``compute`` gives float64 scalars. ValueError for shapes that do not fit, or when no sample was seen.
     """
 
+    inputs = ("features", "reconstruction")
     count: Tensor
     residual: Tensor
     total: Tensor

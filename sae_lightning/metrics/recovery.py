@@ -33,7 +33,7 @@ class Recovery(SumMetric):
     once a budget. The strongest are those of the largest activation, of equal ones the lower latents.
 
     ``budgets`` [h] ends with d_sae. ``compute`` gives float64 [h] tensors: ``recovery_fvu`` and
-    ``recovery_explained_variance`` as of ``FVU``, ``recovery_cosine`` as of ``Cosine`` about ``center`` [d_in] (the
+    ``recovery_explained_variance`` and ``recovery_cosine`` as of ``Reconstruction`` about ``center`` [d_in] (the
     features' mean; by default the normaliser's), ``recovery_l0``, the active latents a sample, and ``recovery_dead``,
     the latents that are among no sample's n strongest. The last entries are those of the whole codes. ValueError when
     no sample was seen.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from sae_lightning.distributed.ranks import any_over_ranks, mean_over_ranks, world_size
-from sae_lightning.metrics import FVU, L0, Cosine, Firing
+from sae_lightning.metrics import L0, Firing, Reconstruction
 from sae_lightning.registry import one_of
 from sae_lightning.saes import SAE, JumpReLU, Pass
 from sae_lightning.saes.losses import TERMS, check_terms, loss_terms, total_loss
@@ -133,12 +133,7 @@ class SAEModule(L.LightningModule):
         center = sae.normalizer.mean if center is None else center
         self.register_buffer("control", torch.ones((), dtype=torch.float64))
         self.scores: dict[str, Metric] = torch.nn.ModuleDict(  # type: ignore[assignment]
-            {
-                "fvu": FVU(sae.d_in, center),
-                "l0": L0(),
-                "cosine": Cosine(center),
-                "firing": Firing(sae.d_sae),
-            }
+            {"reconstruction": Reconstruction(sae.d_in, center), "l0": L0(), "firing": Firing(sae.d_sae)}
         )
 
     def add_term(self, name: str, term: Term, weight: Weight) -> None:
@@ -220,8 +215,7 @@ class SAEModule(L.LightningModule):
     def validation_step(self, features: Tensor, batch_idx: int) -> None:
         codes = self.sae.encode(features)
         rebuilt = self.sae.decode(codes)
-        self.scores["fvu"].update(features.float(), rebuilt)
-        self.scores["cosine"].update(features.float(), rebuilt)
+        self.scores["reconstruction"].update(features.float(), rebuilt)
         self.scores["l0"].update(codes)
         self.scores["firing"].update(codes)
 
@@ -230,6 +224,7 @@ class SAEModule(L.LightningModule):
         for metric in self.scores.values():
             record |= {f"val/{name}": torch.as_tensor(v, dtype=torch.float32) for name, v in metric.compute().items()}
             metric.reset()
+        del record["val/r2"]  # which is of evaluations alone
         self.log_dict(record)  # already reduced over ranks by the metrics
 
     # --- optimiser --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sae_lightning.metrics import FVU, L0, R2, Cosine, Firing, MonoScore, Purity
+from sae_lightning.metrics import L0, Firing, MonoScore, Purity, Reconstruction
 from sae_lightning.saes import SparseCodes
 
 
@@ -21,17 +21,15 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def scores(rows: slice) -> dict[str, torch.Tensor]:
     x, rebuilt, dense = (t[rows] for t in data())
     codes = SparseCodes.select(dense, dense > 0)
-    fvu, cosine, l0, firing = FVU(6, center=torch.full((6,), 2.0)), Cosine(), L0(), Firing(12)
-    fvu.update(x, rebuilt)
-    cosine.update(x, rebuilt)
+    sums, l0, firing = Reconstruction(6, center=torch.full((6,), 2.0)), L0(), Firing(12)
+    sums.update(x, rebuilt)
     l0.update(codes)
     firing.update(codes)
-    r2, purity = R2(6, center=torch.full((6,), 2.0)), Purity(12, 3)
-    r2.update(x, rebuilt)
+    purity = Purity(12, 3)
     purity.update(codes, torch.arange(50)[rows] % 3)
     mono = MonoScore(13, 6)
     mono.update(torch.cat([dense, x[:, :1].abs() + 1], 1).double(), x)  # the last is always active
-    found = [metric.compute() for metric in (fvu, cosine, l0, firing, r2, purity, mono)]
+    found = [metric.compute() for metric in (sums, l0, firing, purity, mono)]
     return {name: value for each in found for name, value in each.items()}
 
 

@@ -9,7 +9,7 @@ import torch
 from hydra.errors import InstantiationException
 
 from sae_lightning.features.source import ensure_store
-from sae_lightning.metrics import FVU, L0
+from sae_lightning.metrics import L0, Reconstruction
 from sae_lightning.saes import SAE
 from sae_lightning.training.fit import train
 from tests.configs import CONF
@@ -25,7 +25,7 @@ def test_the_artefact_gives_the_logged_scores_from_raw_features(variant, config)
     sae, store = SAE.load(folder), ensure_store(cfg, "val")
     features = store.features(slice(None)).reshape(-1, store.d_in)
     codes = sae.encode(features)
-    fvu, l0 = FVU(store.d_in), L0()
+    fvu, l0 = Reconstruction(store.d_in), L0()
     fvu.update(features.float(), sae.decode(codes))
     l0.update(codes)
     assert result["val"]["explained_variance"] == pytest.approx(float(fvu.compute()["explained_variance"]), abs=1e-4)
