@@ -113,6 +113,7 @@ LAMBDAS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sae", LAMBDAS)
 def test_the_settings_of_monoloss(sae):
     for data, weights in zip(("openimages", "imagenet"), LAMBDAS[sae], strict=True):

@@ -32,6 +32,7 @@ def test_equals_scipy_and_the_count_of_orderings_with_ties(both):
         assert found.p == pytest.approx(counted(x, y))
 
 
+@pytest.mark.slow
 def test_exact_p_equals_scipys_permutation_test():
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(2, 7))

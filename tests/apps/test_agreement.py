@@ -289,6 +289,7 @@ def test_simulated_judges_prefer_pure_latents_and_are_called_simulated(opened, t
         run([placed(opened, tmp_path)], asked(tmp_path, judgements=str(people), simulated=1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 def test_the_page_in_a_browser_exports_what_the_analysis_reads_and_goes_on_where_it_was_left(opened, tmp_path):
     scores = latent_scores(opened, "test", Similarity(), 4)

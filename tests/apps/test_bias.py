@@ -211,6 +211,7 @@ def options(*overrides: str):
     return composed("explore", "app=bias", "app.positive=animals", "app.negative=vehicles", *overrides)
 
 
+@pytest.mark.slow
 def test_a_run_gets_a_page_a_record_and_two_tables(finished):
     result = run(finished, options())
     record = json.loads((result.folder / "app.json").read_text())
@@ -229,6 +230,7 @@ def test_a_run_gets_a_page_a_record_and_two_tables(finished):
     assert not re.search(r"""(src|href)=["']?(http|//|file)""", page)
 
 
+@pytest.mark.slow
 def test_chosen_latents_and_no_check(finished):
     live = pd.read_parquet(finished.results("bias") / "bias.parquet").sort_values("images")["latent"].iloc[-1]
     result = run(finished, options(f"app.latents=[{live}]", "app.plant.attribute=null", "app.keep_error=false"))

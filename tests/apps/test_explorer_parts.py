@@ -142,6 +142,7 @@ def test_uploads_are_read_in_rgb_upright_and_shrunk():
     assert read_picture(encoded(Image.new("I;16", (5, 5), 65535))).getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.slow
 def test_what_is_no_whole_picture_is_refused():
     whole = encoded(Image.effect_noise((64, 64), 50))
     bomb = encoded(Image.new("1", (30_000, 20_000)))

@@ -54,6 +54,7 @@ def options(root, *more: str):
     return composed("explore", "app=naming", *(o.format(words=root / "words.txt") for o in OPTIONS), *more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["clip", "siglip"])
 def test_rows_at_the_embeddings_of_words_are_named_by_them(root, pictures, backbone):
     opened = planted(root, pictures, backbone, "embedding")
@@ -92,6 +93,7 @@ def test_latents_that_never_fire_have_no_name(root, pictures):
     assert ((alive["shown"] == alive["name"]) == alive["above"]).all()
 
 
+@pytest.mark.slow
 def test_removing_b_pre_moves_the_texts(root, pictures):
     opened = planted(root, pictures, "clip", "embedding")
     with torch.no_grad():
@@ -104,6 +106,7 @@ def test_removing_b_pre_moves_the_texts(root, pictures):
     assert (scores["remove"][: len(WORDS)] < 0.999).all()
 
 
+@pytest.mark.slow
 def test_patch_tokens_of_a_text_aligned_encoder_are_named_by_activation(root, pictures):
     opened = planted(root, pictures, "clip", "patch")
     result = run(opened, options(root, "app.top=4"))

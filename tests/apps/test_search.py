@@ -309,7 +309,6 @@ def test_a_latent_without_a_name_is_called_by_its_class_in_brackets():
 
 @pytest.fixture(scope="module", params=["patch", "pooled"])
 def opened(request, tmp_path_factory, pictures):
-
     root = tmp_path_factory.mktemp("search")
     cfg = composed(
         "config", "data=folder", f"data.path={pictures}", "backbone=deit", "backbone.size=tiny", "sae=topk", "k=4",
@@ -329,6 +328,7 @@ def asked(**app):
     return OmegaConf.create(cfg)
 
 
+@pytest.mark.slow
 def test_a_run_is_searched_and_leaves_page_record_and_tables(opened, pictures):
     own = pictures / "test" / "rows" / "0.png"
     result = run(opened, asked(queries=[1, str(own)], turn={"latents": [2], "to": [0, 1]}))

@@ -113,6 +113,7 @@ def result(root, runs):
     return stability.run(runs, asked(root))
 
 
+@pytest.mark.slow
 def test_a_shuffled_dictionary_is_recovered_latent_by_latent(result, runs):
     pairs = pd.read_parquet(result.folder / "pairs.parquet").query("relation == 'seed'").set_index("kind")
     assert set(pairs.index) == {"decoder", "encoder", "activation"}
@@ -155,6 +156,7 @@ def test_page_and_headlines(result):
     assert result.headlines[2].ours == SHARED
 
 
+@pytest.mark.slow
 def test_encoders_that_share_nothing_have_no_universal_latents(root, monkeypatch):
     monkeypatch.setattr("tests.apps.test_stability.SHARED", 0)
     runs = [
@@ -165,6 +167,7 @@ def test_encoders_that_share_nothing_have_no_universal_latents(root, monkeypatch
     assert found.headlines[-1].ours == 0
 
 
+@pytest.mark.slow
 def test_what_runs_of_one_seed_share_is_told_from_their_start(root, stores):
     """An untrained dictionary and a larger one: all that the two have in common is their start."""
     small, large = (ReLU(D, d, seed=5).W_dec.detach() for d in (D, 2 * D))
@@ -183,6 +186,7 @@ def test_what_runs_of_one_seed_share_is_told_from_their_start(root, stores):
     assert line.baseline == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_pictures_are_those_that_the_members_fire_on_most(runs, monkeypatch, root):
     shown: list[list[int]] = []
 

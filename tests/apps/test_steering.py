@@ -73,6 +73,7 @@ def result(trained):
         return run(trained, options())
 
 
+@pytest.mark.slow
 def test_a_run_is_steered_scored_and_shown(trained, result):
     again = read_result(result.folder)
     assert [line.what for line in again.headlines] == [line.what for line in result.headlines]
@@ -91,6 +92,7 @@ def test_a_run_is_steered_scored_and_shown(trained, result):
     assert not re.search(r'(src|href)="(?!data:|#)', page)
 
 
+@pytest.mark.slow
 def test_captions_in_the_table_are_those_of_edited_tokens(trained, result):
     model, captions = Namer(trained), pd.read_parquet(result.folder / "captions.parquet")
     images = {split: trained.images(split) for split in ("val", "test")}
@@ -108,6 +110,7 @@ def test_captions_in_the_table_are_those_of_edited_tokens(trained, result):
         assert model.say(after)[0] == line.caption
 
 
+@pytest.mark.slow
 def test_steered_captions_share_batches_and_come_by_strength(trained):
     model, images = Namer(trained), trained.images("val")
     pictures, told = [images[i] for i in range(3)], []
@@ -118,6 +121,7 @@ def test_steered_captions_share_batches_and_come_by_strength(trained):
     assert found[2] != found[3]
 
 
+@pytest.mark.slow
 def test_runs_that_do_not_fit_the_tower_are_refused_in_a_sentence(trained):
     model, store = Namer(trained), trained.store("train")
     pictures = [trained.images("train")[i] for i in range(4)]

@@ -75,6 +75,7 @@ def test_a_stream_goes_on_exactly_where_it_stood(parquet):
         assert list(islice(streamed(parquet).items(state), 9)) == full[position : position + 9]
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 40), max_size=5), st.sampled_from(["train", "val", "test"]), st.sampled_from([None, 7]))
 def test_any_number_of_stops_changes_nothing(parquet, steps, split, limit):

@@ -255,6 +255,7 @@ def test_saes_of_one_backbone_share_each_read(folders, computed):
     assert streamed == [(0, 90)]
 
 
+@pytest.mark.slow
 def test_little_memory_only_means_more_reads(folders):
     evaluate_runs(folders, settings())
     together = [table(run) for run in folders]
@@ -266,6 +267,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 4, 7])
 def test_a_killed_pass_goes_on_from_its_last_checkpoint(folders, computed, monkeypatch, after):
     evaluate_runs(folders[:2], settings())

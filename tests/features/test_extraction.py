@@ -59,6 +59,7 @@ def test_the_store_holds_what_the_backbone_gives(ten, tmp_path):
     store.verify()
 
 
+@pytest.mark.slow
 def test_whatever_changes_the_features_makes_another_store(ten, tmp_path):
     pictures = make_pictures(tmp_path / "p", 6)
     base = ensure_store(picture_config(pictures, tmp_path), "train")
@@ -124,6 +125,7 @@ def captioned(tmp_path_factory) -> Path:
 TAPS = [Tap("patch", 1), Tap("patch", 4), Tap("cls", 4), Tap("pooled"), Tap("embedding"), Tap("text")]
 
 
+@pytest.mark.slow
 def test_several_taps_in_one_pass_equal_separate_passes(captioned, tmp_path):
     cfg = picture_config(captioned, tmp_path / "once", backbone="clip")
     once = extract_split(cfg, TAPS)
@@ -225,6 +227,7 @@ def test_no_readable_picture_at_all_is_refused(tmp_path):
         extract_pixels(tmp_path / "s", noise_images(5, (0, 1, 2, 3, 4)), unreadable="skip")
 
 
+@pytest.mark.slow
 def test_top_images_are_the_right_pictures_where_some_were_left_out(tmp_path):
     """Their ids, not their places, lead back to the pictures."""
     pictures = make_pictures(tmp_path / "p", 30)

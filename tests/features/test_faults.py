@@ -515,6 +515,7 @@ def test_two_ranks_go_on_where_one_stopped_and_one_where_two_did(whole_training,
     assert (result["steps"], result["devices"]) == (60, 1)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_batch_size_is_refused(whole_training, sixty, tmp_path):
     _, _, stores = whole_training
     cfg = training(sixty, tmp_path, f"paths.stores={stores}", diary(tmp_path / "diary", 8))
@@ -525,6 +526,7 @@ def test_a_checkpoint_of_another_batch_size_is_refused(whole_training, sixty, tm
         train(other)
 
 
+@pytest.mark.slow
 def test_a_training_on_a_store_with_a_damaged_shard_refuses_or_skips_it(sixty, tmp_path):
     cfg = training(sixty, tmp_path, "trainer.max_epochs=1")
     cut(ensure_store(cfg, "train").folder / SHARD)

@@ -90,6 +90,7 @@ def without_names(found: dict) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_a_stream_gives_what_random_access_gives(parquet, tmp_path):
     taps = [PATCH, Tap("cls", 2), Tap("embedding"), Tap("text")]
     streamed = extract_split(config(parquet, tmp_path), taps)
@@ -104,6 +105,7 @@ def test_a_stream_gives_what_random_access_gives(parquet, tmp_path):
     assert [shard.images for shard in FeatureStore.open(streamed[PATCH]).manifest.shards] == [5] * 7 + [4]
 
 
+@pytest.mark.slow
 def test_several_taps_of_a_stream_equal_separate_passes(parquet, tmp_path):
     taps = [PATCH, Tap("pooled"), Tap("text")]
     once = extract_split(config(parquet, tmp_path / "once"), taps)
@@ -251,6 +253,7 @@ def test_unreadable_pictures_of_a_stream_are_refused_or_left_out(tmp_path):
     assert litter(folder) == []
 
 
+@pytest.mark.slow
 def test_text_stores_keep_the_captions_of_unreadable_pictures(tmp_path):
     """In one pass with the pictures as without them, and as with random access."""
     path = write_parquet(tmp_path / "broken", broken=(3, 38))

@@ -19,6 +19,7 @@ from tests.backbones.models import CLIP
 DEIT = ("model.library=tiny", "model.model=deit", "model.image_size=null", "model.pretrained=true")
 
 
+@pytest.mark.slow
 def test_a_run_ends_as_an_artefact_with_scores_and_history(settings, capsys):
     cfg = settings("mono_weight=0.1", "data.limit=32")
     folder = finetune(cfg)
@@ -46,6 +47,7 @@ def test_a_run_ends_as_an_artefact_with_scores_and_history(settings, capsys):
     assert "finished before, skipped" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_names_follow_what_determines_the_result(settings):
     base = run_name(settings())
     for same in (
@@ -143,6 +145,7 @@ def test_checkpoints_of_the_user_s_own_are_kept_and_a_single_process_logs(settin
     assert (folder / "csv" / "metrics.csv").is_file()
 
 
+@pytest.mark.slow
 def test_the_same_code_fine_tunes_clip_with_adapters(settings):
     choice = ["model.name=clip", "model.library=transformers", "model.model=org/clip", "model.image_size=null"]
     cfg = settings("finetune_model=clip_vit_b32", *choice, "epochs=1", "validate=null")

@@ -269,5 +269,6 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_feature_that_is_not_finite_does_not_hang_the_process(tmp_path):
     assert run("-c", BROKEN, cwd=tmp_path).stdout.splitlines()[-1] == "done"

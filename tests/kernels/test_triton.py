@@ -38,6 +38,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 @pytest.mark.parametrize("number", ["fp32", "bf16"])
 @pytest.mark.parametrize(

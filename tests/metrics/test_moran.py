@@ -118,6 +118,7 @@ def test_refuses_what_does_not_fit():
         Moran(5, (4, 4)).update(codes_of(activations(1, 16)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contiguity", ["queen", "rook"])
 @pytest.mark.parametrize("transformation", ["B", "R"])
 @pytest.mark.parametrize("grid", [(14, 14), (5, 9)])

@@ -135,6 +135,7 @@ def test_the_objective_is_its_formula_and_the_gradient_its_slope(classes, as_spa
         assert gradient[i] == pytest.approx(slope, abs=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_sparse", [False, True])
 def test_both_engines_agree_on_real_pictures(as_sparse, monkeypatch):
     x, y = load_digits(return_X_y=True)

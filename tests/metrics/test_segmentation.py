@@ -124,6 +124,7 @@ def test_an_sae_that_loses_nothing_keeps_the_scores(sets):
     assert scores[-1].value == pytest.approx(miou["codes"] / miou["raw"])
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_best_linear_classifier_pixel_by_pixel(tmp_path):
     (train, train_masks, _), (test, test_masks, pixels) = (
         toy(tmp_path / "train", 80, 1, noise=1.5), toy(tmp_path / "test", 60, 2, noise=1.5),

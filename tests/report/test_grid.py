@@ -125,6 +125,7 @@ def page(tmp_path_factory):
     return build_grid(runs, folder / "out" / "grid.html")
 
 
+@pytest.mark.slow
 def test_every_section_has_something_and_every_link_leads_somewhere(page):
     parsed = Parsed(page.read_text())
     assert parsed.open == []
@@ -137,6 +138,7 @@ def test_every_section_has_something_and_every_link_leads_somewhere(page):
     assert 'class="lacks"' not in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_page_loads_nothing(page):
     text = page.read_text()
     assert Parsed(text).loads == []
@@ -144,6 +146,7 @@ def test_the_page_loads_nothing(page):
     assert not re.search(r"url\((?!#)", text)
 
 
+@pytest.mark.slow
 def test_all_figures_are_well_formed(page):
     figures = re.findall(r"<svg.*?</svg>", page.read_text(), re.DOTALL)
     assert len(figures) >= 15
@@ -151,6 +154,7 @@ def test_all_figures_are_well_formed(page):
         ElementTree.fromstring(figure)
 
 
+@pytest.mark.slow
 def test_shares_of_variance_are_those_of_the_scores(page):
     rows = {row[0]: row for row in tables_of(page)["variance"][1:]}
     values = np.array([[0.1 * p + 0.01 * (e == 16) for e, _ in product(EXPANSIONS, KS)] for p in PLACES.values()])
@@ -160,6 +164,7 @@ def test_shares_of_variance_are_those_of_the_scores(page):
     assert [float(v) for v in rows["M1 Moran's I"][4:]] == [0.996, 0.002, 0.002]
 
 
+@pytest.mark.slow
 def test_our_figures_and_the_papers_stand_under_different_headings(page):
     assert tables_of(page)["hypotheses"][0][4] == "here: tiny ViT, 128 wide, demo: ρ"
     assert "paper: ViT-B, ImageNet-1K: ρ" in tables_of(page)["hypotheses"][0]
@@ -168,6 +173,7 @@ def test_our_figures_and_the_papers_stand_under_different_headings(page):
     assert rows["H1"][9:] == ["ade20k mIoU", "0.9", "0.037", "supported"]
 
 
+@pytest.mark.slow
 def test_thresholds_name_the_backbone_that_absorbs_least(page):
     rows = tables_of(page)["thresholds"]
     assert len(rows) == 10
@@ -176,6 +182,7 @@ def test_thresholds_name_the_backbone_that_absorbs_least(page):
     assert "deit (tiny) has the lowest absorption, ties included, in 9 of 9 settings" in page.read_text()
 
 
+@pytest.mark.slow
 def test_layers_and_families_compare_runs_that_differ_by_nothing_else(page):
     layers = {row[0]: [float(v) for v in row[1:] if v] for row in tables_of(page)["layers"][1:]}
     assert layers["M1 Moran's I"] == pytest.approx([0.2, 0.4, 0.2, 0.0, 0.2, 0.2])
@@ -186,6 +193,7 @@ def test_layers_and_families_compare_runs_that_differ_by_nothing_else(page):
     assert float(differences["M1 Moran's I"][1]) == pytest.approx(0.05)
 
 
+@pytest.mark.slow
 def test_the_flowchart_takes_the_best_backbone_by_the_scores(page):
     rows = {row[0]: row for row in tables_of(page)["recommendations"][1:]}
     assert rows["dense spatial prediction"][2] == "dinov2 (tiny) 0.280, next deit (tiny) 0.260"
@@ -194,6 +202,7 @@ def test_the_flowchart_takes_the_best_backbone_by_the_scores(page):
     assert "every task: siglip (tiny), mae (tiny)" in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_grid_says_which_cells_lack_and_what_makes_them(tmp_path):
     grid = load([run for run in write_grid(tmp_path) if run.name != "batchtopk-mae-x16-k32-L4-s42"])
     section = what_was_run(grid, Paper({}))
@@ -245,6 +254,7 @@ def test_runs_scored_on_different_splits_are_refused(tmp_path):
         load(runs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_undrawn")
 def test_two_pages_keep_their_tables_apart_and_an_old_pages_tables_go(tmp_path):
     runs = [write_run(tmp_path / "runs", b, 8, 16) for b in ("clip", "mae")]
@@ -255,6 +265,7 @@ def test_two_pages_keep_their_tables_apart_and_an_old_pages_tables_go(tmp_path):
     assert tables_of(tmp_path / "a.html").keys() == tables_of(tmp_path / "b.html").keys()
 
 
+@pytest.mark.slow
 def test_seeds_of_a_cell_are_averaged_and_their_spread_is_shown(tmp_path):
     grid = load(write_grid(tmp_path) + write_grid(tmp_path, seed=43, moran=0.02))
     spread = {row[0]: row for row in decomposition(grid, Paper({})).tables[-1].rows}
@@ -263,6 +274,7 @@ def test_seeds_of_a_cell_are_averaged_and_their_spread_is_shown(tmp_path):
     assert means["mae (tiny)"][1].mean == pytest.approx(0.015)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["M2", "M4"])
 def test_a_metric_without_scores_leaves_a_page(name, tmp_path):
     """Whatever part of the evaluation is missing, every section has figures, tables or a sentence."""
@@ -328,6 +340,7 @@ def test_prose_escapes_and_shows_code():
     assert some(list("abcd"), 2) == "a, b and 2 more"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_undrawn")
 def test_the_command_writes_the_grids_page_of_the_runs_that_match(tmp_path, monkeypatch):
     for backbone in ("clip", "mae"):

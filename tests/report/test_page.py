@@ -19,6 +19,7 @@ from sae_lightning.saes.artefact import read_tensors
 from sae_lightning.training.fit import train
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained_and_names_every_run(config, tmp_path):
     runs = [train(config(f"sae={variant}")) for variant in ("batchtopk", "relu")]
     with pytest.raises(FileNotFoundError, match=r"Run evaluate\.py first"):
@@ -65,6 +66,7 @@ def as_if_with_monoloss(run, weight=0.5):
     (run / "cfg.json").write_text(json.dumps(made))
 
 
+@pytest.mark.slow
 def test_runs_with_and_without_monoloss_are_compared(config, tmp_path):
     runs = [train(config(f"seed={seed}", "trainer.max_epochs=1")) for seed in (42, 7)]
     as_if_with_monoloss(runs[1])

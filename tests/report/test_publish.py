@@ -39,6 +39,7 @@ def evaluation(*overrides: str):
     return composed("evaluate", *overrides)
 
 
+@pytest.mark.slow
 def test_every_logger_has_the_scores(run):
     before = {point for point in csv_points(run) if point[0].startswith(("train/", "val/", "loss/"))}
     found, steps = scores_of(run), json.loads((run / "result.json").read_text())["steps"]
@@ -74,6 +75,7 @@ def test_every_logger_has_the_scores(run):
     assert "latents/most used" in EventAccumulator(str(run / "tensorboard")).Reload().Tags()["images"]
 
 
+@pytest.mark.slow
 def test_scores_join_the_run_of_the_training(run, monkeypatch):
     import wandb
 
@@ -92,6 +94,7 @@ def test_scores_join_the_run_of_the_training(run, monkeypatch):
     assert sum("latents" in row for row in service.rows(name)) == 1
 
 
+@pytest.mark.slow
 def test_what_was_published_is_not_published_again_unless_it_changed(run):
     cfg = evaluation("logger=[csv,tensorboard]")
     publish([run], cfg)

@@ -391,6 +391,7 @@ def test_runs_of_core_scores_alone_give_the_page_without_the_section(tmp_path, s
     assert not list(tmp_path.glob("visaebench*"))
 
 
+@pytest.mark.slow
 def test_the_page_has_tables_figures_files_and_latents_by_their_moran(tmp_path, shown):
     runs = [write_run(tmp_path / "runs" / f"{b}-x{e}", f"{b} (tiny)", e) for b in ("clip", "mae") for e in (8, 16)]
     runs.append(write_run(tmp_path / "runs" / "other", "deit (tiny)", bench=False))

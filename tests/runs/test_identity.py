@@ -144,6 +144,7 @@ def name_of(*overrides):
     return run_name(made_by(*overrides), SEEN)
 
 
+@pytest.mark.slow
 def test_what_cannot_change_the_weights_renames_nothing_and_what_can_renames():
     plain = name_of()
     assert plain.startswith("batchtopk-dinov2-x8-k16-s42-")

@@ -82,6 +82,7 @@ def test_every_kernel_and_type_of_features(kernels, dtype, d, monkeypatch):
     torch.testing.assert_close(grad, (slope * (a > 0)).float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_entries_on_many_threads():
     a = torch.relu(torch.randn(700, 300, generator=torch.Generator().manual_seed(0)) - 1)
     h = similar(700, 96, torch.float32)

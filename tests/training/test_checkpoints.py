@@ -50,6 +50,7 @@ def step_of(path: Path) -> int:
     return torch.load(path, weights_only=True)["global_step"]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, tmp_path, capsys, monkeypatch):
     """To the same weights and history. TMPDIR may be small, full or another file system: nothing is staged there."""
     monkeypatch.setattr(tempfile, "tempdir", "/proc")

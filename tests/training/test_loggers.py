@@ -119,6 +119,7 @@ def test_ranks_but_the_first_have_no_loggers(config, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @given(
     st.recursive(
         st.integers() | st.text() | st.none() | st.booleans(),

@@ -27,6 +27,7 @@ def history(folder) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", CHOICES)
 def test_it_trains_every_variant(variant, config):
     """With other terms beside it: the loss is logged and held-out latents fire on more alike tokens."""
@@ -76,6 +77,7 @@ def test_the_weight_warms_up_and_skipped_steps_weigh_on_the_others():
     assert [callback.weight_at(step, 8) for step in range(8)] == [2.0, 0, 0, 0, 2.0, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_what_it_is_set_to_makes_another_run_and_weight_zero_is_none(config, tmp_path):
     names = {run_name(config(*ON, f"callbacks.monoloss.weight={weight}")) for weight in (0, 0.1, 0.2)}
     assert len(names) == 3

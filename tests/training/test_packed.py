@@ -72,6 +72,7 @@ def history(folder):
         return [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_pack_of_many_kinds_equals_its_runs_alone(config, alone, workers):
     packed = train_packed([config(*choice, f"pack.workers={workers}") for choice in MEMBERS])
@@ -84,6 +85,7 @@ def test_a_pack_of_many_kinds_equals_its_runs_alone(config, alone, workers):
     assert result["side_by_side"] == len(MEMBERS)
 
 
+@pytest.mark.slow
 def test_rounds_that_fit_the_memory_give_the_same(config, alone, monkeypatch):
     seen = []
     from sae_lightning.training import packed
@@ -110,6 +112,7 @@ def test_finished_ones_are_skipped_and_bad_ones_named(config, capsys):
     assert len(list(done.parent.glob("*-k8-*/result.json"))) == 1
 
 
+@pytest.mark.slow
 def test_a_crash_leaves_the_others_alone_and_all_go_on(config, alone, capsys):
     cfgs = [config("k=4"), config("k=8", CRASH), config("k=12")]
     with pytest.raises(PackError, match="1 of 3"):
@@ -121,6 +124,7 @@ def test_a_crash_leaves_the_others_alone_and_all_go_on(config, alone, capsys):
         assert_equal(folder, alone(f"k={k}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_signal_stops_all_at_checkpoints_and_they_go_on_to_the_same_weights(config, alone, capsys, workers):
     kill = "+callbacks.signal={_target_: tests.training.crash.Signal, at: 11, name: SIGTERM}"

@@ -38,6 +38,7 @@ def of(cfg):
     return {"backbone": cfg.backbone.name, "layer": tap_of(cfg).layer}
 
 
+@pytest.mark.slow
 def test_the_grid_is_sixty_runs_in_five_packs():
     cfgs = jobs_of("experiment=visaebench_grid")
     assert len({run_name(cfg, of(cfg)) for cfg in cfgs}) == 60
@@ -61,6 +62,7 @@ def test_on_imagenet_it_is_the_paper_s_of_table_1():
         assert cfg.backbone.published.layer == 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "count"),
     [("visaebench_layers", 6), ("visaebench_jumprelu", 20), ("msae", 6), ("monoloss/lambda", 25)],
@@ -73,6 +75,7 @@ def test_other_grids(experiment, count, data):
         OmegaConf.to_container(cfg, resolve=True)
 
 
+@pytest.mark.slow
 def test_the_late_half_of_the_layers_is_in_the_grid():
     grid = {run_name(cfg, of(cfg)) for cfg in jobs_of("experiment=visaebench_grid")}
     layers = {run_name(cfg, of(cfg)): cfg.backbone.layer for cfg in jobs_of("experiment=visaebench_layers")}
@@ -89,6 +92,7 @@ def test_packing_is_chosen(config, when, in_turn, sizes):
     assert [len(group) for group in grouped(cfgs, in_turn)] == sizes
 
 
+@pytest.mark.slow
 def test_runs_that_read_otherwise_are_apart(config):
     same = [config(), config("sae=topk"), config("callbacks=monoloss"), config("trainer.max_epochs=7"), config("k=3")]
     apart = [config(o) for o in ("seed=1", "batch_size=512", "features=cls", "stream.unit=images", "subset.images=9",
@@ -104,6 +108,7 @@ def test_several_nodes_and_profiled_runs_are_not_packed(setting, config):
     assert grouped(cfgs, in_turn=True) == [[0], [1]]
 
 
+@pytest.mark.slow
 def test_at_most_so_many_members_in_parts_of_equal_size(config):
     cfgs = [config(f"k={k}", "pack.members=4") for k in range(1, 11)]
     assert [len(group) for group in grouped(cfgs, True)] == [4, 3, 3]
@@ -120,6 +125,7 @@ def test_the_weights_are_what_training_holds(config):
     assert weight_bytes(cfg, sae.d_in) == pytest.approx(held, rel=0.01)
 
 
+@pytest.mark.slow
 def test_rounds_fill_the_memory_in_order(config):
     todo = {Path(str(e)): config(f"expansion={e}", "pack.workers=1") for e in (2, 2.0, 4, 8, 16, 2)}
     todo |= {Path(f"more-{i}"): config("expansion=2", "pack.workers=1") for i in range(3)}
@@ -131,6 +137,7 @@ def test_rounds_fill_the_memory_in_order(config):
     assert list(map(len, rounds(todo, 128, 1 << 40))) == [len(todo)]
 
 
+@pytest.mark.slow
 def test_states_of_planned_running_broken_and_finished_runs(config, capsys):
     cfgs = [config(f"k={k}") for k in (2, 4, 6, 8)]
     note_plan(cfgs, [[f"k={k}"] for k in (2, 4, 6, 8)], Path("sweep"))

@@ -32,6 +32,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "at"), [("SIGUSR1", 0), ("SIGUSR2", STEPS - 1), ("SIGTERM", STEPS + 2), ("SIGUSR1", 3 * STEPS - 1)]
 )
@@ -94,6 +95,7 @@ def test_either_warning_reaches_the_handler_of_submitit(signum, listens, monkeyp
     assert got == [signum]
 
 
+@pytest.mark.slow
 def test_after_sigterm_a_slurm_job_waits_for_slurm_to_decide(monkeypatch):
     """SIGTERM may be from scancel: nothing is requeued, but a job that SLURM requeues must not end by itself."""
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")

@@ -17,6 +17,7 @@ from tests.configs import CONF
 CHOICES = sorted(path.stem for path in (CONF / "sae").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", CHOICES)
 def test_the_artefact_gives_the_logged_scores_from_raw_features(variant, config):
     cfg = config(f"sae={variant}", "backbone=deit")

@@ -78,6 +78,7 @@ def log(run: Path, steps: range, **changes) -> None:
     finish(logger.run)
 
 
+@pytest.mark.slow
 def test_trainings_side_by_side_each_have_their_run(tmp_path, login):
     service = Service()
     login(service.url)
@@ -99,6 +100,7 @@ def test_trainings_side_by_side_each_have_their_run(tmp_path, login):
         assert '"optimizer/lr":{"value":0.001}' in run["config"]
 
 
+@pytest.mark.slow
 def test_a_resumed_training_goes_on_in_its_run(tmp_path, login, capfd):
     service = Service()
     login(service.url)
@@ -138,6 +140,7 @@ def test_a_killed_training_goes_on_in_its_run(tmp_path, login):
     assert set(steps) >= set(range(5, 9))
 
 
+@pytest.mark.slow
 def test_offline_attempts_are_synced_into_one_run(tmp_path):
     run = make(tmp_path, "run-1")
     log(run, range(3), offline=True)
@@ -150,6 +153,7 @@ def test_offline_attempts_are_synced_into_one_run(tmp_path):
     assert sorted(row["trainer/global_step"] for row in service.rows("run-1")) == list(range(6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", [False, True])
 def test_without_a_service_training_goes_on_offline(answers, tmp_path, login, capsys):
     with socket.socket() as server:  # refuses connections, or takes them and says nothing
@@ -187,6 +191,7 @@ def test_a_service_that_refuses_is_left_alone(refuses, sentence, tmp_path, login
     assert len(offline_run(file)["history"]) == 3
 
 
+@pytest.mark.slow
 def test_a_service_that_goes_away_does_not_stop_the_training(tmp_path, login):
     service = Service()
     login(service.url)

@@ -81,6 +81,7 @@ def test_batches_say_what_single_pictures_say(tiny, demo):
     assert_same_captions(tiny, demo[:6], tiny.captions(demo[:6], batch_size=4), alone)
 
 
+@pytest.mark.slow
 def test_captions_name_the_classes_of_unseen_pictures(tiny, demo):
     labels = load_images({"source": "demo"}, "test").labels[:64]
     captions = tiny.captions(demo)
