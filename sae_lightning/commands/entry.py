@@ -41,7 +41,7 @@ def command(name: str, config_name: str | None = None) -> Callable[[Work], Calla
             with told(name, end=hydra.mode == RunMode.RUN):
                 import_plugins()  # here too, as this may be another process than that which composed the config
                 check_settings(name, cfg, hydra)
-                from sae_lightning.commands.start import started  # with PyTorch
+                from sae_lightning.commands.paths import started  # with PyTorch
 
                 cfg = started(cfg)
                 check_places(name, cfg)

@@ -1,4 +1,4 @@
-"""Paths of a command's config: expanded and absolute once, when it is composed, and said in a line."""
+"""What every command does first: its paths are made absolute once, when its config is composed, and said in a line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,24 @@ PATTERNS = ("run", "run.*")  # of folders, or of names in paths.runs
 ALL = (*PATHS, *NAMES_OR_PATHS, *PATTERNS)
 LOOKS = ("~", "./", "../")
 
+RANKS = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "JSM_NAMESPACE_RANK", "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "TORCHELASTIC_RUN_ID",
+)  # fmt: skip
 _said: set[str] = set()
+
+
+def started(cfg: DictConfig) -> DictConfig:
+    """``cfg`` with absolute paths; this process is no rank, whatever its environment says, and heeds its cores.
+
+    Job platforms set such variables for single processes too, and only processes that this package starts are ranks.
+    """
+    from sae_lightning.distributed.limits import heed_cores  # with PyTorch
+
+    for name in RANKS:
+        os.environ.pop(name, None)
+    heed_cores()
+    return located(cfg)
 
 
 def located(cfg: DictConfig, base: str | Path | None = None) -> DictConfig:

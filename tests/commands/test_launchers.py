@@ -1,20 +1,15 @@
 """The launchers of ``train.py -m hydra/launcher=…``, and where their jobs find themselves."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from hydra import compose, initialize_config_dir
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from sae_lightning.commands import hydra
 from sae_lightning.commands.hydra import OneGPU, take, visible_gpus
-from sae_lightning.distributed.launch import call_meeting, check_tasks, find_meeting, leading
+from sae_lightning.commands.main import main
 from tests.configs import CONF
+from tests.processes import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ("submitit_slurm", "slurm_cpu", "slurm_gpu", "slurm_ddp")
 
 
@@ -53,11 +48,10 @@ def test_a_preset_follows_the_command_line():
     assert preset.launcher.setup[0] == "export OMP_NUM_THREADS=3"
 
 
-def test_presets_are_listed_in_the_help():
-    shown = subprocess.run(
-        [sys.executable, "train.py", "--hydra-help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    (line,) = [line for line in shown.splitlines() if line.startswith("hydra/launcher:")]
+def test_presets_are_listed_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--hydra-help"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hydra/launcher:")]
     assert {*PRESETS, "gpus", "basic", "joblib"} <= set(
         line.removeprefix("hydra/launcher:").replace(" ", "").split(",")
     )
@@ -103,50 +97,9 @@ def test_runs_at_one_time_see_different_gpus(tmp_path):
         "main()\n"
     )
     (tmp_path / "out").mkdir()
-    command = [
-        sys.executable,
-        str(app),
-        "-m",
-        "hydra/launcher=gpus",
-        "hydra/sweeper=basic",
-        "seed=1,2,3,4",
-        f"paths.runs={tmp_path / 'runs'}",
-    ]
-    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="7,9", PYTHONPATH=str(ROOT))
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    sweep = ("-m", "hydra/launcher=gpus", "hydra/sweeper=basic", "seed=1,2,3,4", f"paths.runs={tmp_path / 'runs'}")
+    run(str(app), *sweep, cwd=tmp_path, CUDA_VISIBLE_DEVICES="7,9", PYTHONPATH=str(ROOT))
     seen: dict[str, set[str]] = {}
     for path in (tmp_path / "out").iterdir():
         seen.setdefault(path.name.split("-")[1], set()).add(path.read_text())
     assert sorted(map(sorted, seen.values())) == [["7"], ["9"]]
-
-
-# --- where a SLURM job finds itself --------------------------------------------------------------------
-def slurm(monkeypatch, node: int, nodes: int, tasks: int) -> None:
-    values = {"NODEID": node, "STEP_NUM_NODES": nodes, "STEP_NUM_TASKS": tasks, "JOB_ID": 5, "STEP_ID": 0}
-    for name, value in values.items():
-        monkeypatch.setenv(f"SLURM_{name}", str(value))
-
-
-def test_a_job_with_other_tasks_or_nodes_than_the_config_is_refused(config, monkeypatch):
-    check_tasks(config())
-    with pytest.raises(ValueError, match=r"trainer.num_nodes=2, but this job runs on 1"):
-        check_tasks(config("trainer.num_nodes=2"))
-    slurm(monkeypatch, 0, 1, 4)
-    with pytest.raises(ValueError, match=r"4 tasks on 1 node.*tasks_per_node=1"):
-        check_tasks(config("trainer.devices=4"))
-    slurm(monkeypatch, 0, 2, 2)
-    check_tasks(config("trainer.num_nodes=2"))
-    with pytest.raises(ValueError, match="hydra/launcher=slurm_ddp"):
-        check_tasks(config())
-
-
-def test_nodes_meet_where_the_first_one_says(tmp_path, monkeypatch):
-    slurm(monkeypatch, 0, 2, 2)
-    with leading(tmp_path):
-        store, address = call_meeting(tmp_path)
-        assert find_meeting(tmp_path) == (address, store.port)
-    assert find_meeting(tmp_path) is None  # over: finished, skipped or failed
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # what an earlier start said is no news
-    with leading(tmp_path):
-        store, address = call_meeting(tmp_path)
-        assert find_meeting(tmp_path) == (address, store.port)

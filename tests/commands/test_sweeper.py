@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from sae_lightning.commands.hydra import COMMAND, ClosingTable, point_to
-from sae_lightning.commands.start import RANKS, started
+from sae_lightning.commands.paths import RANKS, started
 from sae_lightning.runs.identity import run_name
 from sae_lightning.runs.state import planned
 from sae_lightning.training.packed import members_of, read_pack, write_pack
