@@ -4,6 +4,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 PEERS  := $(VENV)/.peers
+ALL    := -e '.[explorer,finetune,slurm,dev]'
+TESTED := -e '.[explorer,finetune,slurm,test,peers]'
 
 RUNS   ?= runs/grid
 WORKERS ?= 3
@@ -45,13 +47,13 @@ $(READY): pyproject.toml constraints.txt
 	  || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 …"; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) …"
-	@$(call INSTALL,-e '.[explorer,finetune,slurm,dev]')
+	@$(call INSTALL,$(ALL))
 	@touch $(READY)
 
 # what tests run with, and other SAE packages, which converters and benchmarks are compared with
 $(PEERS): $(READY)
 	@echo "Installing what tests need …"
-	@$(call INSTALL,-e '.[explorer,finetune,slurm,test,peers]')
+	@$(call INSTALL,$(TESTED))
 	@touch $(PEERS)
 
 demo: $(READY)
