@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_matrix
 
+from sae_lightning.evaluation.by_latent import dominant
 from sae_lightning.runs.run import Opened
 
 TABLE = "naming.parquet"  # of the application naming; ``shown`` is the name, "" where there is none
@@ -42,21 +42,3 @@ def label_names(
     """
     told = (purity >= pure) & (images >= least) & (len(classes) > 1) & (label >= 0)
     return [classes[c] if ok else "" for c, ok in zip(label.tolist(), told.tolist(), strict=True)]
-
-
-def dominant(codes: csr_matrix, labels: np.ndarray, n_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each latent the class with most of its activation, that class's share of it, and the images it fires on.
-
-    ``codes`` [n, d_sae] pooled to images, ``labels`` [n]; three arrays [d_sae]: int64, float64 and int64; -1, 0 and 0
-    where a latent never fires. Of equal classes the first. ValueError when labels and codes differ in number.
-    """
-    if codes.shape[0] != len(labels):
-        raise ValueError(f"Expected one label for each of {codes.shape[0]} images; got {len(labels)}.")
-    rows = (np.ones(len(labels)), labels, np.arange(len(labels) + 1))
-    mass = (codes.T.astype(np.float64) @ csr_matrix(rows, (len(labels), n_classes))).tocsr()
-    total = np.asarray(mass.sum(1)).ravel()
-    label = np.asarray(mass.argmax(1)).ravel().astype(np.int64)
-    top = mass.max(1).toarray().ravel()
-    images = np.bincount(codes.indices[codes.data > 0], minlength=codes.shape[1])
-    fired = total > 0
-    return np.where(fired, label, -1), np.divide(top, total, out=np.zeros_like(top), where=fired), images

@@ -1,16 +1,20 @@
-"""For every latent the images on which it is strongest, kept while the codes stream by."""
+"""Codes of images read by latent: where each is strongest, its class, and which latents are shown."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from sae_lightning.evaluation.image_codes import ImageCodes
+from sae_lightning.evaluation.image_codes import ImageCodes, LatentEntries
 from sae_lightning.kernels import native
 from sae_lightning.kernels.portable import offsets_of
+from sae_lightning.metrics import MonoScore
 from sae_lightning.saes import SparseCodes
+from sae_lightning.saes.codes import as_codes
 
 
 class TopImages:
@@ -145,7 +149,7 @@ def spread_of_moran(moran: Tensor, n: int = 12, seed: int = 0) -> dict[str, Tens
 BANDS = ("top", "middle", "bottom")
 
 
-def bands(codes: ImageCodes, latents: Tensor, n: int = 8) -> tuple[Tensor, Tensor]:
+def bands(codes: ImageCodes | ImagesOfLatents, latents: Tensor, n: int = 8) -> tuple[Tensor, Tensor]:
     """``images`` [m, 3, n] int64 and their activations [m, 3, n] float32 of ``latents`` [m]; -1 and 0 where none.
 
     All images on which a latent is positive are sorted by activation, descending, of equals the earlier first. The
@@ -189,18 +193,78 @@ def spread_ranks(d_sae: int, n: int, seed: int = 0) -> Tensor:
     return edges[:-1] + (draw * edges.diff()).long()
 
 
+class ImagesOfLatents:
+    """The images that each latent fires on by ``codes`` [n, d_sae], strongest first, of equals the earlier."""
+
+    def __init__(self, codes: csr_matrix) -> None:
+        columns = codes.tocsc()
+        self.offsets = columns.indptr.astype(np.int64)
+        owner = np.repeat(np.arange(codes.shape[1]), np.diff(self.offsets))
+        order = np.lexsort((columns.indices, -columns.data, owner))
+        self.images, self.values = columns.indices[order].astype(np.int64), columns.data[order].astype(np.float32)
+
+    def of_latents(self, latents: Tensor) -> LatentEntries:
+        """All images on which ``latents`` [m] fire, with the values there."""
+        spans = [slice(*self.offsets[i : i + 2]) for i in latents.tolist()]
+        offsets = torch.tensor([0, *(s.stop - s.start for s in spans)]).cumsum(0)
+        images, values = (
+            torch.from_numpy(np.concatenate([of[:0], *(of[s] for s in spans)])) for of in (self.images, self.values)
+        )
+        return LatentEntries(images, values, offsets)
+
+    def top(self, n: int) -> np.ndarray:
+        """The first ``n`` images [d_sae, n] int64 of every latent; -1 where it fires on fewer."""
+        place = self.offsets[:-1, None] + np.arange(n)
+        return np.append(self.images, -1)[np.where(place < self.offsets[1:, None], place, -1)]
+
+    def bands(self, latent: int, n: int) -> list[tuple[str, list[tuple[int, float]]]]:
+        """Its top, middle and bottom ``n`` images with their activations; bands without any are left out."""
+        images, values = bands(self, torch.tensor([latent]), n)
+        rows = zip(BANDS, images[0].tolist(), values[0].tolist(), strict=True)
+        found = [(name, [(i, v) for i, v in zip(own, strength, strict=True) if i >= 0]) for name, own, strength in rows]
+        return [(name, shown) for name, shown in found if shown]
+
+    def histogram(self, latent: int, bins: int = 24) -> list[int]:
+        """How many images fall into each of ``bins`` equal parts of 0 … its peak; only images on which it fires."""
+        own = self.values[slice(*self.offsets[latent : latent + 2])]
+        return np.histogram(own, bins=bins, range=(0, float(own.max())))[0].tolist() if len(own) else [0] * bins
+
+
 def top_images(codes: csr_matrix, n: int, latents: np.ndarray | None = None) -> np.ndarray:
     """The up to ``n`` images [m, n] int64 on which each of ``latents`` [m] (None: all) is strongest, strongest first.
 
     -1 where it fires on fewer; of equals the earlier image first.
     """
-    by_latent = codes.tocsc()
-    latents = np.arange(codes.shape[1]) if latents is None else latents
-    found = np.full((len(latents), n), -1, dtype=np.int64)
-    for row, latent in enumerate(latents.tolist()):
-        span = slice(*by_latent.indptr[latent : latent + 2])
-        values, images = by_latent.data[span], by_latent.indices[span]
-        order = np.lexsort((images, -values))[:n]
-        order = order[values[order] > 0]
-        found[row, : len(order)] = images[order]
-    return found
+    return ImagesOfLatents(codes if latents is None else codes[:, latents]).top(n)
+
+
+def dominant(codes: csr_matrix, labels: np.ndarray, n_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each latent the class with most of its activation, that class's share of it, and the images it fires on.
+
+    ``codes`` [n, d_sae] pooled to images, ``labels`` [n]; three arrays [d_sae]: int64, float64 and int64; -1, 0 and 0
+    where a latent never fires. Of equal classes the first. ValueError when labels and codes differ in number.
+    """
+    if codes.shape[0] != len(labels):
+        raise ValueError(f"Expected one label for each of {codes.shape[0]} images; got {len(labels)}.")
+    rows = (np.ones(len(labels)), labels, np.arange(len(labels) + 1))
+    mass = (codes.T.astype(np.float64) @ csr_matrix(rows, (len(labels), n_classes))).tocsr()
+    total = np.asarray(mass.sum(1)).ravel()
+    label = np.asarray(mass.argmax(1)).ravel().astype(np.int64)
+    top = mass.max(1).toarray().ravel()
+    images = np.bincount(codes.indices[codes.data > 0], minlength=codes.shape[1])
+    fired = total > 0
+    return np.where(fired, label, -1), np.divide(top, total, out=np.zeros_like(top), where=fired), images
+
+
+BATCH = 4096  # images
+
+
+def scored_latents(metric: MonoScore, codes: csr_matrix, embeddings: Callable[[slice], Tensor]) -> np.ndarray:
+    """What ``metric`` gives each latent [d_sae] by the ``codes`` [n, d_sae] of images; NaN where it gives none.
+
+    ``embeddings`` of a range of images [b, d] tell how alike these are.
+    """
+    for start in range(0, codes.shape[0], BATCH):
+        some = slice(start, min(start + BATCH, codes.shape[0]))
+        metric.update(as_codes(codes[some]), embeddings(some))
+    return np.where(metric.scored().numpy(), metric.scores().numpy(), np.nan)

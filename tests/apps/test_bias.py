@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from sae_lightning.apps.bias.app import run
-from sae_lightning.apps.bias.dose import wholes
 from sae_lightning.apps.bias.planted import Versions, check
 from sae_lightning.apps.bias.study import Task, labelled, members, study, task_of
+from sae_lightning.apps.edits import whole_images
 from sae_lightning.data import DataError, load_images
 from sae_lightning.features.source import plain
 from sae_lightning.runs.run import Opened
@@ -52,7 +52,7 @@ def synthetic(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray
 
 def synthetic_versions(n: int, seed: int) -> Versions:
     plain, marked, truth = synthetic(n, seed)
-    return Versions(wholes(identity_sae(), [plain]), wholes(identity_sae(), [marked]), truth)
+    return Versions(whole_images(identity_sae(), [plain]), whole_images(identity_sae(), [marked]), truth)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_effects_are_the_classifiers_weights_and_rare_latents_are_not_tested():
     plain[:, 0, IDLE] = -1
     plain[:5, 0, IDLE] = 1  # fires on five images
     sae = identity_sae()
-    held = wholes(sae, [plain])
+    held = whole_images(sae, [plain])
     found = study(held.features, truth, held, truth, sae)
     np.testing.assert_allclose(found.effects, np.concatenate([found.classifier.weights, -found.classifier.weights]))
     assert found.table["images"][IDLE] == 5

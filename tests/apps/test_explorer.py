@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.testclient import TestClient
 
 from sae_lightning.apps.explorer.app import application, listen, run, server_of
-from sae_lightning.apps.explorer.book import Book, Picked, Shelf
+from sae_lightning.apps.explorer.run_view import OpenRuns, PictureRef, RunView
 from sae_lightning.apps.explorer.server import Explorer, make_app, page
 from sae_lightning.apps.explorer.uploads import Uploads
 from sae_lightning.apps.explorer.views import Captioner
@@ -60,8 +60,8 @@ def runs(pictures, tmp_path_factory) -> list[Opened]:
 
 
 @pytest.fixture(scope="module")
-def shelf(runs) -> Shelf:
-    return Shelf(runs, "train")
+def open_runs(runs) -> OpenRuns:
+    return OpenRuns(runs, "train")
 
 
 class Seer:
@@ -92,15 +92,15 @@ class Seer:
 
 
 @pytest.fixture(scope="module")
-def client(shelf) -> TestClient:
-    captioner = Captioner({}, load=lambda *node: Seer(shelf[0].store))
-    app = make_app(Explorer(shelf, captioner, per_band=3, n_latents=5, n_near=4, upload_bytes=100_000))
+def client(open_runs) -> TestClient:
+    captioner = Captioner({}, load=lambda *node: Seer(open_runs[0].store))
+    app = make_app(Explorer(open_runs, captioner, per_band=3, n_latents=5, n_near=4, upload_bytes=100_000))
     return TestClient(app, base_url=SITE, raise_server_exceptions=False)
 
 
-def picture_bytes(shelf: Shelf, number: int) -> bytes:
+def picture_bytes(open_runs: OpenRuns, number: int) -> bytes:
     buffer = io.BytesIO()
-    shelf[0].picture(Picked("images", number)).save(buffer, "PNG")
+    open_runs[0].picture(PictureRef("images", number)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -131,10 +131,10 @@ def test_runs_are_listed_and_described(client, runs):
     assert [c["name"] for c in patch["columns"]][:2] == ["monoscore", "purity"]
 
 
-def test_the_list_is_sorted_and_paged(client, shelf):
-    book = shelf[0]
-    firing = np.flatnonzero(book.known.images_fired >= 2)
-    values = book.known.columns["purity"].values
+def test_the_list_is_sorted_and_paged(client, open_runs):
+    view = open_runs[0]
+    firing = np.flatnonzero(view.figures.images_fired >= 2)
+    values = view.figures.columns["purity"].values
     wanted = sorted(firing.tolist(), key=lambda i: (values[i], i))
     query = {"sort": "purity", "order": "asc", "least": 2}
     pages = [client.get("/api/runs/0/latents", params=query | {"start": s, "count": 7}).json() for s in range(0, 21, 7)]
@@ -142,20 +142,20 @@ def test_the_list_is_sorted_and_paged(client, shelf):
     assert pages[0]["total"] == len(wanted)
     by_number = {"sort": "latent", "order": "asc", "label": 1, "count": 200}
     of_class = client.get("/api/runs/0/latents", params=by_number).json()
-    assert [row["latent"] for row in of_class["rows"]] == np.flatnonzero(book.known.label == 1).tolist()[:200]
+    assert [row["latent"] for row in of_class["rows"]] == np.flatnonzero(view.figures.label == 1).tolist()[:200]
     named = client.get("/api/runs/0/latents", params={"text": "rows", "least": 1}).json()
     assert named["total"] > 0
-    assert named["total"] == sum("rows" in n for n, f in zip(book.names, book.known.images_fired, strict=True) if f)
+    assert named["total"] == sum("rows" in n for n, f in zip(view.names, view.figures.images_fired, strict=True) if f)
 
 
-def test_a_latent_shows_bands_histogram_classes_and_neighbours(client, shelf):
-    book = shelf[0]
-    latent = int(book.known.images_fired.argmax())
+def test_a_latent_shows_bands_histogram_classes_and_neighbours(client, open_runs):
+    view = open_runs[0]
+    latent = int(view.figures.images_fired.argmax())
     found = client.get(f"/api/runs/0/latents/{latent}").json()
     assert [band["name"] for band in found["bands"]] == ["top", "middle", "bottom"]
     shown = [item["image"] for band in found["bands"] for item in band["images"]]
     assert len(set(shown)) == 9
-    column = book.codes[:, [latent]].toarray()[:, 0]
+    column = view.codes[:, [latent]].toarray()[:, 0]
     for band in found["bands"]:
         assert [item["value"] for item in band["images"]] == pytest.approx(
             [column[i["image"]] for i in band["images"]], rel=1e-4
@@ -163,14 +163,14 @@ def test_a_latent_shows_bands_histogram_classes_and_neighbours(client, shelf):
     assert shown[0] == int(column.argmax())
     assert sum(found["histogram"]) == found["images_fired"] == (column > 0).sum()
     assert sum(c["share"] for c in found["classes"]) == pytest.approx(1, abs=1e-5)
-    directions = book.opened.sae.W_dec.detach()
+    directions = view.opened.sae.W_dec.detach()
     cosines = torch.nn.functional.cosine_similarity(directions, directions[latent : latent + 1])
-    cosines[latent], cosines[torch.from_numpy(book.known.images_fired == 0)] = -2, -2
+    cosines[latent], cosines[torch.from_numpy(view.figures.images_fired == 0)] = -2, -2
     assert found["similar"][0]["latent"] == int(cosines.argmax())
 
 
-def test_a_picture_shows_its_strongest_latents_and_the_one_asked_for(client, shelf):
-    row = shelf[0].codes[3].toarray()[0]
+def test_a_picture_shows_its_strongest_latents_and_the_one_asked_for(client, open_runs):
+    row = open_runs[0].codes[3].toarray()[0]
     silent = int(np.flatnonzero(row == 0)[0])
     found = client.get(f"/api/runs/0/images/3?latent={silent}").json()
     assert [item["latent"] for item in found["latents"]] == [*np.argsort(-row, kind="stable")[:5].tolist(), silent]
@@ -179,8 +179,8 @@ def test_a_picture_shows_its_strongest_latents_and_the_one_asked_for(client, she
     assert found["label"] in ("rows", "columns")
 
 
-def test_pictures_come_as_webp_plain_and_lit(client, shelf):
-    latent = int(shelf[0].pooled(Picked("images", 0))[0][0])
+def test_pictures_come_as_webp_plain_and_lit(client, open_runs):
+    latent = int(open_runs[0].pooled(PictureRef("images", 0))[0][0])
     plain, lit = client.get("/api/runs/0/images/0/picture"), client.get(f"/api/runs/0/images/0/over/{latent}")
     for answer in (plain, lit):
         assert answer.headers["content-type"] == "image/webp"
@@ -190,15 +190,15 @@ def test_pictures_come_as_webp_plain_and_lit(client, shelf):
     lightness = (
         np.asarray(Image.open(io.BytesIO(lit.content)).convert("L"), dtype=float).reshape(8, 4, 8, 4).mean((1, 3))
     )
-    fires = shelf[0].activation(Picked("images", 0), latent) > 0
+    fires = open_runs[0].activation(PictureRef("images", 0), latent) > 0
     assert 0 < fires.sum() < 64
     assert lightness[fires].mean() > lightness[~fires].mean() + 10
     assert client.get("/api/runs/1/images/0/over/0").status_code == 409  # no patches
 
 
-def test_an_upload_has_the_latents_of_the_same_stored_picture(client, shelf):
+def test_an_upload_has_the_latents_of_the_same_stored_picture(client, open_runs):
     for run_number in (0, 1):
-        number = upload(client, picture_bytes(shelf, 5), **{"content-type": "image/png", "origin": SITE})
+        number = upload(client, picture_bytes(open_runs, 5), **{"content-type": "image/png", "origin": SITE})
         stored = client.get(f"/api/runs/{run_number}/images/5").json()["latents"]
         given = client.get(f"/api/runs/{run_number}/uploads/{number}").json()["latents"]
         assert [item["latent"] for item in given] == [item["latent"] for item in stored]
@@ -211,12 +211,12 @@ def test_an_upload_has_the_latents_of_the_same_stored_picture(client, shelf):
     assert near["before"][0]["image"] == 5  # the same picture is nearest
 
 
-def test_turning_a_latent_moves_the_neighbours_along_its_decoder_row(client, shelf):
-    book = shelf[0]
-    latent = int(book.known.images_fired.argmax())
+def test_turning_a_latent_moves_the_neighbours_along_its_decoder_row(client, open_runs):
+    view = open_runs[0]
+    latent = int(view.figures.images_fired.argmax())
     found = client.post("/api/runs/0/images/2/turn", json={"latent": latent, "value": 40.0}).json()
-    features = book.store.features(slice(0, len(book.store))).float()
-    sae = book.opened.sae
+    features = view.store.features(slice(0, len(view.store))).float()
+    sae = view.opened.sae
     codes = sae.encode(features[2]).to_dense()
     moved = features[2] + (40.0 - codes[:, [latent]]) * sae.W_dec[latent].detach() * sae.normalizer.std
     for name, query in (("before", features[2].mean(0)), ("after", moved.mean(0))):
@@ -228,10 +228,10 @@ def test_turning_a_latent_moves_the_neighbours_along_its_decoder_row(client, she
     assert [i["image"] for i in found["before"]] != [i["image"] for i in found["after"]]
 
 
-def test_a_caption_changes_where_the_model_fits_the_run(client, shelf):
+def test_a_caption_changes_where_the_model_fits_the_run(client, open_runs):
     assert client.get("/api/runs/0/captions").json() == {"why_not": ""}
     said = client.post("/api/runs/0/images/0/caption", json={"latent": 1, "value": 30.0}).json()
-    sae, features = shelf[0].opened.sae, shelf[0].store.features([0]).float()
+    sae, features = open_runs[0].opened.sae, open_runs[0].store.features([0]).float()
     with torch.no_grad():
         change = (30.0 - sae.encode(features[0]).to_dense()[:, 1]).sum() * sae.W_dec[1].sum() * sae.normalizer.std
     before, after = (float(said[name].split()[1]) for name in ("before", "after"))
@@ -242,30 +242,32 @@ def test_a_caption_changes_where_the_model_fits_the_run(client, shelf):
     assert refused.status_code == 409
 
 
-def test_a_model_of_another_encoder_gives_no_captions(shelf):
+def test_a_model_of_another_encoder_gives_no_captions(open_runs):
     class Other(Seer):
         def patch_tokens(self, images, layer):
             return torch.randn(len(images), 64, self.store.d_in, generator=torch.Generator().manual_seed(0))
 
-    other = Captioner({}, load=lambda *node: Other(shelf[0].store))
-    assert "train on the tower's own encoder" in other.why_not(shelf[0])
-    assert "No vision-language model" in Captioner(None).why_not(shelf[0])
+    other = Captioner({}, load=lambda *node: Other(open_runs[0].store))
+    assert "train on the tower's own encoder" in other.why_not(open_runs[0])
+    assert "No vision-language model" in Captioner(None).why_not(open_runs[0])
 
 
 def test_an_evaluated_run_shows_what_was_measured(runs, tmp_path):
     shutil.copytree(runs[0].folder, tmp_path / "run")
     evaluate_run(tmp_path / "run", split="train")
-    book = Book(Opened(tmp_path / "run"), "train", Uploads())
-    plain = Book(runs[0], "train", Uploads())
-    assert book.known.evaluated
-    assert "token_share" in book.known.columns
-    codes = book.opened.sae.encode(book.store.features(slice(0, 32)).float()).to_dense()
-    np.testing.assert_allclose(book.known.columns["token_share"].values, (codes > 0).float().mean(0).numpy(), rtol=1e-5)
+    view = RunView(Opened(tmp_path / "run"), "train", Uploads())
+    plain = RunView(runs[0], "train", Uploads())
+    assert view.figures.evaluated
+    assert "token_share" in view.figures.columns
+    codes = view.opened.sae.encode(view.store.features(slice(0, 32)).float()).to_dense()
+    np.testing.assert_allclose(
+        view.figures.columns["token_share"].values, (codes > 0).float().mean(0).numpy(), rtol=1e-5
+    )
     for name in ("monoscore", "purity", "weighted_purity", "peak"):
         np.testing.assert_allclose(
-            book.known.columns[name].values, plain.known.columns[name].values, rtol=2e-3, atol=1e-5
+            view.figures.columns[name].values, plain.figures.columns[name].values, rtol=2e-3, atol=1e-5
         )
-    assert not Book(Opened(tmp_path / "run"), "test", Uploads()).known.evaluated
+    assert not RunView(Opened(tmp_path / "run"), "test", Uploads()).figures.evaluated
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -346,21 +348,21 @@ def test_the_page_asks_below_its_own_address():
         ([], "127.0.0.1:8000", "http://[", 403),
     ],
 )
-def test_hosts_of_proxies_can_be_allowed(hosts, host, origin, status, shelf):
-    client = TestClient(make_app(Explorer(shelf, Captioner(None)), hosts), base_url=SITE)
+def test_hosts_of_proxies_can_be_allowed(hosts, host, origin, status, open_runs):
+    client = TestClient(make_app(Explorer(open_runs, Captioner(None)), hosts), base_url=SITE)
     headers = {"host": host} | ({"origin": origin} if origin else {})
-    answer = client.post("/api/uploads", content=picture_bytes(shelf, 0), headers=headers)
+    answer = client.post("/api/uploads", content=picture_bytes(open_runs, 0), headers=headers)
     assert answer.status_code == status
     if status != 200:
         assert "app.hosts" in answer.json()["error"]
 
 
-def test_other_hosts_and_other_sites_are_refused(client, shelf):
+def test_other_hosts_and_other_sites_are_refused(client, open_runs):
     for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "0.0.0.0:8000", "192.168.1.2"):
         assert client.get("/api/runs", headers={"host": host}).status_code == 400
         assert client.post("/api/uploads", headers={"host": host, "origin": f"http://{host}"}).status_code == 400
     assert client.get("/api/runs", headers={"host": "localhost:1234"}).status_code == 200
-    picture = picture_bytes(shelf, 0)
+    picture = picture_bytes(open_runs, 0)
     for origin in ("http://evil.example", "http://127.0.0.1:9000", "null", "https://127.0.0.1:8000", ""):
         answer = client.post("/api/uploads", content=picture, headers={"origin": origin})
         assert answer.status_code == 403
@@ -373,17 +375,17 @@ def test_other_hosts_and_other_sites_are_refused(client, shelf):
     )
 
 
-def test_requests_write_no_file(client, shelf, runs):
+def test_requests_write_no_file(client, open_runs, runs):
     root = runs[0].folder.parent
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    number = upload(client, picture_bytes(shelf, 1))
+    number = upload(client, picture_bytes(open_runs, 1))
     client.get(f"/api/runs/0/uploads/{number}")
     client.get("/api/runs/0/latents")
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
-def test_a_failure_inside_is_told_without_its_insides(client, shelf, monkeypatch):
-    monkeypatch.setattr(shelf[0], "pooled", lambda picked: 1 / 0)
+def test_a_failure_inside_is_told_without_its_insides(client, open_runs, monkeypatch):
+    monkeypatch.setattr(open_runs[0], "pooled", lambda picked: 1 / 0)
     answer = client.get("/api/runs/0/images/0")
     assert answer.status_code == 500
     assert "ZeroDivisionError" in answer.json()["error"]
@@ -433,21 +435,21 @@ def served(app):
 @pytest.mark.slow
 @pytest.mark.skipif(browser() is None, reason="no chromium here")
 @pytest.mark.parametrize("fragment", ["", "#picture=image:4&overlay=0", "#run=1&sort=latent&order=asc&least=0"])
-def test_a_browser_shows_the_latents(address, shelf, tmp_path, fragment):
+def test_a_browser_shows_the_latents(address, open_runs, tmp_path, fragment):
     dumped = seen(address + fragment, tmp_path)
     rows = [int(n) for n in re.findall(r'data-latent="(\d+)"', dumped)]
     query = "order=desc&least=5" if "run=1" not in fragment else "sort=latent&order=asc&least=0"
-    book = shelf[1 if "run=1" in fragment else 0]
-    client = TestClient(make_app(Explorer(shelf, Captioner(None))), base_url=SITE)
+    view = open_runs[1 if "run=1" in fragment else 0]
+    client = TestClient(make_app(Explorer(open_runs, Captioner(None))), base_url=SITE)
     wanted = client.get(f"/api/runs/{1 if 'run=1' in fragment else 0}/latents?{query}").json()["rows"]
     assert rows[:10] == [row["latent"] for row in wanted[:10]]
-    assert 10 <= len(rows) < book.d_sae  # only those in sight
+    assert 10 <= len(rows) < view.d_sae  # only those in sight
     if "picture" in fragment:
         assert "A picture of class" in dumped
         assert "Nearest pictures" in dumped
     else:
         assert "its strongest pictures" in dumped
-    assert json.dumps(book.opened.label)[1:-1].split("·")[0].split("\\")[0] in dumped
+    assert json.dumps(view.opened.label)[1:-1].split("·")[0].split("\\")[0] in dumped
 
 
 def seen(address: str, folder) -> str:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.explorer.book import known, percentiles
-from sae_lightning.apps.explorer.by_latent import ByLatent
+from sae_lightning.apps.explorer.run_view import latent_figures, percentiles
 from sae_lightning.apps.explorer.uploads import KEPT, SIDE, RefusedError, Uploads, read_picture
 from sae_lightning.apps.explorer.views import choose
+from sae_lightning.evaluation.by_latent import ImagesOfLatents
 from sae_lightning.rendering.pictures import thumbnail
 
 NAMES = ["", "cat", "Black cat", "truck", "black truck"]
@@ -55,32 +55,12 @@ def test_latents_are_chosen_and_sorted_as_a_slow_sort_does(values, seed, text, o
     assert found.tolist() == sorted(filter(fits, range(n)), key=key)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
-def test_the_images_of_a_latent_are_those_it_fires_on_strongest_first(share):
-    codes = codes_of(0, share=share)
-    dense, by_latent = codes.toarray(), ByLatent(codes)
-    top = by_latent.top(9)
-    for latent in range(codes.shape[1]):
-        fired = sorted(np.flatnonzero(dense[:, latent]).tolist(), key=lambda i, j=latent: (-dense[i, j], i))
-        assert [i for i in top[latent].tolist() if i >= 0] == fired[:9]
-        shown = by_latent.bands(latent, 4)
-        if len(fired) >= 12:
-            middle = (len(fired) - 4) // 2
-            assert [[i for i, _ in images] for _, images in shown] == [
-                fired[:4], fired[middle : middle + 4], fired[-4:],
-            ]  # fmt: skip
-        for _, images in shown:
-            assert images == [(i, float(dense[i, latent])) for i, _ in images]
-        assert sum(by_latent.histogram(latent, 5)) == len(fired)
-    assert by_latent.bands(0, 4) == []
-
-
 def test_figures_of_latents_match_counts_over_dense_codes():
     codes, rng = codes_of(1), np.random.default_rng(1)
     dense, labels = codes.toarray(), rng.integers(0, 3, 30)
     embeddings = rng.standard_normal((30, 5)).astype(np.float32)
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    found = known(codes, ByLatent(codes).top(9), torch.from_numpy(labels), 3, embeddings)
+    found = latent_figures(codes, ImagesOfLatents(codes).top(9), torch.from_numpy(labels), 3, embeddings)
     assert not found.evaluated
     for latent in range(1, 12):
         fired = np.flatnonzero(dense[:, latent])
@@ -108,7 +88,7 @@ def test_an_evaluation_comes_first_and_classes_are_not_told_where_there_is_one()
         "counts": torch.arange(12), "purity": torch.ones(12), "some_new_figure": torch.arange(12).float(),
     }  # fmt: skip
     labels = torch.zeros(30, dtype=torch.long)
-    found = known(codes, ByLatent(codes).top(9), labels, 1, np.ones((30, 2)), evaluation, n_tokens=100)
+    found = latent_figures(codes, ImagesOfLatents(codes).top(9), labels, 1, np.ones((30, 2)), evaluation, n_tokens=100)
     assert found.evaluated
     assert found.columns["monoscore"].values[5] == pytest.approx(5 / 11)
     assert math.isnan(found.columns["monoscore"].values[3])

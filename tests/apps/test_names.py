@@ -2,36 +2,11 @@
 
 import numpy as np
 import pandas as pd
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.names import TABLE, dominant, label_names, names_of
+from sae_lightning.apps.names import TABLE, label_names, names_of
 
 CLASSES = ["cat", "dog", "ship"]
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), share=st.sampled_from([0.0, 0.1, 0.6]))
-def test_the_dominant_class_has_most_of_a_latents_activation(seed, share):
-    rng = np.random.default_rng(seed)
-    dense = (rng.integers(1, 5, (20, 6)) * (rng.random((20, 6)) < share)).astype(np.float32)
-    labels = rng.integers(0, 3, 20)
-    label, purity, images = dominant(csr_matrix(dense), labels, 3)
-    for latent in range(6):
-        masses = [float(dense[labels == c, latent].sum()) for c in range(3)]
-        assert images[latent] == (dense[:, latent] > 0).sum()
-        if sum(masses) == 0:
-            assert (label[latent], purity[latent]) == (-1, 0)
-        else:
-            assert label[latent] == masses.index(max(masses))
-            assert purity[latent] == pytest.approx(max(masses) / sum(masses))
-
-
-def test_labels_of_another_number_of_images_are_refused():
-    with pytest.raises(ValueError, match="one label for each of 4 images; got 3"):
-        dominant(csr_matrix((4, 2)), np.zeros(3, dtype=np.int64), 2)
 
 
 def test_only_pure_latents_that_fire_often_enough_are_called_by_their_class():

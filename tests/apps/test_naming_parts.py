@@ -26,7 +26,6 @@ from sae_lightning.apps.naming.match import (
     standing,
 )
 from sae_lightning.apps.naming.vocabulary import embed, fill, moments, place, read_words
-from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.saes import TopK
 from sae_lightning.saes.sae import Normalizer
 
@@ -228,18 +227,6 @@ def test_chance_counts_are_of_the_draws():
     assert found["above"]["mean"] == 1.5
     assert found["ratio"]["mean"] == 1.0
     assert found["above"]["low"] == pytest.approx(1.025)
-
-
-# --- held-out images ------------------------------------------------------------------------------
-@pytest.mark.parametrize("seed", range(3))
-def test_top_images_are_the_strongest(seed):
-    rng = np.random.default_rng(seed)
-    dense = np.round(rng.random((30, 6)) * (rng.random((30, 6)) < 0.25), 1)
-    latents = np.array([4, 0, 2])
-    found = top_images(csr_matrix(dense), 5, latents)
-    for row, latent in zip(found, latents, strict=True):
-        order = sorted((i for i in range(30) if dense[i, latent] > 0), key=lambda i: (-dense[i, latent], i))[:5]
-        assert row.tolist() == order + [-1] * (5 - len(order))
 
 
 def test_precision_counts_the_named_class_and_chance_permutes_the_names():

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import sparse
 from scipy.spatial.distance import cdist
 
+from sae_lightning.apps.edits import edited, whole_images
 from sae_lightning.apps.search.app import captions, run, turned_latents
 from sae_lightning.apps.search.dose import (
     LATENT,
@@ -23,7 +24,6 @@ from sae_lightning.apps.search.dose import (
     dose_means,
     dose_table,
     spread,
-    turned,
 )
 from sae_lightning.apps.search.neighbours import (
     COSINE,
@@ -131,37 +131,14 @@ def test_a_latent_that_fires_alike_everywhere_explains_nothing():
 
 
 # --- turning --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("input_norm", ["none", "layer"])
-@pytest.mark.parametrize("each", [1, 4])
-def test_turned_images_are_decoded_from_edited_codes(input_norm, each):
-    torch.manual_seed(0)
-    sae = TopK(6, 20, k=3, normalizer=Normalizer(6, torch.randn(6), 1.7), seed=1, input_norm=input_norm)
-    sae.b_pre.data.normal_()
-    features = 3 * torch.randn(5, each, 6)
-    latent = int(sae.encode(features).latents[0])
-    codes = sae.encode(features)
-    for to, ours in zip((-2.0, 0.0, 4.0), turned(sae, features, latent, (-2.0, 0.0, 4.0)), strict=True):
-        edited = codes.to_dense().clone()
-        edited[:, latent] = to  # the slow way: every token's code changed, then decoded as the SAE does
-        x = edited @ sae.W_dec + sae.b_pre
-        if codes.frame is not None:
-            x = x * codes.frame[1] + codes.frame[0]
-        slow = sae.normalizer.denormalize(x).view(5, each, 6).mean(1)
-        torch.testing.assert_close(ours, slow, rtol=1e-4, atol=1e-4)
-
-
-def test_the_error_is_kept_on_request_and_a_spread_is_how_far_images_lie_from_their_mean():
+def test_a_spread_is_how_far_images_lie_from_their_mean():
     sae = TopK(6, 60, k=2, normalizer=Normalizer(6, torch.zeros(6), 2.0), seed=1)
     features = torch.randn(64, 4, 6)
-    silent = next(i for i in range(60) if not (sae.encode(features[:3]).latents == i).any())
-    torch.testing.assert_close(turned(sae, features[:3], silent, [0.0], keep_error=True)[0], features[:3].mean(1))
+    images, unit = whole_images(sae, [features[:3]]), spread(sae, features)
+    moved = edited(sae, images, 7, [unit])[0] - edited(sae, images, 7, [0.0])[0]
     pooled = features.mean(1)
-    unit = spread(sae, features)
-    moved = turned(sae, features[:3], silent, [unit])[0] - turned(sae, features[:3], silent, [0.0])[0]
     expected = (pooled - pooled.mean(0)).norm(dim=1).square().mean().sqrt()
-    torch.testing.assert_close(moved.norm(dim=1), expected.expand(3))
-    with pytest.raises(ValueError, match=r"There is no latent 60; this SAE has 0 to 59\."):
-        turned(sae, features, 60, [1.0])
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), float(expected), rtol=1e-5)
 
 
 # --- scores ---------------------------------------------------------------------------------------

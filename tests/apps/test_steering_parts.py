@@ -8,7 +8,7 @@ from scipy.sparse import csr_matrix
 
 from sae_lightning.apps.steering.latents import choose, diffmean, matched, round_robin
 from sae_lightning.apps.steering.trials import (
-    Manner,
+    CaptionStyle,
     best_alphas,
     by_latent,
     concept_embedding,
@@ -22,7 +22,7 @@ from sae_lightning.apps.steering.trials import (
 )
 
 CLASSES = ["ship", "automobile", "dog"]
-MANNER = Manner(3, 8)
+STYLE = CaptionStyle(3, 8)
 
 
 def test_chosen_latents_are_the_purest_by_their_strongest_images():
@@ -105,11 +105,11 @@ def test_diffmean_is_the_difference_of_two_means():
     ],
 )
 def test_two_criteria(caption, goal, reached, passed):
-    assert judge(caption, "ship", goal, CLASSES, MANNER) == (reached, passed)
+    assert judge(caption, "ship", goal, CLASSES, STYLE) == (reached, passed)
 
 
-def test_manner_is_that_of_unsteered_captions():
-    assert Manner.of(["a dog", "a photo of a dog on grass"]) == Manner(2, 7)
+def test_style_is_that_of_unsteered_captions():
+    assert CaptionStyle.of(["a dog", "a photo of a dog on grass"]) == CaptionStyle(2, 7)
 
 
 def test_kept_is_the_share_of_other_words_that_remain():

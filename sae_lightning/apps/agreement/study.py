@@ -12,14 +12,12 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from sae_lightning.apps.names import dominant
-from sae_lightning.evaluation.by_latent import top_images
+from sae_lightning.evaluation.by_latent import dominant, scored_latents, top_images
 from sae_lightning.evaluation.similarity import Judge, Similarity
 from sae_lightning.files import write_text
 from sae_lightning.metrics import MonoScore, MSScore
 from sae_lightning.rendering.pictures import GAP, data_uri, thumbnail
 from sae_lightning.runs.run import Opened
-from sae_lightning.saes.codes import as_codes
 
 COLUMNS = ("judge", "run_left", "latent_left", "run_right", "latent_right", "choice")
 
@@ -159,8 +157,6 @@ def draw_pairs(scores: pd.DataFrame, n: int, strata: int, n_images: int, seed: i
 
 SCORES = {"ms": "MS score", "monoscore": "MonoScore", "purity": "class purity (labels)", "constant": "a constant"}
 
-BATCH = 4096  # images
-
 
 def latent_scores(opened: Opened, split: str, judge: Similarity, n_images: int) -> pd.DataFrame:
     """One row a latent of a run: ``run``, ``latent``, ``images`` that it fires on, and the scores.
@@ -184,11 +180,9 @@ def latent_scores(opened: Opened, split: str, judge: Similarity, n_images: int) 
 def _scored(kind: type[MonoScore], opened: Opened, split: str, other: object) -> np.ndarray:
     store, codes = opened.store(split), opened.codes(split)
     judge = Judge(store, other)  # type: ignore[arg-type]
-    metric = kind(codes.shape[1], judge.d)
-    for start in range(0, codes.shape[0], BATCH):
-        some = slice(start, min(start + BATCH, codes.shape[0]))
-        metric.update(as_codes(codes[some]), judge.embeddings(some, store.features(some)))
-    return np.where(metric.scored().numpy(), metric.scores().numpy(), np.nan)
+    return scored_latents(
+        kind(codes.shape[1], judge.d), codes, lambda some: judge.embeddings(some, store.features(some))
+    )
 
 
 def _commonest(labels: np.ndarray) -> float:

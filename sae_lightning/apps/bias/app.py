@@ -15,9 +15,10 @@ from omegaconf import DictConfig
 
 from sae_lightning.apps.app import leave
 from sae_lightning.apps.bias import page
-from sae_lightning.apps.bias.dose import Wholes, dose, pushes, typical, wholes
+from sae_lightning.apps.bias.dose import dose, pushes, typical
 from sae_lightning.apps.bias.planted import Check, check, mark, versions
 from sae_lightning.apps.bias.study import Members, Study, Task, batches, labelled, mean_of, members, study, task_of
+from sae_lightning.apps.edits import WholeImages, whole_images
 from sae_lightning.apps.names import names_of
 from sae_lightning.backbones.backbone import BackboneError
 from sae_lightning.data import DataError
@@ -65,7 +66,7 @@ def run(opened: Opened, cfg: DictConfig) -> Result:
         raise ValueError("The classifier is trained on the split train, so it is explained on another; set split=test.")
     task, held = _task(opened, cfg.split, app)
     _, fitted = _task(opened, "train", app)
-    images = wholes(opened.sae, batches(opened.store(cfg.split), held.rows))
+    images = whole_images(opened.sae, batches(opened.store(cfg.split), held.rows))
     found = study(
         opened.features("train")[fitted.rows], fitted.truth, images, held.truth, opened.sae, app.strength, cfg.seed
     )
@@ -149,7 +150,13 @@ def _both(found: Check) -> pd.DataFrame:
 
 
 def _headlines(
-    found: Study, images: Wholes, base: np.ndarray, chosen: np.ndarray, planted: Check | None, attribute: str, seed: int
+    found: Study,
+    images: WholeImages,
+    base: np.ndarray,
+    chosen: np.ndarray,
+    planted: Check | None,
+    attribute: str,
+    seed: int,
 ) -> tuple[list[Headline], dict[str, Any]]:
     """The figures of the page's head, and further ones for the record."""
     majority = max(found.truth.mean(), 1 - found.truth.mean())
@@ -207,7 +214,7 @@ def _planted_headlines(found: Check, attribute: str) -> tuple[list[Headline], di
     return lines, record
 
 
-def _rows(found: Study, images: Wholes, shown: Shown, n: int) -> list[dict[str, Any]]:
+def _rows(found: Study, images: WholeImages, shown: Shown, n: int) -> list[dict[str, Any]]:
     """The ``n`` latents of the table: found ones first, then by association with the prediction."""
     value = np.abs(found.table["auc"].to_numpy() - 0.5)
     order = found.tested[np.argsort(-value[found.tested], kind="stable")]
@@ -219,13 +226,13 @@ def _rows(found: Study, images: Wholes, shown: Shown, n: int) -> list[dict[str, 
     ]  # fmt: skip
 
 
-def _strip(images: Wholes, latent: int, shown: Shown) -> str:
+def _strip(images: WholeImages, latent: int, shown: Shown) -> str:
     own = images.magnitudes[:, [latent]].toarray().ravel()
     return shown.strip([int(i) for i in np.argsort(-own, kind="stable")[:TOP] if own[i] > 0])
 
 
 def _latent(
-    found: Study, images: Wholes, base: np.ndarray, latent: int, reach: float, task: Task, shown: Shown
+    found: Study, images: WholeImages, base: np.ndarray, latent: int, reach: float, task: Task, shown: Shown
 ) -> dict[str, Any]:
     """What the page shows of one drawn latent."""
     curve = dose(

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lightning.apps.bias.dose import Wholes, neutralised, wholes
 from sae_lightning.apps.bias.study import Interval, Members, Study, batches, mean_of, study
+from sae_lightning.apps.edits import WholeImages, neutralised, whole_images
 from sae_lightning.apps.statistics import Association, auc, of_latents
 from sae_lightning.data.errors import DataError
 from sae_lightning.data.images import ImageData
@@ -114,11 +114,11 @@ DRAWS = 50  # sets of random latents
 class Versions(NamedTuple):
     """The same n images without the attribute and with it; ``truth`` [n] bool."""
 
-    plain: Wholes
-    marked: Wholes
+    plain: WholeImages
+    marked: WholeImages
     truth: np.ndarray
 
-    def of(self, has: np.ndarray) -> Wholes:
+    def of(self, has: np.ndarray) -> WholeImages:
         """Each image in the version that ``has`` [n] says."""
         return self.marked.where(has, self.plain)
 
@@ -187,7 +187,7 @@ def check(
     return Check(biased, control, detects, best, relief)
 
 
-def guilty(biased: Study, images: Wholes, usual: np.ndarray, most: int) -> np.ndarray:
+def guilty(biased: Study, images: WholeImages, usual: np.ndarray, most: int) -> np.ndarray:
     """The found latents whose direct effect is in the direction of their excess, as many as help most on ``images``.
 
     Their number, 1 to ``most``, is that with the highest accuracy on the images that they were found on.
@@ -215,7 +215,7 @@ def mitigate(
         images = other.of(has)
         logits = biased.classifier.logits(images.features)
 
-        def correct(latents: np.ndarray, images: Wholes = images, logits: np.ndarray = logits) -> np.ndarray:
+        def correct(latents: np.ndarray, images: WholeImages = images, logits: np.ndarray = logits) -> np.ndarray:
             edited = neutralised(logits, images, biased.effects, latents, usual)
             return ((edited > 0) == other.truth).astype(np.float64)
 
@@ -243,7 +243,7 @@ def versions(
     chosen = images.take(images.index_of([store.image_ids[i] for i in rows]))
     marked = planted(chosen, str(plant["attribute"]), float(str(plant["strength"])))
     return Versions(
-        wholes(opened.sae, batches(store, rows)), wholes(opened.sae, encoded(opened, marked, device)), truth
+        whole_images(opened.sae, batches(store, rows)), whole_images(opened.sae, encoded(opened, marked, device)), truth
     )  # fmt: skip
 
 

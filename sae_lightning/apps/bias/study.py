@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from sae_lightning.apps.bias.dose import Wholes
+from sae_lightning.apps.edits import WholeImages
 from sae_lightning.apps.statistics import (
     RESAMPLES,
     Association,
@@ -163,7 +163,7 @@ class Study(NamedTuple):
 
 
 def study(
-    features: np.ndarray, truth: np.ndarray, held: Wholes, held_truth: np.ndarray, sae: SAE, strength: float = 1.0,
+    features: np.ndarray, truth: np.ndarray, held: WholeImages, held_truth: np.ndarray, sae: SAE, strength: float = 1.0,
     seed: int = 42,
 ) -> Study:  # fmt: skip
     """Train on ``features`` [n, d_in] of ``truth`` [n], explain on the ``held`` images; ``strength`` is C."""

@@ -14,7 +14,7 @@ import uvicorn
 from omegaconf import DictConfig
 from starlette.applications import Starlette
 
-from sae_lightning.apps.explorer.book import Shelf
+from sae_lightning.apps.explorer.run_view import OpenRuns
 from sae_lightning.apps.explorer.server import Explorer, make_app
 from sae_lightning.apps.explorer.views import Captioner
 from sae_lightning.runs.results import Result
@@ -50,11 +50,11 @@ def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result | None:
 def application(all_opened: Sequence[Opened], cfg: DictConfig) -> Starlette:
     """The page's application, with the first run opened."""
     device = _device(cfg.get("device") or "cpu")
-    shelf = Shelf(all_opened, cfg.split, device)
-    shelf[0]
+    runs = OpenRuns(all_opened, cfg.split, device)
+    runs[0]
     app = cfg.app
     explorer = Explorer(
-        shelf, Captioner(app.get("vlm"), device), int(app.images_per_band), int(app.latents), int(app.neighbours),
+        runs, Captioner(app.get("vlm"), device), int(app.images_per_band), int(app.latents), int(app.neighbours),
         int(app.upload_mb * 2**20),
     )  # fmt: skip
     return make_app(explorer, [str(host) for host in app.get("hosts") or ()])

@@ -26,8 +26,8 @@ from starlette.routing import Route
 
 from sae_lightning import __version__
 from sae_lightning.apps.explorer import views
-from sae_lightning.apps.explorer.book import KINDS, Book, Picked, Shelf
 from sae_lightning.apps.explorer.guards import Guard, read_body
+from sae_lightning.apps.explorer.run_view import KINDS, OpenRuns, PictureRef, RunView
 from sae_lightning.apps.explorer.uploads import RefusedError, read_picture
 from sae_lightning.apps.explorer.views import Captioner, choose, turned_view
 from sae_lightning.rendering.pictures import overlay, thumbnail
@@ -78,59 +78,59 @@ WORDS = {404: "There is no such page.", 405: "This cannot be done here."}
 
 
 class Explorer:
-    """Answers of the page over ``shelf``; ``per_band`` images a band, ``n_latents`` of a picture, ``n_near`` nearest.
+    """Answers of the page over ``open_runs``: ``per_band`` images a band, ``n_latents`` a picture, ``n_near`` nearest.
 
     ``upload_bytes`` limits uploads. Methods take a request and run in threads, those that read its body excepted.
     """
 
     def __init__(
-        self, shelf: Shelf, captioner: Captioner, per_band: int = 8, n_latents: int = 16, n_near: int = 8,
+        self, open_runs: OpenRuns, captioner: Captioner, per_band: int = 8, n_latents: int = 16, n_near: int = 8,
         upload_bytes: int = 16 << 20,
     ) -> None:  # fmt: skip
-        self.shelf, self.captioner = shelf, captioner
+        self.open_runs, self.captioner = open_runs, captioner
         self.per_band, self.n_latents, self.n_near, self.upload_bytes = per_band, n_latents, n_near, upload_bytes
         self._webp = lru_cache(CACHED)(self._draw)
 
     def runs(self, request: Request) -> Response:
         """All runs by number, without opening them."""
-        return JSONResponse([{"title": run.label, "name": run.name} for run in self.shelf.runs])
+        return JSONResponse([{"title": run.label, "name": run.name} for run in self.open_runs.runs])
 
     def run(self, request: Request) -> Response:
         """One run, opened if need be."""
-        return JSONResponse(views.run_view(self._book(request)))
+        return JSONResponse(views.run_view(self._run(request)))
 
     def latents(self, request: Request) -> Response:
         """A part of the list: ``sort``, ``order``, ``text``, ``label``, ``least``, ``start``, ``count``."""
-        book, q = self._book(request), request.query_params
-        columns = book.known.columns
+        run, q = self._run(request), request.query_params
+        columns = run.figures.columns
         sort, order = q.get("sort", next(iter(columns))), q.get("order", "desc")
         if sort == "latent":
-            values = np.arange(book.d_sae, dtype=np.float64)
+            values = np.arange(run.d_sae, dtype=np.float64)
         elif sort in columns:
             values = columns[sort].values
         else:
             raise RefusedError(400, f"Latents have no '{sort[:40]}'; sort by one of latent, {', '.join(columns)}.")
         if order not in ("asc", "desc"):
             raise RefusedError(400, "The order is asc or desc.")
-        label = _whole(q, "label", -1, len(book.class_names) - 1, low=-1)
+        label = _whole(q, "label", -1, len(run.class_names) - 1, low=-1)
         found = choose(
-            values, book.names, book.known.label, book.known.images_fired, text=q.get("text", "")[:200],
+            values, run.names, run.figures.label, run.figures.images_fired, text=q.get("text", "")[:200],
             of_class=None if label < 0 else label, at_least=_whole(q, "least", 0), descending=order == "desc",
         )  # fmt: skip
         start, count = _whole(q, "start", 0), _whole(q, "count", 50, PAGED)
-        rows = [views.latent_row(book, latent) for latent in found[start : start + count].tolist()]
+        rows = [views.latent_row(run, latent) for latent in found[start : start + count].tolist()]
         return JSONResponse({"total": len(found), "start": start, "rows": rows})
 
     def latent(self, request: Request) -> Response:
         """All of one latent."""
-        book = self._book(request)
-        return JSONResponse(views.latent_view(book, self._latent(request, book), self.per_band))
+        run = self._run(request)
+        return JSONResponse(views.latent_view(run, self._latent(request, run), self.per_band))
 
     def picture(self, request: Request) -> Response:
         """A picture and its strongest latents, and the one that ``latent`` names."""
-        book, picked = self._book(request), self._picked(request)
-        also = _whole(request.query_params, "latent", -1, book.d_sae - 1, low=-1)
-        return JSONResponse(views.picture_view(book, picked, self.n_latents, None if also < 0 else also))
+        run, picked = self._run(request), self._picked(request)
+        also = _whole(request.query_params, "latent", -1, run.d_sae - 1, low=-1)
+        return JSONResponse(views.picture_view(run, picked, self.n_latents, None if also < 0 else also))
 
     def plain(self, request: Request) -> Response:
         """A picture as WebP."""
@@ -138,17 +138,17 @@ class Explorer:
 
     def over(self, request: Request) -> Response:
         """A picture as WebP with the patches lit on which a latent fires."""
-        return self._image(request, self._latent(request, self._book(request)))
+        return self._image(request, self._latent(request, self._run(request)))
 
     def captions(self, request: Request) -> Response:
         """Whether captions can be had for a run, and why not."""
-        return JSONResponse({"why_not": self.captioner.why_not(self._book(request))})
+        return JSONResponse({"why_not": self.captioner.why_not(self._run(request))})
 
     async def upload(self, request: Request) -> Response:
         """Keep the picture that is the request's body; its number."""
         data = await read_body(request, self.upload_bytes)
         picture = await run_in_threadpool(read_picture, data)
-        return JSONResponse({"upload": self.shelf.uploads.add(picture)})
+        return JSONResponse({"upload": self.open_runs.uploads.add(picture)})
 
     async def turn(self, request: Request) -> Response:
         """The nearest pictures before and after a latent of a picture is turned: ``{"latent": 3, "value": 1.5}``."""
@@ -161,21 +161,21 @@ class Explorer:
     async def _turned(self, request: Request, view: Any) -> Response:
         asked = await read_body(request, SMALL_BODY)
         latent, value = _turn(asked)
-        book = await run_in_threadpool(self._book, request)
-        return JSONResponse(await run_in_threadpool(view, book, self._picked(request), latent, value))
+        run = await run_in_threadpool(self._run, request)
+        return JSONResponse(await run_in_threadpool(view, run, self._picked(request), latent, value))
 
     # --- what requests name -------------------------------------------------------------------------
-    def _book(self, request: Request) -> Book:
-        return self.shelf[request.path_params["run"]]
+    def _run(self, request: Request) -> RunView:
+        return self.open_runs[request.path_params["run"]]
 
-    def _latent(self, request: Request, book: Book) -> int:
-        return book.check_latent(request.path_params["latent"])
+    def _latent(self, request: Request, run: RunView) -> int:
+        return run.check_latent(request.path_params["latent"])
 
-    def _picked(self, request: Request) -> Picked:
+    def _picked(self, request: Request) -> PictureRef:
         kind = request.path_params["kind"]
         if kind not in KINDS:
             raise RefusedError(404, WORDS[404])
-        return Picked(kind, request.path_params["number"])
+        return PictureRef(kind, request.path_params["number"])
 
     def _image(self, request: Request, latent: int | None) -> Response:
         size = _whole(request.query_params, "size", SIZES[0], max(SIZES))
@@ -187,11 +187,11 @@ class Explorer:
         kept = "no-store" if picked.kind == "uploads" else "private, max-age=86400"
         return Response(data, media_type="image/webp", headers={"cache-control": kept})
 
-    def _draw(self, run: int, picked: Picked, size: int, latent: int | None) -> bytes:
-        book = self.shelf[run]
-        picture = thumbnail(book.picture(picked), size)
+    def _draw(self, run: int, picked: PictureRef, size: int, latent: int | None) -> bytes:
+        view = self.open_runs[run]
+        picture = thumbnail(view.picture(picked), size)
         if latent is not None:
-            picture = overlay(picture, book.activation(picked, latent), book.peak(latent))
+            picture = overlay(picture, view.activation(picked, latent), view.peak(latent))
         return webp(picture)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sae_lightning.apps.explorer.book import Book, Picked
+from sae_lightning.apps.edits import edited, whole_images
+from sae_lightning.apps.explorer.run_view import PictureRef, RunView
 from sae_lightning.apps.explorer.uploads import RefusedError
-from sae_lightning.apps.search.dose import turned
 from sae_lightning.apps.search.neighbours import neighbours
 from sae_lightning.vlms import VLM, VLMError, load_vlm
 from sae_lightning.vlms.steering import check_fit, steered_captions
@@ -23,80 +23,80 @@ SIMILAR = 8  # latents of similar direction
 CLASSES = 6
 
 
-def run_view(book: Book) -> dict[str, Any]:
+def run_view(run: RunView) -> dict[str, Any]:
     """The run as a whole: what can be sorted and filtered by, and over what."""
-    known = book.known
+    figures = run.figures
     return {
-        "title": book.opened.label, "name": book.opened.name, "version": book.version, "split": book.split,
-        "n_images": len(book.store), "d_sae": book.d_sae, "alive": int((known.images_fired > 0).sum()),
-        "patches": list(book.store.grid) if book.has_patches else None, "evaluated": known.evaluated,
-        "columns": [{"name": c.name, "title": c.title, "about": c.about} for c in known.columns.values()],
-        "classes": book.class_names if len(book.class_names) > 1 else [],
-        "named": sum(map(bool, book.names)),
+        "title": run.opened.label, "name": run.opened.name, "version": run.version, "split": run.split,
+        "n_images": len(run.store), "d_sae": run.d_sae, "alive": int((figures.images_fired > 0).sum()),
+        "patches": list(run.store.grid) if run.has_patches else None, "evaluated": figures.evaluated,
+        "columns": [{"name": c.name, "title": c.title, "about": c.about} for c in figures.columns.values()],
+        "classes": run.class_names if len(run.class_names) > 1 else [],
+        "named": sum(map(bool, run.names)),
     }  # fmt: skip
 
 
-def latent_row(book: Book, latent: int) -> dict[str, Any]:
+def latent_row(run: RunView, latent: int) -> dict[str, Any]:
     """One line of the list."""
-    columns = book.known.columns
+    columns = run.figures.columns
     return {
-        "latent": latent, "name": book.names[latent], "label": _label(book, latent),
-        "images_fired": int(book.known.images_fired[latent]),
+        "latent": latent, "name": run.names[latent], "label": _label(run, latent),
+        "images_fired": int(run.figures.images_fired[latent]),
         "values": {name: number(column.values[latent]) for name, column in columns.items()},
-        "percentiles": {name: number(shares[latent]) for name, shares in book.percentiles.items()},
-        "images": [i for i in book.top[latent, :LISTED].tolist() if i >= 0],
+        "percentiles": {name: number(shares[latent]) for name, shares in run.percentiles.items()},
+        "images": [i for i in run.top[latent, :LISTED].tolist() if i >= 0],
     }  # fmt: skip
 
 
-def latent_view(book: Book, latent: int, per_band: int) -> dict[str, Any]:
+def latent_view(run: RunView, latent: int, per_band: int) -> dict[str, Any]:
     """All of one latent: its line, bands of ``per_band`` images, histogram, classes and similar latents."""
-    row = latent_row(book, latent)
+    row = latent_row(run, latent)
     bands = [
         {
             "name": name,
-            "images": [{"image": i, "value": number(value), "label": book.label(i)} for i, value in shown],
+            "images": [{"image": i, "value": number(value), "label": run.label(i)} for i, value in shown],
         }
-        for name, shown in book.by_latent.bands(latent, per_band)
+        for name, shown in run.by_latent.bands(latent, per_band)
     ]
     return row | {
         "bands": bands,
-        "histogram": book.by_latent.histogram(latent),
-        "classes": _classes(book, latent),
-        "similar": similar(book, latent),
+        "histogram": run.by_latent.histogram(latent),
+        "classes": _classes(run, latent),
+        "similar": similar(run, latent),
     }
 
 
-def picture_view(book: Book, picked: Picked, n_latents: int, also: int | None = None) -> dict[str, Any]:
+def picture_view(run: RunView, picked: PictureRef, n_latents: int, also: int | None = None) -> dict[str, Any]:
     """A picture and the ``n_latents`` that fire most strongly on it, and the latent ``also``."""
-    latents, activations = book.pooled(picked)
+    latents, activations = run.pooled(picked)
     value_of = dict(zip(latents.tolist(), activations.tolist(), strict=True))
     shown = latents[:n_latents].tolist()
     if also is not None and also not in shown:
-        shown.append(book.check_latent(also))
+        shown.append(run.check_latent(also))
     return {
         "kind": picked.kind, "number": picked.number, "active": len(latents),
-        "label": book.label(picked.number) if picked.kind == "images" else "",
-        "caption": book.caption(picked.number) if picked.kind == "images" else "",
+        "label": run.label(picked.number) if picked.kind == "images" else "",
+        "caption": run.caption(picked.number) if picked.kind == "images" else "",
         "latents": [
             {
-                "latent": latent, "name": book.names[latent], "label": _label(book, latent),
-                "value": number(value_of.get(latent, 0.0)), "peak": number(book.peak(latent)),
-                "images": [i for i in book.top[latent, :1].tolist() if i >= 0],
+                "latent": latent, "name": run.names[latent], "label": _label(run, latent),
+                "value": number(value_of.get(latent, 0.0)), "peak": number(run.peak(latent)),
+                "images": [i for i in run.top[latent, :1].tolist() if i >= 0],
             }
             for latent in shown
         ],
     }  # fmt: skip
 
 
-def similar(book: Book, latent: int) -> list[dict[str, Any]]:
+def similar(run: RunView, latent: int) -> list[dict[str, Any]]:
     """The latents whose decoder rows are most alike to that of ``latent`` among those that fire, with the cosine."""
-    cosines = (book.directions @ book.directions[latent]).numpy().copy()
+    cosines = (run.directions @ run.directions[latent]).numpy().copy()
     cosines[latent] = -np.inf
-    cosines[book.known.images_fired == 0] = -np.inf
+    cosines[run.figures.images_fired == 0] = -np.inf
     order = np.argsort(-cosines, kind="stable")[:SIMILAR]
     return [
-        {"latent": i, "name": book.names[i], "label": _label(book, i), "cosine": number(cosines[i]),
-         "images": [int(book.top[i, 0])]}
+        {"latent": i, "name": run.names[i], "label": _label(run, i), "cosine": number(cosines[i]),
+         "images": [int(run.top[i, 0])]}
         for i in order.tolist() if np.isfinite(cosines[i])
     ]  # fmt: skip
 
@@ -106,38 +106,39 @@ def number(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _classes(book: Book, latent: int) -> list[dict[str, Any]]:
+def _classes(run: RunView, latent: int) -> list[dict[str, Any]]:
     """The most frequent classes of the images on which a latent fires, with their share of them."""
-    own = slice(book.by_latent.offsets[latent], book.by_latent.offsets[latent + 1])
-    if len(book.class_names) < 2 or own.stop == own.start:
+    own = slice(run.by_latent.offsets[latent], run.by_latent.offsets[latent + 1])
+    if len(run.class_names) < 2 or own.stop == own.start:
         return []
-    counts = np.bincount(book.labels.numpy()[book.by_latent.images[own]], minlength=len(book.class_names))
+    counts = np.bincount(run.labels.numpy()[run.by_latent.images[own]], minlength=len(run.class_names))
     order = np.argsort(-counts, kind="stable")[:CLASSES]
-    return [{"label": book.class_names[c], "share": number(counts[c] / counts.sum())} for c in order if counts[c]]
+    return [{"label": run.class_names[c], "share": number(counts[c] / counts.sum())} for c in order if counts[c]]
 
 
-def _label(book: Book, latent: int) -> str:
-    label = int(book.known.label[latent])
-    return book.class_names[label] if label >= 0 and len(book.class_names) > 1 else ""
+def _label(run: RunView, latent: int) -> str:
+    label = int(run.figures.label[latent])
+    return run.class_names[label] if label >= 0 and len(run.class_names) > 1 else ""
 
 
 TRIED = 4  # pictures that decide whether a model sees as the run's encoder does
 
 
-def turned_view(book: Book, picked: Picked, latent: int, value: float, n: int) -> dict[str, Any]:
+def turned_view(run: RunView, picked: PictureRef, latent: int, value: float, n: int) -> dict[str, Any]:
     """The ``n`` nearest pictures by features before and after ``latent`` is at ``value`` on all tokens of a picture.
 
     What the SAE does not reconstruct of the picture is kept, so that only the latent differs.
     """
-    features = book.features(picked)
-    after = turned(book.opened.sae, features, book.check_latent(latent), [value], keep_error=True)[0]
-    gallery, own = book.opened.features(book.split), picked.number if picked.kind == "images" else -1
-    queries = np.concatenate([features.mean(1).numpy(), after.detach().numpy()])
+    features = run.features(picked)
+    decoded = whole_images(run.opened.sae, [features])
+    after = edited(run.opened.sae, decoded, run.check_latent(latent), [value], keep_error=True)[0]
+    gallery, own = run.opened.features(run.split), picked.number if picked.kind == "images" else -1
+    queries = np.concatenate([features.mean(1).numpy(), after])
     found = neighbours(queries, gallery, n, own=np.array([own, own]))
 
     def side(at: int) -> list[dict[str, Any]]:
         pairs = zip(found.images[at].tolist(), found.distances[at].tolist(), strict=True)
-        return [{"image": i, "label": book.label(i), "cosine": number(1 - far)} for i, far in pairs if i >= 0]
+        return [{"image": i, "label": run.label(i), "cosine": number(1 - far)} for i, far in pairs if i >= 0]
 
     return {"latent": latent, "value": value, "before": side(0), "after": side(1)}
 
@@ -152,44 +153,44 @@ class Captioner:
         self._vlm: VLM | None = None
         self._why: dict[str, str] = {}  # by run, why it does not fit; "" where it does
 
-    def why_not(self, book: Book) -> str:
-        """Why the SAE of ``book`` cannot steer the model; "" where it can."""
+    def why_not(self, run: RunView) -> str:
+        """Why the SAE of ``run`` cannot steer the model; "" where it can."""
         with self._lock:
-            if book.version not in self._why:
+            if run.version not in self._why:
                 try:
-                    self._check(book)
+                    self._check(run)
                 except (ValueError, ImportError) as error:
-                    self._why[book.version] = str(error)
+                    self._why[run.version] = str(error)
                 else:
-                    self._why[book.version] = ""
-            return self._why[book.version]
+                    self._why[run.version] = ""
+            return self._why[run.version]
 
-    def view(self, book: Book, picked: Picked, latent: int, value: float) -> dict[str, Any]:
+    def view(self, run: RunView, picked: PictureRef, latent: int, value: float) -> dict[str, Any]:
         """The caption of a picture before and after ``latent`` is at ``value`` on all of its tokens.
 
         What the SAE does not reconstruct is kept. RefusedError with 409 where ``why_not`` says so.
         """
-        if why := self.why_not(book):
+        if why := self.why_not(run):
             raise RefusedError(409, why)
-        picture, sae = book.picture(picked), book.opened.sae
-        book.check_latent(latent)
+        picture, sae = run.picture(picked), run.opened.sae
+        run.check_latent(latent)
         with self._lock:
             assert self._vlm is not None  # or why_not had said so
             before = self._vlm.captions([picture])[0]
             after = steered_captions(
-                self._vlm, sae, [picture], latent, [value], layer=book.store.layer, keep_error=True
+                self._vlm, sae, [picture], latent, [value], layer=run.store.layer, keep_error=True
             )[0][0]
         return {"latent": latent, "value": value, "before": before, "after": after, "model": self._vlm.title}
 
-    def _check(self, book: Book) -> None:
+    def _check(self, run: RunView) -> None:
         if self._node is None:
             raise VLMError("No vision-language model was chosen.")
-        if book.store.kind != "patch":
+        if run.store.kind != "patch":
             raise VLMError("Captions need a run on patch tokens of the encoder that the captioner sees through.")
         if self._vlm is None:
             self._vlm = self._load(self._node, self._device)
-        few = [book.picture(Picked("images", i)) for i in range(min(TRIED, len(book.store)))]
-        check_fit(self._vlm, book.store, few)
+        few = [run.picture(PictureRef("images", i)) for i in range(min(TRIED, len(run.store)))]
+        check_fit(self._vlm, run.store, few)
 
 
 def choose(

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from scipy.sparse import csr_matrix
 
 from sae_lightning.apps.app import leave
-from sae_lightning.apps.names import TABLE, dominant, label_names
+from sae_lightning.apps.names import TABLE, label_names
 from sae_lightning.apps.naming.match import (  # fmt: skip
     COLUMNS,
     CONDITIONS,
@@ -47,7 +47,7 @@ from sae_lightning.apps.naming.vocabulary import (  # fmt: skip
     name_by_text,
 )
 from sae_lightning.apps.statistics import share_interval
-from sae_lightning.evaluation.by_latent import top_images
+from sae_lightning.evaluation.by_latent import dominant, top_images
 from sae_lightning.features.source import plain
 from sae_lightning.registry import one_of
 from sae_lightning.runs.results import Headline, Result

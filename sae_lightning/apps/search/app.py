@@ -9,7 +9,7 @@ import pandas as pd
 from omegaconf import DictConfig, ListConfig
 
 from sae_lightning.apps.app import leave
-from sae_lightning.apps.names import dominant, names_of
+from sae_lightning.apps.names import names_of
 from sae_lightning.apps.search.dose import (
     LATENT,
     OTHER,
@@ -18,7 +18,6 @@ from sae_lightning.apps.search.dose import (
     dose_means,
     dose_table,
     spread_of,
-    turned,
 )
 from sae_lightning.apps.search.neighbours import (
     COSINE,
@@ -28,20 +27,18 @@ from sae_lightning.apps.search.neighbours import (
     SHUFFLED,
     Query,
     agreement_of_shared,
-    neighbours,
     precisions,
     queries_of,
     spaces,
 )
 from sae_lightning.apps.search.page import dose_figure, precision_figure, shown_neighbours, shown_turned
 from sae_lightning.apps.statistics import mean_interval
+from sae_lightning.evaluation.by_latent import dominant
 from sae_lightning.features.source import plain
 from sae_lightning.registry import one_of
 from sae_lightning.rendering.pictures import data_uri, thumbnail
 from sae_lightning.runs.results import Headline, Result
 from sae_lightning.runs.run import Opened
-
-__all__ = ["neighbours", "run", "turned"]
 
 PRECISION, DOSE, SHOWN = "precision.parquet", "dose.parquet", "neighbours.parquet"
 UNITS = ("spread", "code")

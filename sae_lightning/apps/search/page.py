@@ -11,7 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.search.dose import ARMS, turned
+from sae_lightning.apps.edits import edited, whole_images
+from sae_lightning.apps.search.dose import ARMS
 from sae_lightning.apps.search.neighbours import (
     COSINE,
     FEATURES,
@@ -75,8 +76,9 @@ def shown_turned(
     first = neighbours(query.pooled, features, k, "cosine", own)
     now = float(query.codes[0, latent])
     rows = [{"to": "as it is", "unit": f"code {now:.3g}", "found": _cards(first, images, query.label)}]
-    for value, unit, moved in zip(to, units, turned(sae, query.features, latent, to, keep_error), strict=True):
-        found = neighbours(moved.numpy(), features, k, "cosine", own)
+    decoded = whole_images(sae, [query.features])
+    for value, unit, moved in zip(to, units, edited(sae, decoded, latent, to, keep_error=keep_error), strict=True):
+        found = neighbours(moved, features, k, "cosine", own)
         cards = _cards(found, images, query.label)
         for card in cards:
             card["new"] = card["image_index"] not in first.images[0]

@@ -17,6 +17,7 @@ from sae_lightning.apps.stability.activations import SAME_START, View
 from sae_lightning.apps.stability.pairs import ACTIVATION, RELATIONS
 from sae_lightning.apps.stability.universal import set_name
 from sae_lightning.data import DataError, ImageData
+from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.rendering.figures import COLOURS, STYLE, svg
 from sae_lightning.rendering.pictures import strip, thumbnail
 from sae_lightning.runs.run import Opened
@@ -222,18 +223,17 @@ def shown_set(
             latent = int(row[f"latent_{i}"])
             images = None
             if pictures is not None and places is not None and len(cards) < shown:
-                images = picture_row(pictures, places[top_images(view, latent, n_images)])
+                images = picture_row(pictures, places[strongest(view, latent, n_images)])
             members.append({"title": titles[i], "latent": latent, "name": names[i][latent], "images": images})
         cards.append({**row, "members": members, "pictured": members[0]["images"] is not None,
                       "title": common_name([member["name"] for member in members])})  # fmt: skip
     return {"title": set_name(views), "backbones": titles, "cards": cards, **numbers}
 
 
-def top_images(view: View, latent: int, n: int) -> np.ndarray:
+def strongest(view: View, latent: int, n: int) -> np.ndarray:
     """The held-out images that ``latent`` fires on most, at most ``n``, the strongest first."""
-    row = view.held_out.codes[[int(np.searchsorted(view.latents, latent))]]
-    fired = row.data > 0
-    return row.indices[fired][np.argsort(-row.data[fired], kind="stable")[:n]]
+    images = top_images(view.held_out.codes[np.searchsorted(view.latents, [latent])].T, n)[0]
+    return images[images >= 0]
 
 
 def picture_row(pictures: ImageData, images: np.ndarray) -> str | None:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from sae_lightning.apps.app import leave
 from sae_lightning.apps.names import names_of
-from sae_lightning.apps.steering.latents import Turned, choose, diffmean
+from sae_lightning.apps.steering.latents import SteeredLatent, choose, diffmean
 from sae_lightning.apps.steering.page import page_context
 from sae_lightning.apps.steering.trials import (
     GOALS,
     METHODS,
     Pool,
-    Steered,
+    SteeredModel,
     best_alphas,
     by_latent,
     concept_embedding,
@@ -58,7 +58,7 @@ def run(opened: Opened, cfg: DictConfig) -> Result:
         raise ValueError("Steering is scored by the classes that captions name; this data set has only one class.")
     store = opened.store("train")
     layer = check_fit(vlm, store, [train[i] for i in range(min(TRIED, len(store)))])
-    steered = Steered(vlm, opened.sae, layer, options.tokens, options.keep_error)
+    steered = SteeredModel(vlm, opened.sae, layer, options.tokens, options.keep_error)
     top = max(options.top, *options.top_k)
     turned = choose(opened.codes("train"), train.labels, options.latents, top, options.purity, cfg.seed)
     means = {t.label: diffmean(opened.features("train"), train.labels == t.label) for t in turned}
@@ -112,7 +112,7 @@ class Judge:
         self.top_k: Sequence[int] = list(options.top_k)
         self.classes = opened.images("train").class_names
 
-    def add(self, captions: pd.DataFrame, turned: Sequence[Turned]) -> pd.DataFrame:
+    def add(self, captions: pd.DataFrame, turned: Sequence[SteeredLatent]) -> pd.DataFrame:
         """``captions`` with ``similarity_K``, the cosine of the text with the mean embedding of the latent's first K
         images, and ``gain_K``, how much that is above the unsteered caption's, for each K."""
         keys = list(product(turned, self.top_k))
@@ -137,7 +137,7 @@ def judge_node(judge: DictConfig, size: str) -> dict[str, Any]:
     return node | {"size": node["size"] if node["size"] in SIZES else size}
 
 
-def reconstruction_cost(steered: Steered, pool: Pool) -> dict[str, float]:
+def reconstruction_cost(steered: SteeredModel, pool: Pool) -> dict[str, float]:
     """The share of captions that name their picture's class, plain and with all tokens encoded and decoded."""
     plainly = own_class_share(pool.captions, pool.images, pool.rows)
     decoded = steered.reconstructed(pool.images, pool.rows)
@@ -145,7 +145,7 @@ def reconstruction_cost(steered: Steered, pool: Pool) -> dict[str, float]:
 
 
 def examples(
-    steered: Steered, turned: Sequence[Turned], pool: Pool, options: DictConfig
+    steered: SteeredModel, turned: Sequence[SteeredLatent], pool: Pool, options: DictConfig
 ) -> list[dict[str, list[tuple[int, str, list[str]]]]]:
     """For each latent and goal a few pictures (rows of the pool's images), unsteered captions, captions at every α."""
     found = []

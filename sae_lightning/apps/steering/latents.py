@@ -10,14 +10,13 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from sae_lightning.evaluation.by_latent import TopImages, top_purity
-from sae_lightning.saes.codes import as_codes
+from sae_lightning.evaluation.by_latent import top_images, top_purity
 
 NEAREST = 20  # latents of about the same firing rate that a random one is drawn from
 
 
 @dataclass(frozen=True)
-class Turned:
+class SteeredLatent:
     """A latent to turn: the class of most of its ``top`` images (strongest first) and that class's ``purity`` among
     them, its largest activation ``peak``, the ``images`` it fires on, and a ``random`` latent that fires as often."""
 
@@ -30,16 +29,14 @@ class Turned:
     random: int
 
 
-def choose(codes: csr_matrix, labels: np.ndarray, n: int, top: int, purity: float, seed: int) -> list[Turned]:
+def choose(codes: csr_matrix, labels: np.ndarray, n: int, top: int, purity: float, seed: int) -> list[SteeredLatent]:
     """``n`` latents by purity: the purest of each class, then each class's second, and so on.
 
     ``codes`` [n_images, d_sae] are pooled to images, those of the train split. Only latents with ``top`` images or more
     and at least ``purity`` of these in one class count. ValueError when there is none.
     """
-    found = TopImages(codes.shape[1], top)
-    found.update(as_codes(codes))
-    images, fired, peaks = found.images(), found.images_fired.numpy(), found.peaks()
-    label, share = (t.numpy() for t in top_purity(images, torch.as_tensor(labels)))
+    images, fired, peaks = top_images(codes, top), codes.getnnz(0), codes.max(0).toarray()[0]
+    label, share = (t.numpy() for t in top_purity(torch.from_numpy(images), torch.as_tensor(labels)))
     able = np.flatnonzero((fired >= top) & (share >= purity))
     if not len(able):
         raise ValueError(
@@ -49,16 +46,10 @@ def choose(codes: csr_matrix, labels: np.ndarray, n: int, top: int, purity: floa
     chosen = round_robin(able, label[able], share[able])[:n]
     controls = matched(fired, chosen, seed)
     return [
-        Turned(
-            int(j),
-            int(label[j]),
-            float(share[j]),
-            float(peaks[j]),
-            int(fired[j]),
-            tuple(images[j].tolist()),
-            int(other),
+        SteeredLatent(
+            j, int(label[j]), float(share[j]), float(peaks[j]), int(fired[j]), tuple(images[j].tolist()), other
         )
-        for j, other in zip(chosen, controls, strict=True)
+        for j, other in zip(chosen.tolist(), controls, strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from sae_lightning.apps.steering.latents import Turned
+from sae_lightning.apps.steering.latents import SteeredLatent
 from sae_lightning.apps.steering.trials import interval
 from sae_lightning.data import ImageData
 from sae_lightning.rendering.figures import COLOURS, STYLE, svg
@@ -24,7 +24,7 @@ Best = Mapping[tuple[str, str], Sequence[float]]
 
 
 def page_context(
-    turned: Sequence[Turned], names: Sequence[str], train: ImageData, curves: pd.DataFrame, table: pd.DataFrame,
+    turned: Sequence[SteeredLatent], names: Sequence[str], train: ImageData, curves: pd.DataFrame, table: pd.DataFrame,
     best: Best, cost: Mapping[str, float], options: DictConfig, examples: Sequence[Mapping[str, Any]], vlm: str,
     judge: str, pictures: ImageData,
 ) -> dict[str, Any]:  # fmt: skip
@@ -41,7 +41,7 @@ def page_context(
 
 
 def card(
-    t: Turned, name: str, train: ImageData, pictures: ImageData, examples: Mapping[str, Any], options: DictConfig
+    t: SteeredLatent, name: str, train: ImageData, pictures: ImageData, examples: Mapping[str, Any], options: DictConfig
 ) -> dict[str, Any]:
     """One latent: its top images, and pictures with captions before and at every α."""
     concept = train.class_names[t.label]
@@ -68,7 +68,9 @@ def marked(caption: str, concept: str) -> list[tuple[str, bool]]:
     return [(word, word.lower().strip(".,;:!?") in names) for word in caption.split()]
 
 
-def table_rows(turned: Sequence[Turned], names: Sequence[str], table: pd.DataFrame, k: int) -> list[dict[str, Any]]:
+def table_rows(
+    turned: Sequence[SteeredLatent], names: Sequence[str], table: pd.DataFrame, k: int
+) -> list[dict[str, Any]]:
     """One row a latent: shares and passes of all methods for both goals, and the gain in cosine."""
     cells = {(r.latent, r.goal, r.method): r for r in table.itertuples()}
     rows = []

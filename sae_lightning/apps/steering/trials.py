@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lightning.apps.statistics import mean_interval
-from sae_lightning.apps.steering.latents import Turned
+from sae_lightning.apps.steering.latents import SteeredLatent
 from sae_lightning.data import ImageData
 from sae_lightning.runs.results import Headline
 from sae_lightning.saes import SAE
@@ -23,16 +23,16 @@ from sae_lightning.vlms.words import concepts_in, mentions, words_for
 
 
 @dataclass(frozen=True)
-class Manner:
+class CaptionStyle:
     """How long unsteered captions are, in words."""
 
     shortest: int
     longest: int
 
     @staticmethod
-    def of(captions: Sequence[str]) -> Manner:
+    def of(captions: Sequence[str]) -> CaptionStyle:
         lengths = [len(caption.split()) for caption in captions]
-        return Manner(min(lengths), max(lengths))
+        return CaptionStyle(min(lengths), max(lengths))
 
     def fits(self, caption: str) -> bool:
         """Whether ``caption`` is as long as an unsteered one, and says no word or pair of words twice in a row."""
@@ -43,17 +43,17 @@ class Manner:
         return not twice and not any(words[i : i + 2] == words[i + 2 : i + 4] for i in range(len(words) - 3))
 
 
-def judge(caption: str, concept: str, goal: str, classes: Sequence[str], manner: Manner) -> tuple[bool, bool]:
+def judge(caption: str, concept: str, goal: str, classes: Sequence[str], style: CaptionStyle) -> tuple[bool, bool]:
     """Whether ``caption`` reaches the ``goal`` for ``concept``, and whether it also still is a caption of one thing.
 
-    ``insert``: it names the concept; ``suppress``: it does not. The second demands besides that it fits ``manner`` and
+    ``insert``: it names the concept; ``suppress``: it does not. The second demands besides that it fits ``style`` and
     names no class other than the concept (insert), or at most one (suppress). Adapted from the paper's two criteria,
     concept and prompt, which a larger model judges there.
     """
     named = concepts_in(caption, classes)
     others = [name for name in named if name != concept]
     reached = (concept in named) == (goal == "insert")
-    return reached, reached and len(others) <= (goal == "suppress") and manner.fits(caption)
+    return reached, reached and len(others) <= (goal == "suppress") and style.fits(caption)
 
 
 def kept(before: str, after: str, classes: Sequence[str]) -> float:
@@ -153,7 +153,7 @@ METHODS = ("sae", "random", "diffmean")
 
 
 @dataclass(frozen=True)
-class Steered:
+class SteeredModel:
     """A model with an SAE behind ``layer`` of its tower, and how codes are put back (see ``vlms.steer.edited``)."""
 
     vlm: VLM
@@ -200,7 +200,7 @@ def draw_pool(vlm: VLM, images: ImageData, classes: Sequence[int], n: int, seed:
 
 
 def trials(
-    steered: Steered, turned: Sequence[Turned], pool: Pool, means: Mapping[int, Tensor],
+    steered: SteeredModel, turned: Sequence[SteeredLatent], pool: Pool, means: Mapping[int, Tensor],
     alphas: Mapping[tuple[str, str], Sequence[float]], n: int,
 ) -> pd.DataFrame:  # fmt: skip
     """Captions of at most ``n`` pictures of ``pool`` a latent and goal, for all ``alphas`` [goal, method].
@@ -210,7 +210,7 @@ def trials(
     the SAE's edit makes to it, and keeps the tokens otherwise. Columns: latent, concept, goal, method, alpha, value,
     image, before, caption, reached, passed, kept.
     """
-    manner, classes = Manner.of(pool.captions), pool.images.class_names
+    style, classes = CaptionStyle.of(pool.captions), pool.images.class_names
     places = {(t.latent, goal): pool.suited(t.label, goal, n) for t in turned for goal in GOALS}
     total = sum(len(places[t.latent, goal]) * len(alphas[goal, m]) for t in turned for goal in GOALS for m in METHODS)
     rows: list[dict[str, Any]] = []
@@ -229,7 +229,7 @@ def trials(
                     )  # fmt: skip
                     for alpha, value, said in zip(alphas[goal, method], values, captions, strict=True):
                         for i, caption in zip(at, said, strict=True):
-                            reached, passed = judge(caption, concept, goal, classes, manner)
+                            reached, passed = judge(caption, concept, goal, classes, style)
                             rows.append({
                                 "latent": t.latent, "concept": concept, "goal": goal, "method": method, "alpha": alpha,
                                 "value": value, "image": pool.images.image_ids[pool.rows[i]],

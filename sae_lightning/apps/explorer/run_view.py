@@ -16,15 +16,13 @@ from PIL import Image
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from sae_lightning.apps.explorer.by_latent import ByLatent
 from sae_lightning.apps.explorer.uploads import RefusedError, Uploads
 from sae_lightning.apps.names import names_of
 from sae_lightning.data.decode import decode
-from sae_lightning.evaluation.by_latent import top_purity
+from sae_lightning.evaluation.by_latent import ImagesOfLatents, scored_latents, top_purity
 from sae_lightning.evaluation.core import stored_scores
 from sae_lightning.metrics import MonoScore, Purity
 from sae_lightning.runs.run import LATENTS, Opened
-from sae_lightning.saes import SparseCodes
 from sae_lightning.saes.artefact import read_tensors
 from sae_lightning.saes.codes import as_codes, as_csr
 
@@ -57,7 +55,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Known:
+class LatentFigures:
     """All columns by name; ``label`` [d_sae] int64 is the most frequent class (-1: never fires), ``images_fired``
     [d_sae] int64 counts pictures; ``evaluated`` says whether figures of an evaluation are among the columns.
     """
@@ -68,10 +66,10 @@ class Known:
     evaluated: bool
 
 
-def known(
-    codes: csr_matrix, top: Tensor, labels: Tensor, n_classes: int, embeddings: np.ndarray,
+def latent_figures(
+    codes: csr_matrix, top: np.ndarray, labels: Tensor, n_classes: int, embeddings: np.ndarray,
     evaluation: Mapping[str, Tensor] | None = None, n_tokens: int = 0,
-) -> Known:  # fmt: skip
+) -> LatentFigures:  # fmt: skip
     """Columns of latents from the ``codes`` [n, d_sae] of images and what an ``evaluation`` found, which comes first.
 
     ``top`` [d_sae, m ≥ 9] are each latent's strongest images (-1: none), ``labels`` [n] indices of ``n_classes``,
@@ -82,12 +80,13 @@ def known(
     purity.update(sparse, labels)
     found = purity.per_latent()
     fired, never = found.images.numpy(), (found.images == 0).numpy()
-    peak = np.zeros(sparse.d_sae)
-    np.maximum.at(peak, codes.indices, codes.data)
     figures = {
-        "monoscore": None if evaluation else monoscore(sparse, embeddings),
+        "monoscore": None if evaluation else scored_latents(
+            MonoScore(sparse.d_sae, embeddings.shape[1]), codes, lambda some: torch.from_numpy(embeddings[some])
+        ),
         "purity": found.purity.numpy(), "weighted_purity": found.weighted_purity.numpy(),
-        "top_purity": top_purity(top[:, :TOP], labels)[1].numpy(), "image_share": fired / codes.shape[0], "peak": peak,
+        "top_purity": top_purity(torch.from_numpy(top[:, :TOP]), labels)[1].numpy(),
+        "image_share": fired / codes.shape[0], "peak": codes.max(0).toarray()[0],
     }  # fmt: skip
     if n_classes < 2:
         figures = {name: values for name, values in figures.items() if "purity" not in name}
@@ -97,7 +96,7 @@ def known(
     figures |= {} if evaluation is None else of_evaluation(evaluation, n_tokens, never, n_classes)
     ordered = [*(n for n in TITLES if n in figures), *sorted(n for n in figures if n not in TITLES)]
     columns = {name: _column(name, np.asarray(figures[name], dtype=np.float64)) for name in ordered}
-    return Known(columns, found.dominant.numpy(), fired, evaluation is not None)
+    return LatentFigures(columns, found.dominant.numpy(), fired, evaluation is not None)
 
 
 def of_evaluation(
@@ -115,13 +114,6 @@ def of_evaluation(
     if "counts" in tensors and n_tokens:
         figures["token_share"] = tensors["counts"].double().numpy() / n_tokens
     return figures
-
-
-def monoscore(codes: SparseCodes, embeddings: np.ndarray) -> np.ndarray:
-    """The MonoScore [d_sae] of each latent by the cosine of ``embeddings`` [n, d]; NaN where there is none."""
-    metric = MonoScore(codes.d_sae, embeddings.shape[1])
-    metric.update(codes, torch.as_tensor(embeddings).float())
-    return torch.where(metric.scored(), metric.scores(), torch.nan).numpy()
 
 
 def evaluation_of(run: Path, split: str) -> tuple[dict[str, Tensor], int] | None:
@@ -155,14 +147,14 @@ KINDS = ("images", "uploads")
 ENCODED = 256  # pictures whose codes of patches are kept
 
 
-class Picked(NamedTuple):
+class PictureRef(NamedTuple):
     """A picture by number: of the ``images`` of the split, or of the ``uploads``."""
 
     kind: str
     number: int
 
 
-class Book:
+class RunView:
     """The run ``opened`` over the pictures of ``split``; ``uploads`` are those of the user, encoded on ``device``.
 
     Picture i is row i of the store. Its methods may be called from several threads; one encodes at a time.
@@ -175,17 +167,17 @@ class Book:
         self._place = self.pictures.index_of(self.store.image_ids)
         self.labels, self.class_names = self.store.labels, self.store.class_names
         self.codes = opened.codes(split)
-        self.by_latent = ByLatent(self.codes)
+        self.by_latent = ImagesOfLatents(self.codes)
         self.top = self.by_latent.top(TOP)
         self.names = names_of(opened)
         tensors, n_tokens = evaluation_of(opened.folder, split) or (None, 0)
-        self.known = known(
+        self.figures = latent_figures(
             self.codes, self.top, self.labels, len(self.class_names), opened.features(split), tensors, n_tokens
         )
-        self.percentiles = percentiles(self.known.columns.values())
+        self.percentiles = percentiles(self.figures.columns.values())
         self.directions = torch.nn.functional.normalize(opened.sae.W_dec.detach().float(), dim=1)
         self.version = hashlib.sha256(f"{self.store.fingerprint}|{opened.folder}".encode()).hexdigest()[:12]
-        self._encoded: OrderedDict[Picked, csr_matrix] = OrderedDict()
+        self._encoded: OrderedDict[PictureRef, csr_matrix] = OrderedDict()
         self._work = Lock()
 
     @property
@@ -203,7 +195,7 @@ class Book:
             raise RefusedError(404, f"There is no latent {latent}; this run has 0 to {self.d_sae - 1}.")
         return latent
 
-    def check(self, picked: Picked) -> Picked:
+    def check(self, picked: PictureRef) -> PictureRef:
         """``picked``, or RefusedError when there is no such picture."""
         if picked.kind == "images" and not 0 <= picked.number < len(self.store):
             raise RefusedError(404, f"There is no picture {picked.number}; this split has 0 to {len(self.store) - 1}.")
@@ -211,7 +203,7 @@ class Book:
             self.uploads[picked.number]  # RefusedError where it is not held
         return picked
 
-    def picture(self, picked: Picked) -> Image.Image:
+    def picture(self, picked: PictureRef) -> Image.Image:
         """The picture in RGB."""
         if self.check(picked).kind == "uploads":
             return self.uploads[picked.number]
@@ -227,14 +219,14 @@ class Book:
         return "" if captions is None else str(captions[int(self._place[number])])
 
     # --- encoding -----------------------------------------------------------------------------------
-    def features(self, picked: Picked) -> Tensor:
+    def features(self, picked: PictureRef) -> Tensor:
         """Raw features [1, P, d_in] of a picture, float32: from the store, or of an upload from the encoder."""
         if self.check(picked).kind == "images":
             return self.store.features([picked.number]).float()
         features = self.opened.picture_features(self.picture(picked), self.device)
         return features.to(self.store.dtype).float()
 
-    def token_codes(self, picked: Picked) -> csr_matrix:
+    def token_codes(self, picked: PictureRef) -> csr_matrix:
         """Codes [P, d_sae] of a picture's tokens; those of the last pictures are kept."""
         with self._work:
             if picked not in self._encoded:
@@ -245,7 +237,7 @@ class Book:
             self._encoded.move_to_end(picked)
             return self._encoded[picked]
 
-    def pooled(self, picked: Picked) -> tuple[np.ndarray, np.ndarray]:
+    def pooled(self, picked: PictureRef) -> tuple[np.ndarray, np.ndarray]:
         """The latents [m] that fire on a picture and their largest activations [m], strongest first."""
         if self.check(picked).kind == "images":
             row = self.codes[picked.number]
@@ -254,7 +246,7 @@ class Book:
         order = np.lexsort((row.indices, -row.data))
         return row.indices[order].astype(np.int64), row.data[order]
 
-    def activation(self, picked: Picked, latent: int) -> np.ndarray:
+    def activation(self, picked: PictureRef, latent: int) -> np.ndarray:
         """How strongly ``latent`` fires on each patch of a picture, [rows, columns] float32.
 
         RefusedError where the run was not trained on patch tokens.
@@ -266,30 +258,30 @@ class Book:
 
     def peak(self, latent: int) -> float:
         """The largest activation of ``latent`` on the split; 0 where it never fires."""
-        value = float(self.known.columns["peak"].values[latent])
+        value = float(self.figures.columns["peak"].values[latent])
         return 0.0 if np.isnan(value) else value
 
 
-class Shelf:
+class OpenRuns:
     """``runs`` by number, over the pictures of ``split``, and the user's ``uploads``."""
 
     def __init__(self, runs: Sequence[Opened], split: str, device: str = "cpu") -> None:
         self.runs, self.split, self.device = runs, split, device
         self.uploads = Uploads()
-        self._books: dict[int, Book] = {}
+        self._views: dict[int, RunView] = {}
         self._locks = [Lock() for _ in runs]
 
     def __len__(self) -> int:
         return len(self.runs)
 
-    def __getitem__(self, run: int) -> Book:
+    def __getitem__(self, run: int) -> RunView:
         """Run ``run``, opened now if need be, which encodes the split; RefusedError if there is none."""
         if not 0 <= run < len(self.runs):
             raise RefusedError(404, f"There is no run {run}; this page was started with 0 to {len(self.runs) - 1}.")
         with self._locks[run]:
-            if run not in self._books:
+            if run not in self._views:
                 try:
-                    self._books[run] = Book(self.runs[run], self.split, self.uploads, self.device)
+                    self._views[run] = RunView(self.runs[run], self.split, self.uploads, self.device)
                 except (ValueError, OSError) as error:
                     raise RefusedError(409, f"{self.runs[run].name} cannot be shown: {error}") from error
-            return self._books[run]
+            return self._views[run]
