@@ -155,3 +155,24 @@ def config(pictures, tmp_path, tmp_path_factory):
         )  # fmt: skip
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _runs_alone(tmp_path_factory) -> tuple[Path, dict[tuple, Path]]:
+    return tmp_path_factory.mktemp("alone"), {}
+
+
+@pytest.fixture
+def alone(config, _runs_alone):
+    """``alone(*overrides)``: the folder of that run, trained once for all tests, which leave it as it is."""
+    from sae_lightning.training.fit import train
+
+    root, folders = _runs_alone
+
+    def trained(*overrides: str) -> Path:
+        threads = torch.get_num_threads()  # on which the rounding of products may depend
+        if (threads, *overrides) not in folders:
+            folders[threads, *overrides] = train(config(*overrides, f"paths.runs={root / str(threads)}"))
+        return folders[threads, *overrides]
+
+    return trained

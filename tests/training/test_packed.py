@@ -35,25 +35,6 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def runs_alone(tmp_path_factory):
-    """The folders of runs trained alone, by their settings; each is trained once."""
-    return tmp_path_factory.mktemp("alone"), {}
-
-
-@pytest.fixture
-def alone(config, runs_alone):
-    """``alone(*overrides)``: the folder of the run of that config, trained by itself."""
-    root, folders = runs_alone
-
-    def trained(*overrides):
-        if overrides not in folders:
-            folders[overrides] = train(config(*overrides, f"paths.runs={root}"))
-        return folders[overrides]
-
-    return trained
-
-
 def weights(folder):
     return load_file(folder / "sae.safetensors")
 

@@ -36,9 +36,9 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("name", "at"), [("SIGUSR1", 0), ("SIGUSR2", STEPS - 1), ("SIGTERM", STEPS + 2), ("SIGUSR1", 3 * STEPS - 1)]
 )
-def test_a_run_stopped_in_any_step_goes_on_to_the_same_weights(name, at, config, tmp_path, capsys):
+def test_a_run_stopped_in_any_step_goes_on_to_the_same_weights(name, at, config, alone, tmp_path, capsys):
     """Within an epoch, at an epoch's last step, and at the last of all; the history has no gap and nothing twice."""
-    whole = train(config(f"paths.runs={tmp_path / 'whole'}"))
+    whole = alone()
     before = [signal.getsignal(number) for number in stopping.SIGNALS]
     with pytest.raises(SystemExit) as stopped:
         train(config(f"+callbacks.signal={{_target_: tests.training.crash.Signal, at: {at}, name: {name}}}"))

@@ -19,9 +19,8 @@ CHOICES = sorted(path.stem for path in (CONF / "sae").glob("*.yaml"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", CHOICES)
-def test_the_artefact_gives_the_logged_scores_from_raw_features(variant, config):
-    cfg = config(f"sae={variant}", "backbone=deit")
-    folder = train(cfg)
+def test_the_artefact_gives_the_logged_scores_from_raw_features(variant, config, alone):
+    cfg, folder = config(f"sae={variant}"), alone(f"sae={variant}")
     result = json.loads((folder / "result.json").read_text())
     sae, store = SAE.load(folder), ensure_store(cfg, "val")
     features = store.features(slice(None)).reshape(-1, store.d_in)
@@ -64,13 +63,13 @@ def test_a_finished_run_is_skipped_and_another_setting_is_another_run(config, ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [*CHOICES, "annealed"])
-def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(variant, config, tmp_path, capsys):
+def test_an_interrupted_run_resumes_and_ends_as_if_it_had_not_been(variant, config, alone, capsys):
     special = [
         "sae=topk", "schedule.k_from=20", "schedule.k_share=0.6", "schedule.warmup=0.2", "schedule.shape=cosine",
         "resample.every=3", "dead_after=300",
     ]  # fmt: skip
     choice = special if variant == "annealed" else [f"sae={variant}"]
-    whole = SAE.load(train(config(*choice, f"paths.runs={tmp_path / 'whole'}")))
+    whole = SAE.load(alone(*choice))
     with pytest.raises(RuntimeError, match="power went out"):
         train(config(*choice, "+callbacks.crash={_target_: tests.training.crash.Crash, epoch: 2}"))
     folder = train(config(*choice))
