@@ -27,8 +27,10 @@ from sae_lightning.commands.main import main
 
 for words in commands:
     assert main(words) == 0, words
-loaded = [module for name, module in sys.modules.items() if name.split(".")[0] in ("sae_lightning", "hydra_plugins")]
-print("from elsewhere:", [m.__file__ for m in loaded if m.__file__ and m.__file__.startswith(checkout)])
+loaded = {name: module for name, module in sys.modules.items()
+          if name.split(".")[0] == "sae_lightning" or name == "hydra_plugins.packed_sweeper"}
+print("from elsewhere:", [name for name, m in loaded.items() if m.__file__ and not m.__file__.startswith(target)])
+assert "hydra_plugins.packed_sweeper" in loaded
 """
 
 
