@@ -115,9 +115,12 @@ LAMBDAS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sae", LAMBDAS)
-def test_the_settings_of_monoloss(sae):
+@pytest.mark.parametrize(
+    "encoders", [("clip_l14_datacomp", "siglip2_so400m", "vit_l16"), ("clip_l14", "siglip2", "vit_l16")]
+)
+def test_the_settings_of_monoloss(sae, encoders):
     for data, weights in zip(("openimages", "imagenet"), LAMBDAS[sae], strict=True):
-        for backbone, weight in zip(("clip_l14", "siglip2", "vit_l16"), weights, strict=True):
+        for backbone, weight in zip(encoders, weights, strict=True):
             choice = [f"experiment=monoloss/{sae}", f"data={data}", "data.path=x", f"backbone={backbone}"]
             cfg = load(*choice)
             assert (cfg.callbacks.monoloss.weight, cfg.callbacks.monoloss.memory) == (weight, 0)

@@ -56,16 +56,16 @@ def inference_variant(sae: SAE, supported: Collection[str], package: str, batch_
 def fold(sae: SAE, unit_norm: bool = False) -> Weights:
     """The SAE's weights over raw features, its normaliser folded in.
 
-    Norming each sample by itself cannot be folded: ValueError unless ``input_norm`` is "none", or is "unit" without a
+    Norming each sample by itself cannot be folded: ValueError unless ``input_norm`` is "none", or is "rms" without a
     mean before it and the package can do that itself (``unit_norm``).
     """
     state = {name: tensor.detach().cpu().double() for name, tensor in sae.state_dict().items()}
     mean, std = state["normalizer.mean"], state["normalizer.std"]
     if sae.input_norm != "none":
-        if not (unit_norm and sae.input_norm == "unit" and not bool(mean.any())):
+        if not (unit_norm and sae.input_norm == "rms" and not bool(mean.any())):
             raise ValueError(
                 f"This SAE norms each sample before the encoder (input_norm={sae.input_norm}), which that layout "
-                "cannot hold. What can be exported is input_norm=none, to SAELens also unit without a mean before it."
+                "cannot hold. What can be exported is input_norm=none, to SAELens also rms without a mean before it."
             )
         std = torch.ones_like(std)  # the sample's norm takes it out again
     weights = {"W_enc": state["W_enc"] / std, "b_enc": state["b_enc"]}

@@ -98,7 +98,7 @@ def load(folder: str | Path) -> SAE:
         weights = move_offset(weights, +1)
     variant, settings = _variant(cfg, weights, path)
     if cfg.get("normalize_activations") == "constant_norm_rescale":
-        settings["input_norm"] = "unit"
+        settings["input_norm"] = "rms"
     return build(variant, weights, normalizer, **settings)
 
 

@@ -31,6 +31,8 @@ DEAF = ("callbacks.MonoLoss",)  # callbacks that count, but heed nothing that is
 
 BATCHES = ("trainer.limit_", "trainer.overfit_batches", "trainer.val_check_interval")  # 1 is one batch, 1.0 are all
 
+NORMS = {"rms": "unit", "unit": "unit norm"}  # as runs are named: "unit" was the name of "rms"
+
 PRECISION = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # as Lightning reads them
 
 
@@ -109,6 +111,8 @@ def by_value(leaf: str, value: Any) -> Any:
         return str(value)
     if leaf == "trainer.gradient_clip_val":
         value = value or None  # 0 is none
+    if leaf == "sae.settings.input_norm":
+        return NORMS.get(value, value)
     if leaf == "trainer.precision":
         return PRECISION.get(str(value), str(value))
     if type(value) is float and value and leaf.startswith(BATCHES):
@@ -195,6 +199,7 @@ TRAINER_ABSENT = {  # Lightning's defaults
 ABSENT = {  # a new setting whose value is what was done before it existed comes here, and renames nothing
     "loss.*": 0, "loss_options.aux.dead_after": 100_000, "loss_options.reconstruction.relative": False,
     "loss_options.sparsity.decoder_norms": True, "loss_options.sparsity.per_dimension": True,
+    "optimizer.project": True,
     "optimizer.name": "adam", "optimizer.lr": 1e-3, "optimizer.betas": [0.9, 0.999], "optimizer.eps": 1e-8,
     "optimizer.weight_decay": 0, "optimizer.amsgrad": False, "optimizer.maximize": False,
     "schedule.warmup": 0, "schedule.decay": 0, "schedule.shape": "linear", "schedule.sparsity_warmup": 0,
@@ -202,7 +207,8 @@ ABSENT = {  # a new setting whose value is what was done before it existed comes
     "features": "patch", "extract.precision": "32", "extract.dtype": "float16", "extract.unreadable": "refuse",
     "stream.unit": "tokens", "stream.damaged": "refuse", "stream.lanes": 8, "stream.block_mb": 4,
     "stream.buffer_mb": 1024, "sae.threshold": "calibrated", "sae.settings.tied": False,
-    "sae.settings.input_norm": "none", "sae.settings.inference": "topk", "sae.settings.k_per": "sample",
+    "sae.settings.input_norm": "none", "sae.settings.encoder_norm": 1,
+    "sae.settings.inference": "topk", "sae.settings.k_per": "sample",
     "sae.settings.fractions": [0.0625, 0.1875, 0.4375, 1], "sae.settings.sampled": 0,
     "sae.settings.weighting": "uniform", "sae.settings.bandwidth": 1e-3, "sae.settings.kernel_name": "rectangle",
     "sae.settings.threshold": 0.1, "callbacks.MonoLoss.warmup": 0, "callbacks.MonoLoss.every": 1,

@@ -17,7 +17,7 @@ from torch import Tensor
 from sae_lightning.files import write_json, write_tensors
 from sae_lightning.saes.sae import SAE
 
-SCHEMA = 2  # 1 had W_enc as [d_in, d_sae]
+SCHEMA = 3  # 1 had W_enc as [d_in, d_sae]; 1 and 2 called the input norm "rms" by the name "unit"
 
 WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -64,8 +64,8 @@ def read_cfg(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ArtefactError(f"There is no cfg.json in {folder}; expected a run folder with a finished SAE.")
     cfg = read_json(path, "train the run again")
-    if cfg.get("schema") not in (1, SCHEMA):
-        raise ArtefactError(f"{path} has schema {cfg.get('schema')}; this version reads schemas 1 and {SCHEMA}.")
+    if cfg.get("schema") not in (1, 2, SCHEMA):
+        raise ArtefactError(f"{path} has schema {cfg.get('schema')}; this version reads schemas 1 to {SCHEMA}.")
     return cfg
 
 
@@ -86,7 +86,10 @@ def load(folder: Path) -> SAE:
         tensors = unwrapped(load_file(weights))
     except SafetensorError as error:
         raise ArtefactError(f"{weights} cannot be read ({error}); it is truncated or not safetensors.") from error
-    sae = VARIANTS[cfg["variant"]](cfg["d_in"], cfg["d_sae"], **cfg["sae"])
+    settings = dict(cfg["sae"])
+    if cfg["schema"] < 3 and settings.get("input_norm") == "unit":
+        settings["input_norm"] = "rms"
+    sae = VARIANTS[cfg["variant"]](cfg["d_in"], cfg["d_sae"], **settings)
     if cfg["schema"] == 1:
         if "W_enc" not in tensors:
             raise ArtefactError(f"{weights} does not fit its cfg.json: it has no W_enc.")

@@ -1,6 +1,8 @@
 """Named loss terms: functions of an SAE and one pass, summed by the training module with weights from the config.
 
-Each is a mean over samples in normalised space, where the features' variance a dimension is about 1.
+Each is a mean over samples (tokens) in the space that the SAE sees: after the normaliser, where the features' variance
+a dimension is about 1, and after ``input_norm``. With ``input_norm=unit`` a sample's squares sum to 1, so that squared
+errors a dimension are d_in times smaller than with ``rms``, against which weights of penalties are chosen.
 """
 
 from __future__ import annotations
@@ -42,19 +44,28 @@ def cosine(sae: SAE, run: Pass) -> Tensor:
     return 1 - F.cosine_similarity(run.reconstruction, run.x, dim=1).mean()
 
 
-def nested(sae: SAE, run: Pass) -> Tensor:
-    """Weighted mean of the levels' mean squared errors [MSAE §3.2]; ValueError for a variant without levels."""
+def nested(sae: SAE, run: Pass, relative: bool = False) -> Tensor:
+    """Weighted mean over levels of their squared errors, a mean over samples and dimensions [MSAE §3.2].
+
+    ``relative``: each sample's error divided by its mean square, as in ``reconstruction`` (the NMSE of MSAE's own
+    training). ValueError for a variant without levels.
+    """
     if run.levels is None or run.level_weights is None:
         raise ValueError(
             f"sae.name={sae.variant} has no nested levels; set loss.nested=0, or choose matryoshka or msae."
         )
-    return level_errors(run.levels, run.x) @ run.level_weights
+    levels, x = run.levels, run.x
+    if relative:
+        scale = x.square().mean(1, keepdim=True).clamp_min(1e-12).rsqrt()
+        levels, x = levels * scale.unsqueeze(2), x * scale
+    return level_errors(levels, x) @ run.level_weights
 
 
 def sparsity(sae: SAE, run: Pass, decoder_norms: bool = True, per_dimension: bool = True) -> Tensor:
-    """What the variant penalises (L1 of the codes or of the gate, L0 for jumprelu), a sample and input dimension.
+    """What the variant penalises (L1 of the codes or of the gate, L0 for jumprelu): its sum over latents, a mean over
+    samples, divided by d_in as the reconstruction's error is.
 
-    ``per_dimension=False``: a sample.
+    ``per_dimension=False``: not divided, as in the papers that fix its weight.
     """
     return sae.sparsity(run, decoder_norms) / (run.codes.n_samples * (sae.d_in if per_dimension else 1))
 
@@ -67,13 +78,14 @@ def gate(sae: SAE, run: Pass) -> Tensor:
     return F.mse_loss(rebuilt, run.x)
 
 
-def aux(sae: SAE, run: Pass, k_aux: int | None = None, dead_after: int = 100_000) -> Tensor:
+def aux(sae: SAE, run: Pass, k_aux: int | None = None, dead_after: int = 100_000, relative: bool = True) -> Tensor:
     """AuxK [Gao et al. 2024, §A.2]: the error reconstructed by the ``k_aux`` largest dead latents a sample.
 
     A latent is dead when it has not fired for ``dead_after`` tokens. ``k_aux`` defaults to d_in / 2, and shrinks with
     the number of dead latents below that.
     Mean squared error relative to the error's own mean square over all ranks, so the term lies near 1 when dead
-    latents explain nothing; 0 when none is dead.
+    latents explain nothing; 0 when none is dead. ``relative=False``: a mean over samples and dimensions, like
+    ``reconstruction`` [Bussmann et al. 2024].
     """
     dead = (sae.tokens_since_fired >= dead_after).nonzero().squeeze(1)
     if len(dead) == 0:
@@ -82,7 +94,8 @@ def aux(sae: SAE, run: Pass, k_aux: int | None = None, dead_after: int = 100_000
     codes = topk_codes(sae.pre_acts(run.x, dead), min(k_aux or max(1, sae.d_in // 2), len(dead)))
     whole = SparseCodes(dead[codes.latents], codes.values, codes.offsets, sae.d_sae)
     rebuilt = whole.decode(sae.W_dec)
-    return (rebuilt - error).square().mean() / mean_over_ranks(error.square().mean()).clamp_min(1e-12)
+    found = (rebuilt - error).square().mean()
+    return found / mean_over_ranks(error.square().mean()).clamp_min(1e-12) if relative else found
 
 
 def orthogonality(sae: SAE, run: Pass) -> Tensor:

@@ -46,19 +46,21 @@ class Normalizer(nn.Module):
         return features * self.std + self.mean
 
 
-INPUT_NORMS = ("none", "layer", "unit")
+INPUT_NORMS = ("none", "layer", "rms", "unit")
 
 
 def input_norm(kind: str, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """``x`` [N, d_in] normed by sample, and the (shift, scale) [N, 1] that undo it; None for "none".
 
-    "layer": zero mean and unit variance over dimensions [Gao et al. 2024, §A.1]. "unit": L2 norm √d_in, which is
-    the unit norm of MonoLoss's features up to a factor that keeps deviations near 1.
+    "layer": zero mean and unit variance over dimensions [Gao et al. 2024, §A.1]. "rms": L2 norm √d_in, which keeps
+    deviations near 1. "unit": L2 norm 1 [MonoLoss App. B], where errors a dimension are d_in times smaller.
     """
     if kind == "none":
         return x, None
     shift = x.mean(1, keepdim=True) if kind == "layer" else x.new_zeros(len(x), 1)
     scale = (x - shift).square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
+    if kind == "unit":
+        scale = scale * x.shape[1] ** 0.5
     return (x - shift) / scale, (shift, scale)
 
 
@@ -87,10 +89,10 @@ class SAE(nn.Module):
     """Base of all variants: x̂ = codes · W_dec + b_pre, pre_acts = (x - b_pre) · W_encᵀ + b_enc.
 
     Row i of ``W_enc`` [d_sae, d_in] reads latent i, row i of ``W_dec`` [d_sae, d_in] writes it. The decoder's
-    rows have unit norm, the encoder starts as their copy (and stays it with ``tied``); ``b_enc`` [d_sae] and
-    ``b_pre`` [d_in] start at zero, b_pre in normalised space, where zero is the data's mean. ``input_norm``
-    ("none", "layer", "unit") norms each sample once more before the encoder and gives the norm back after
-    the decoder.
+    rows have unit norm, the encoder starts as their copy times ``encoder_norm`` (and stays equal with ``tied``);
+    ``b_enc`` [d_sae] and ``b_pre`` [d_in] start at zero, b_pre in normalised space, where zero is the data's mean.
+    ``input_norm`` ("none", "layer", "rms", "unit") norms each sample once more before the encoder and gives the norm
+    back after the decoder.
 
     ``encode``, ``decode`` and ``forward`` speak raw features; ``run`` and the losses speak normalised ones.
     A variant implements ``code``; it lists what makes it, beside d_in and d_sae, in ``settings``.
@@ -110,17 +112,22 @@ class SAE(nn.Module):
         seed: int | None = None,
         tied: bool = False,
         input_norm: str = "none",
+        encoder_norm: float = 1.0,
     ) -> None:
         super().__init__()
         if d_in < 1 or d_sae < 1:
             raise ValueError(f"d_in and d_sae must be at least 1; got d_in={d_in}, d_sae={d_sae}.")
         one_of(input_norm, INPUT_NORMS, "input_norm")
+        if not encoder_norm > 0 or (tied and encoder_norm != 1):
+            raise ValueError(
+                f"encoder_norm={encoder_norm} must be positive, and 1 with tied weights, whose rows are the decoder's."
+            )
         self.d_in, self.d_sae, self.tied, self.input_norm = d_in, d_sae, tied, input_norm
         self.normalizer = normalizer or Normalizer(d_in)
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         directions = torch.randn(d_sae, d_in, generator=generator)
         self.W_dec = nn.Parameter(directions / directions.norm(dim=1, keepdim=True))
-        self.W_enc = self.W_dec if tied else nn.Parameter(self.W_dec.detach().clone())
+        self.W_enc = self.W_dec if tied else nn.Parameter(encoder_norm * self.W_dec.detach())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_pre = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.long))

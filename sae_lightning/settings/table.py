@@ -78,7 +78,7 @@ EXTRACT: Section = {
 }  # fmt: skip
 
 # --- training ---------------------------------------------------------------------------------------
-SAE: Section = {"tied": FLAG, "input_norm": choice("none", "layer", "unit")}
+SAE: Section = {"tied": FLAG, "input_norm": choice("none", "layer", "rms", "unit"), "encoder_norm": number(above=0)}
 K = number(above=0)
 TOPK: Section = {**SAE, "k": K, "inference": choice("topk", "relu")}
 BATCHTOPK: Section = {**SAE, "k": K, "k_per": choice("sample", "batch")}
@@ -104,8 +104,9 @@ LOSSES = ("reconstruction", "absolute", "cosine", "nested", "sparsity", "gate", 
 LOSS: Rule = Plus(dict.fromkeys(LOSSES, number(0)), "sae_lightning.saes.losses:TERMS")
 LOSS_OPTIONS: Rule = Plus({
     **dict.fromkeys(LOSSES, Maybe({})), "reconstruction": Maybe({"relative": FLAG}),
+    "nested": Maybe({"relative": FLAG}),
     "sparsity": Maybe({"decoder_norms": FLAG, "per_dimension": FLAG}),
-    "aux": Maybe({"k_aux": Maybe(whole(1)), "dead_after": whole(1)}),
+    "aux": Maybe({"k_aux": Maybe(whole(1)), "dead_after": whole(1), "relative": FLAG}),
 }, "sae_lightning.saes.losses:TERMS")  # fmt: skip
 LOGGER: Rule = Maybe({
     "csv": Maybe({}), "tensorboard": Maybe({}),
@@ -168,7 +169,7 @@ TRAIN: Section = {
     "optimizer": {
         "name": choice("adam", "adamw"), "lr": number(above=0), "eps": number(above=0),
         "betas": list_of(number(0, below=1), 2), "weight_decay": number(0), "fused": Maybe(FLAG),
-        "foreach": Maybe(FLAG),
+        "foreach": Maybe(FLAG), "project": FLAG,
     },
     "schedule": {
         "warmup": SHARE, "decay": SHARE, "shape": choice("linear", "cosine"), "sparsity_warmup": SHARE,

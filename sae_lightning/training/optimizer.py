@@ -18,10 +18,10 @@ OPTIMIZERS = ("adam", "adamw")
 class UnitRowAdam(torch.optim.AdamW):
     """Adam (AdamW with ``decoupled``) that keeps the rows of some matrices at unit norm.
 
-    Parameter groups with ``unit`` have the gradient's part along each row removed, which the constraint would
-    undo, and their rows scaled to unit norm after the step. ``clip`` bounds the global norm of the remaining
-    gradient. In float32 on the CPU each row is read and written once (``native.adam``); elsewhere PyTorch's
-    fused or foreach AdamW does the step. State and ``state_dict`` are AdamW's own. Where a ``GradScaler`` leaves the
+    Parameter groups with ``unit`` have their rows scaled to unit norm after the step, and those with ``project`` the
+    gradient's part along each row removed before, which the constraint would undo. ``clip`` bounds the global norm of
+    the remaining gradient. In float32 on the CPU each row is read and written once (``native.adam``); elsewhere
+    PyTorch's fused or foreach AdamW does the step. State and ``state_dict`` are AdamW's own. Where a ``GradScaler`` leaves the
     scale of the loss to the optimiser, as it does to fused ones, gradients are unscaled first: the norm is theirs.
     """
 
@@ -30,7 +30,7 @@ class UnitRowAdam(torch.optim.AdamW):
     ) -> None:
         self.clip: float | None = None
         self.grad_norm: float | None = None
-        groups = [{"unit": False, **group} for group in params]
+        groups = [{"unit": False, "project": False, **group} for group in params]
         on_gpu = all(p.is_cuda for group in groups for p in group["params"])
         settings = {"weight_decay": 0.0, "fused": True if on_gpu else None} | settings
         super().__init__(groups, lr=lr, **settings)
@@ -43,6 +43,7 @@ class UnitRowAdam(torch.optim.AdamW):
         super().__setstate__(state)
         for group, was in zip(self.param_groups, decoupled, strict=True):
             group["decoupled_weight_decay"] = bool(was)
+            group.setdefault("project", group.get("unit", False))  # of a checkpoint from before it could be chosen
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -60,12 +61,13 @@ class UnitRowAdam(torch.optim.AdamW):
         if own:
             if bad is not None and bool(bad):
                 return loss
-            scale = self._clip_scale([native.squared_norm(p.grad, p if group["unit"] else None) for p, group in params])
+            squares = [native.squared_norm(p.grad, p if group["project"] else None) for p, group in params]
+            scale = self._clip_scale(squares)
             for p, group in params:
                 self._native_step(p, group, scale)
             return loss
         for p, group in params:
-            if group["unit"]:
+            if group["project"]:
                 p.grad.sub_((p.grad * p).sum(1, keepdim=True) * p)
         norms = torch.stack([p.grad.double().square().sum() for p, _ in params]) if params else None
         scale = 1.0 if norms is None else self._clip_scale([float(norms.sum())])
@@ -102,8 +104,10 @@ class UnitRowAdam(torch.optim.AdamW):
         native.adam(
             p, p.grad, state["exp_avg"], state["exp_avg_sq"], scale=scale, lr=float(group["lr"]),
             step=int(state["step"]), betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"], unit=group["unit"],
+            decoupled=group["decoupled_weight_decay"], unit=group["project"],
         )  # fmt: skip
+        if group["unit"] and not group["project"]:
+            p.div_(p.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
 
 def check_name(name: str | None) -> None:
@@ -111,11 +115,17 @@ def check_name(name: str | None) -> None:
     one_of(name, OPTIMIZERS, "optimizer.name")
 
 
-def build_optimizer(sae: SAE, name: str = "adam", lr: float = 1e-3, **settings: Any) -> UnitRowAdam:
-    """The optimiser ``name`` (adam or adamw) for ``sae``, with its decoder rows at unit norm."""
+def build_optimizer(
+    sae: SAE, name: str = "adam", lr: float = 1e-3, project: bool = True, **settings: Any
+) -> UnitRowAdam:
+    """The optimiser ``name`` (adam or adamw) for ``sae``, with its decoder rows at unit norm.
+
+    ``project``: the gradient of the decoder's rows is kept orthogonal to them. MonoLoss does so for untied decoders
+    alone [App. B]: the gradient of a tied one also belongs to the encoder.
+    """
     check_name(name)
     if "betas" in settings:
         settings["betas"] = tuple(settings["betas"])
     rest: list[nn.Parameter] = [p for p in sae.parameters() if p is not sae.W_dec]
-    groups: list[dict[str, Any]] = [{"params": [sae.W_dec], "unit": True}, {"params": rest}]
+    groups: list[dict[str, Any]] = [{"params": [sae.W_dec], "unit": True, "project": project}, {"params": rest}]
     return UnitRowAdam(groups, lr=lr, decoupled=name == "adamw", **settings)

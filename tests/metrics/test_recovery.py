@@ -39,7 +39,7 @@ def strongest(codes: SparseCodes, n: int) -> SparseCodes:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("input_norm", ["none", "layer", "unit"])
+@pytest.mark.parametrize("input_norm", ["none", "layer", "rms", "unit"])
 def test_equals_a_decode_for_each_budget(input_norm):
     sae, x = sae_and_features(input_norm=input_norm)
     codes = sae.encode(x)

@@ -14,7 +14,8 @@ def normed(kind: str, x: Tensor) -> Tensor:
     """x [N, d] after its input norm."""
     if kind == "layer":
         x = x - x.mean(1, keepdim=True)
-    return x if kind == "none" else x * math.sqrt(x.shape[1]) / x.norm(dim=1, keepdim=True)
+    length = 1.0 if kind == "unit" else math.sqrt(x.shape[1])
+    return x if kind == "none" else x * length / x.norm(dim=1, keepdim=True)
 
 
 def pre_acts(sae: SAE, x: Tensor) -> Tensor:

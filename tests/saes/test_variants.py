@@ -182,7 +182,7 @@ def test_raw_features_are_normalised_inside(variant):
     assert sae(raw.half()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["layer", "unit"])
+@pytest.mark.parametrize("kind", ["layer", "rms", "unit"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_input_norm_is_taken_before_the_encoder_and_given_back_after_the_decoder(variant, kind):
     sae = evaluated(variant)
@@ -190,7 +190,7 @@ def test_an_input_norm_is_taken_before_the_encoder_and_given_back_after_the_deco
     raw = features() * torch.linspace(0.1, 9, N)[:, None] + 4
     rebuilt = plain.run(dense.normed(kind, raw)).reconstruction
     shift = raw.mean(1, keepdim=True) if kind == "layer" else 0
-    scale = (raw - shift).square().mean(1, keepdim=True).sqrt()
+    scale = (raw - shift).norm(dim=1, keepdim=True) / (1 if kind == "unit" else D_IN**0.5)
     torch.testing.assert_close(sae(raw), rebuilt * scale + shift, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sae.encode(raw).to_dense(), sae.encode(3 * raw).to_dense(), rtol=1e-4, atol=1e-4)
 
@@ -267,7 +267,7 @@ def test_training_without_compiled_kernels_gives_the_same_gradients(variant, mon
         (lambda: MSAE(D_IN, D_SAE, 2, weighting="odd"), "choose one of uniform, reverse"),
         (lambda: MSAE(D_IN, D_SAE, 2, soft_cap=0), "soft_cap must be positive"),
         (lambda: ReLU(0, 4), "at least 1"),
-        (lambda: ReLU(D_IN, D_SAE, input_norm="batch"), "choose one of none, layer, unit"),
+        (lambda: ReLU(D_IN, D_SAE, input_norm="batch"), "choose one of none, layer, rms, unit"),
         (lambda: Normalizer(D_IN, torch.zeros(D_IN), 0.0), "positive deviation"),
         (lambda: Normalizer(D_IN, torch.full((D_IN,), torch.nan)), "finite mean"),
         (lambda: build("topk").encode(torch.zeros(2, D_IN + 1)), "another backbone or layer"),

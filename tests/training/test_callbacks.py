@@ -179,7 +179,7 @@ def test_the_callback_resamples_every_so_many_steps_up_to_its_share():
     assert again.resampled == callback.resampled
 
 
-@pytest.mark.parametrize("kind", ["none", "layer", "unit"])
+@pytest.mark.parametrize("kind", ["none", "layer", "rms", "unit"])
 def test_the_callback_takes_raw_features_as_training_does(kind):
     raw = features() * 4 + 3
     sae = TopK(D_IN, D_SAE, 4, seed=0, input_norm=kind, normalizer=Normalizer(D_IN, raw.mean(0), raw.std())).train()

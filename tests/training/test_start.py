@@ -74,7 +74,7 @@ def test_b_pre_starts_at_the_mean_the_geometric_median_or_the_origin(stores):
         prepare(sae, store, "median", None)
 
 
-@pytest.mark.parametrize("kind", ["none", "layer", "unit"])
+@pytest.mark.parametrize("kind", ["none", "layer", "rms", "unit"])
 @pytest.mark.parametrize("l0", [0.5, 4, 19.75])
 def test_start_at_gives_the_asked_l0(l0, kind):
     x = 3 * torch.randn(400, D_IN, generator=torch.Generator().manual_seed(0)) + 1
@@ -105,7 +105,7 @@ def test_prepare_sets_a_jumprelus_thresholds_on_the_stores_features(stores):
 
 
 # --- warnings ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["none", "layer", "unit"])
+@pytest.mark.parametrize("kind", ["none", "layer", "rms", "unit"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dead_at_start_counts_latents_that_never_fire_and_changes_nothing(variant, kind, stores):
     store = stores["val"]
