@@ -21,8 +21,9 @@ class UnitRowAdam(torch.optim.AdamW):
     Parameter groups with ``unit`` have their rows scaled to unit norm after the step, and those with ``project`` the
     gradient's part along each row removed before, which the constraint would undo. ``clip`` bounds the global norm of
     the remaining gradient. In float32 on the CPU each row is read and written once (``native.adam``); elsewhere
-    PyTorch's fused or foreach AdamW does the step. State and ``state_dict`` are AdamW's own. Where a ``GradScaler`` leaves the
-    scale of the loss to the optimiser, as it does to fused ones, gradients are unscaled first: the norm is theirs.
+    PyTorch's fused or foreach AdamW does the step. State and ``state_dict`` are AdamW's own. Where a ``GradScaler``
+    leaves the scale of the loss to the optimiser, as it does to fused ones, gradients are unscaled first: the norm is
+    theirs.
     """
 
     def __init__(
