@@ -198,6 +198,7 @@ TRAINER_ABSENT = {  # Lightning's defaults
 
 ABSENT = {  # a new setting whose value is what was done before it existed comes here, and renames nothing
     "loss.*": 0, "loss_options.aux.dead_after": 100_000, "loss_options.reconstruction.relative": False,
+    "loss_options.aux.relative": True, "loss_options.nested.relative": False,
     "loss_options.sparsity.decoder_norms": True, "loss_options.sparsity.per_dimension": True,
     "optimizer.project": True,
     "optimizer.name": "adam", "optimizer.lr": 1e-3, "optimizer.betas": [0.9, 0.999], "optimizer.eps": 1e-8,

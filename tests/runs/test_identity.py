@@ -16,7 +16,7 @@ from PIL import Image
 from sae_lightning.features import source
 from sae_lightning.features.source import looking_once
 from sae_lightning.finetuning.fit import RULES as FINETUNING
-from sae_lightning.runs.identity import ABSENT, RULES, identity, run_name, same_but
+from sae_lightning.runs.identity import ABSENT, RULES, by_value, identity, run_name, same_but
 from sae_lightning.saes import VARIANTS
 from sae_lightning.saes.losses import TERMS
 from sae_lightning.training.module import Schedule
@@ -247,6 +247,12 @@ def test_a_data_set_is_looked_at_once_for_all_runs_of_a_sweep(config, monkeypatc
     assert (len(names), looked) == (3, ["train", "val"])
     assert {run_name(cfg) for cfg in cfgs} == names
     assert len(looked) == 8
+
+
+def test_norms_of_samples_that_were_called_otherwise_keep_their_runs_apart():
+    """What is ``rms`` now was ``unit``: such a run is found again, and never taken for one of norm 1."""
+    hashed = {kind: by_value("sae.settings.input_norm", kind) for kind in ("none", "layer", "rms", "unit")}
+    assert hashed == {"none": "none", "layer": "layer", "rms": "unit", "unit": "unit norm"}
 
 
 def test_a_layer_counts_by_what_it_means(config):

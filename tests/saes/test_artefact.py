@@ -135,7 +135,16 @@ def test_broken_artefacts_are_refused(tmp_path):
         SAE.load(tmp_path)
 
 
-@pytest.mark.parametrize("schema", [1, 2])
+def test_the_unit_norm_of_schema_2_is_rms(tmp_path):
+    sae = build("topk", k=4, input_norm="rms").eval()
+    sae.save(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    cfg["sae"]["input_norm"] = "unit"
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"schema": 2}))
+    assert torch.equal(SAE.load(tmp_path)(features()), sae(features()))
+
+
+@pytest.mark.parametrize("schema", [1, 2, 3])
 def test_an_artefact_without_its_encoder_is_refused(schema, tmp_path):
     build("topk", k=4).save(tmp_path)
     tensors = load_file(tmp_path / "sae.safetensors")
