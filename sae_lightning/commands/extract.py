@@ -15,16 +15,16 @@ def main(cfg: DictConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sae_lightning.data import load_images
     from sae_lightning.features.manifest import MANIFEST
-    from sae_lightning.features.source import extract_stores, plain, taps_of
+    from sae_lightning.features.source import Source, extract_stores, taps_of
     from sae_lightning.features.store import FeatureStore
 
     table = Table(title="Feature stores")
     for column in ("store", "images", "patches", "d_in", "std", "γ = ‖μ‖/‖σ‖", "size"):
         table.add_column(column, justify="left" if column == "store" else "right", overflow="fold")
+    source = Source.of(cfg)
     for split in cfg.splits:
-        for folder in extract_stores(cfg, load_images(plain(cfg.data), split), taps_of(cfg)).values():
+        for folder in extract_stores(source, source.images(split), taps_of(cfg)).values():
             if not (folder / MANIFEST).is_file():
                 table.add_row(str(folder), "unfinished", "", "", "", "", "")
                 continue

@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from sae_lightning.evaluation.by_latent import (
@@ -24,7 +23,7 @@ from sae_lightning.evaluation.by_latent import (
 from sae_lightning.evaluation.image_codes import ImageCodes
 from sae_lightning.evaluation.scoring_pass import Gather, ScoringPass, labelled, stream
 from sae_lightning.evaluation.similarity import Judge, Similarity
-from sae_lightning.features.source import ensure_store
+from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import write_json, write_tensors
 from sae_lightning.metrics import Firing, MonoScore, Moran, Purity, decoder_cosine
@@ -189,10 +188,9 @@ def evaluate_run(
 
     ``similarity`` judges how alike images are (by default the SAE's own features).
     """
-    config = read_cfg(run)["config"]
-    similarity = similarity or Similarity()
-    store = ensure_store(OmegaConf.create(config), split)
-    judge = Judge(store, similarity.open(config, split), similarity.key(config))
+    source = Source.of(read_cfg(run)["config"])
+    similarity, store = similarity or Similarity(), source.store(split)
+    judge = Judge(store, similarity.open(source, split), similarity.key(source))
     return score(run, store, batch_tokens, latents_shown, judge, **options)
 
 
@@ -232,6 +230,6 @@ def stored_scores(
         return None
     if scores.get("schema") != SCHEMA or scores["split"] != split or not set(names) <= set(scores["metrics"]):
         return None
-    if similarity is not None and scores["similarity"]["key"] != similarity.key(read_cfg(run)["config"]):
+    if similarity is not None and scores["similarity"]["key"] != similarity.key(Source.of(read_cfg(run)["config"])):
         return None
     return scores

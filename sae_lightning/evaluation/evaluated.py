@@ -14,13 +14,12 @@ from omegaconf import DictConfig
 from scipy.sparse import csr_matrix
 
 from sae_lightning.backbones.registry import load_backbone
-from sae_lightning.data import ImageData, load_images
+from sae_lightning.data import ImageData
 from sae_lightning.data.masks import load_masks
 from sae_lightning.data.siblings import Groups, sibling_groups
 from sae_lightning.evaluation.core import write_summary
 from sae_lightning.evaluation.scoring_pass import ScoringPass
 from sae_lightning.features.manifest import StoreError
-from sae_lightning.features.source import ensure_store, plain
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.metrics.part import MAIN
 from sae_lightning.metrics.segmentation import Sets
@@ -104,19 +103,19 @@ class Evaluated:
 
     def sibling_groups(self) -> Groups:
         """Groups of classes that are siblings: those of the data set, or ImageNet's where the classes are its own."""
-        data = self.config.data
-        images = None if data.source == "store" else load_images(plain(data), self.job.settings.split)
+        source = self.job.source
+        images = None if source.given else source.images(self.job.settings.split)
         if isinstance(images, ImageData):
             return images.sibling_groups
-        return sibling_groups(self.store(MAIN).class_names, data.get("siblings"))
+        return sibling_groups(self.store(MAIN).class_names, source.data.get("siblings"))
 
     def masked(self, name: str) -> Sets:
         """Patch features and masks of the data set ``name``."""
 
         def make() -> Sets:
-            config = self.job.set_config(name)
-            transform = load_backbone(plain(config.backbone)).transform
-            masks = [load_masks(plain(config.data), split, transform) for split in ("train", "test")]
+            source = self.job.set_source(name)
+            transform = load_backbone(source.backbone).transform
+            masks = [load_masks(source.data, split, transform) for split in ("train", "test")]
             return Sets(self.store(f"{name}/train"), self.store(f"{name}/test"), *masks)
 
         return self.shared(f"masks {name}", make)
@@ -128,19 +127,18 @@ class Evaluated:
         split have the mean and deviation of its images, which is what the SAE was trained on. ``labels`` tell different
         captions apart.
         """
-        config, split = self.config, self.job.settings.split
-        if config.data.source == "store":
+        source, split = self.job.source, self.job.settings.split
+        if source.given:
             return None
-        images = load_images(plain(config.data), split)
+        images, captions = source.images(split), source.replace(features="text")
         if not isinstance(images, ImageData) or images.captions is None:
             return None
-        store = ensure_store(config, split, "text")
+        store = captions.store(split)
         places, missing = store.find(self.store(MAIN).image_ids)
         if missing:
             raise StoreError(f"{store.folder} lacks the text of {len(missing)} images; extract it again.")
         of_text, of_images = (
-            Normalizer(train.d_in, train.mean, train.std)
-            for train in (ensure_store(config, "train", "text"), ensure_store(config, "train"))
+            Normalizer(train.d_in, train.mean, train.std) for train in (captions.store("train"), source.store("train"))
         )
         features = of_images.denormalize(of_text.normalize(store.features(places)[:, 0]))
         with torch.no_grad():

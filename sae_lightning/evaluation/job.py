@@ -18,7 +18,7 @@ from sae_lightning.evaluation.core import stored_scores
 from sae_lightning.evaluation.parts import parts_of
 from sae_lightning.evaluation.scoring_pass import Gather, ScoringPass, check_store
 from sae_lightning.evaluation.similarity import Judge, Similarity
-from sae_lightning.features.source import ensure_store, store_fingerprint
+from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import file_sha256
 from sae_lightning.metrics.part import MAIN, Part
@@ -75,43 +75,37 @@ class Job:
                 f"{run / 'cfg.json'} does not say how the SAE was trained (it lacks {', '.join(lacking)} of the "
                 "config), so its features are not known; leave it out, or train it here."
             )
-        self.config = OmegaConf.create(config)
+        self.config, self.source = OmegaConf.create(config), Source.of(config)
         self.sae_digest = file_sha256(run / "sae.safetensors")
         self.parts = [part for part in settings.parts if part.applies(self.config)]
         self._stores: dict[str, FeatureStore] = {}
 
-    @property
-    def plain(self) -> dict[str, Any]:
-        """The run's config as a plain dict, its interpolations unresolved."""
-        return OmegaConf.to_container(self.config)  # type: ignore[return-value]
-
     def store(self, name: str) -> FeatureStore:
         """The store that the pass ``name`` reads; extracted if it is missing."""
         if name not in self._stores:
-            with self._reading(name) as (config, split):
-                found = ensure_store(config, split)
+            with self._reading(name) as (source, split):
+                found = source.store(split)
             check_store(self.run, found)
             self._stores[name] = found
         return self._stores[name]
 
     def fingerprint(self, name: str) -> str:
         """The fingerprint of that store, which need not be there; found once for all runs that read it."""
-        with self._reading(name) as (config, split):
-            asked = [OmegaConf.to_container(config[key]) for key in ("data", "backbone")]
-            key = _digest([asked, split, config.get("features"), config.get("extract")])
+        with self._reading(name) as (source, split):
+            key = _digest([source.data, source.backbone, split, source.features, source.extraction])
             if key not in self.settings.fingerprints:
-                self.settings.fingerprints[key] = store_fingerprint(config, split)
+                self.settings.fingerprints[key] = source.fingerprint(split)
         return self.settings.fingerprints[key]
 
     @contextmanager
-    def _reading(self, name: str) -> Iterator[tuple[DictConfig, str]]:
-        """The config and split of the store ``name``; DataError says how to do without a data set that is not there."""
+    def _reading(self, name: str) -> Iterator[tuple[Source, str]]:
+        """The source and split of the store ``name``; DataError says how to do without a data set that is not there."""
         if name == MAIN:
-            yield self.config, self.settings.split
+            yield self.source, self.settings.split
             return
         of, split = name.rsplit("/", 1)
         try:
-            yield self.set_config(of), split
+            yield self.set_source(of), split
         except DataError as error:
             group = next(g for g in SETS if of in self._sets(g))
             raise DataError(
@@ -122,21 +116,20 @@ class Job:
     def _sets(self, group: str) -> Any:
         return (self.settings.metrics.get(group) or {}).get("sets") or {}
 
-    def set_config(self, name: str) -> DictConfig:
-        """The run's config with the data set ``name`` of the metrics' in place of its own."""
-        config = self.config.copy()
+    def set_source(self, name: str) -> Source:
+        """The run's source with the data set ``name`` of the metrics' in place of its own."""
         # not resolved yet: its interpolations name the root's ``data``
-        config.data = OmegaConf.to_container(next(self._sets(g)[name] for g in SETS if name in self._sets(g)))
-        return config
+        data = OmegaConf.to_container(next(self._sets(g)[name] for g in SETS if name in self._sets(g)))
+        return self.source.replace(data=data)
 
     def key(self, part: Part) -> str:
         """What the scores of ``part`` depend on, as a digest."""
         stores = [self.fingerprint(name) for name in dict.fromkeys((MAIN, *part.passes, *part.reads))]
         what = [VERSION, part.name, part.options, self.sae_digest, stores]
         if part.name == "core":
-            what.append(self.settings.similarity.key(self.plain))
+            what.append(self.settings.similarity.key(self.source))
         if part.judge is not None:
-            what.append(part.judge(self.config).key(self.plain))
+            what.append(part.judge(self.config).key(self.source))
         return _digest(what)
 
     def missing(self) -> list[Part]:
@@ -164,12 +157,12 @@ class Job:
         """The store of the encoder that says how alike images are for ``part``; None when the scored features do."""
         if part.judge is None:
             return None
-        return part.judge(self.config).open(self.plain, self.settings.split)
+        return part.judge(self.config).open(self.source, self.settings.split)
 
     def judge(self) -> Judge:
         """What says how alike two images are for the MonoScore."""
         similarity = self.settings.similarity
-        return Judge(self.store(MAIN), similarity.open(self.plain, self.settings.split), similarity.key(self.plain))
+        return Judge(self.store(MAIN), similarity.open(self.source, self.settings.split), similarity.key(self.source))
 
     def open_pass(self, name: str, gather: Gather, span: range | None = None, part: str = "whole") -> ScoringPass:
         """The pass ``name`` of this run over the images ``span``, where an earlier process left it."""

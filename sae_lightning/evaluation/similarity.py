@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_lightning.backbones.registry import identity
 from sae_lightning.features.manifest import StoreError
-from sae_lightning.features.source import ensure_store, plain, tap_of
+from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 
 
@@ -35,16 +35,16 @@ class Similarity:
         """Whether the features that are scored judge themselves."""
         return self.backbone is None and self.features is None and self.store is None
 
-    def key(self, config: Mapping[str, Any]) -> str:
-        """What tells judges of a run with this ``config`` apart: equal keys, equal similarities."""
+    def key(self, source: Source) -> str:
+        """What tells judges of a run with features of ``source`` apart: equal keys, equal similarities."""
         if self.own:
             return "own"
         if self.store is not None:
             return f"store:{FeatureStore.open(self.store).fingerprint}"
-        cfg = self._config(config)
-        return f"{identity(plain(cfg.backbone))}|{tap_of(cfg, self._kind)}"
+        judge = self.of(source)
+        return f"{identity(judge.backbone)}|{judge.tap}"
 
-    def open(self, config: Mapping[str, Any], split: str) -> FeatureStore | None:
+    def open(self, source: Source, split: str) -> FeatureStore | None:
         """The judge's store of ``split``, extracted if it is missing; None when the scored features judge themselves.
 
         Raises StoreError, DataError or BackboneError with a sentence.
@@ -53,24 +53,19 @@ class Similarity:
             return None
         if self.store is not None:
             return FeatureStore.open(Path(self.store))
-        cfg = self._config(config)
-        if cfg.data.source == "store" and self.backbone is not None:
+        judge = self.of(source)
+        if judge.given and self.backbone is not None:
             raise StoreError(
                 "The data of this run are given as a store, so that no other encoder can read its images. Name the "
-                f"folder of a store of {cfg.backbone.name} with similarity_store=…, with the same image ids."
+                f"folder of a store of {judge.backbone['name']} with similarity_store=…, with the same image ids."
             )
-        return ensure_store(cfg, split, self._kind)
+        return judge.store(split)
 
-    @property
-    def _kind(self) -> str | None:
-        return self.features or (None if self.backbone is None else "pooled")
-
-    def _config(self, config: Mapping[str, Any]) -> DictConfig:
-        """The run's config with the judge in place of its backbone."""
-        cfg = OmegaConf.create(dict(config))
-        if self.backbone is not None:
-            cfg.backbone = dict(self.backbone)
-        return cfg
+    def of(self, source: Source) -> Source:
+        """The judge's features of the images of ``source``."""
+        if self.backbone is None:
+            return source.replace(features=self.features or source.features)
+        return source.replace(backbone=self.backbone, features=self.features or "pooled")
 
 
 class Judge:

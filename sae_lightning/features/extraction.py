@@ -20,6 +20,7 @@ from sae_lightning.data.errors import begin_anew, say
 from sae_lightning.data.loader import PictureLoader, pixel_bytes
 from sae_lightning.distributed.limits import cores
 from sae_lightning.features.claims import Claims
+from sae_lightning.features.codec import check_dtype
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.prepare import Captions, Pictures, collate
 from sae_lightning.features.shard import ShardFile
@@ -150,20 +151,24 @@ Features = dict[Tap, Tensor]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Extraction:
     """How to extract; ``conf/extract/default.yaml`` says what each means. Raises StoreError for what cannot be."""
 
     batch_size: int = 256
     num_workers: int | None = None
+    images_per_shard: int | None = None
     device: str = "auto"
-    precision: str = "32"
-    unreadable: str = "refuse"
+    devices: int = 1
     part: str | None = None
+    precision: str = "32"
+    dtype: str = "float16"
+    unreadable: str = "refuse"
     sharing: int = 1  # processes here that extract the same at once, and share the cores
 
     def __post_init__(self) -> None:
         one_of(str(self.precision), PRECISIONS, "extract.precision", StoreError)
         one_of(self.unreadable, UNREADABLE, "extract.unreadable", StoreError)
+        check_dtype(self.dtype)
         self.share()
 
     def share(self) -> tuple[int, int]:
@@ -207,7 +212,7 @@ class Summary:
         return 1 - self.waiting / max(self.seconds, 1e-9)
 
 
-def encoder(backbone: Backbone, taps: Sequence[Tap], settings: Settings) -> Callable[[Tensor | list[str]], Features]:
+def encoder(backbone: Backbone, taps: Sequence[Tap], settings: Extraction) -> Callable[[Tensor | list[str]], Features]:
     """What turns pixels [n, 3, H, W], or captions, into the features of ``taps``, which are all of one of the two."""
     target, kind = settings.target(), PRECISIONS[str(settings.precision)]
     backbone.to(target)
@@ -222,7 +227,7 @@ def encoder(backbone: Backbone, taps: Sequence[Tap], settings: Settings) -> Call
 
 
 def extract(
-    images: ImageData, backbone: Backbone, writers: Mapping[Tap, StoreWriter], settings: Settings | None = None
+    images: ImageData, backbone: Backbone, writers: Mapping[Tap, StoreWriter], settings: Extraction | None = None
 ) -> Summary:
     """Write and seal the stores of ``writers``, each with the features of its tap for all ``images``.
 
@@ -230,7 +235,7 @@ def extract(
     ``settings.part`` it waits for the others' and takes over those that they leave. Text goes by captions. Raises
     DataError, BackboneError or StoreError; whatever was finished stays.
     """
-    settings = settings or Settings()
+    settings = settings or Extraction()
     summary = Summary()
     begin_anew()
     for of_text in (False, True):
@@ -241,7 +246,7 @@ def extract(
 
 
 def _pass(
-    images: ImageData, backbone: Backbone, writers: Mapping[Tap, StoreWriter], settings: Settings, of_text: bool,
+    images: ImageData, backbone: Backbone, writers: Mapping[Tap, StoreWriter], settings: Extraction, of_text: bool,
     summary: Summary,
 ) -> None:  # fmt: skip
     for tap in writers:
@@ -271,7 +276,7 @@ def _pass(
 
 def _encode(
     images: ImageData, loader: Iterable, encode: Callable[[Any], Features], writers: Mapping[Tap, StoreWriter],
-    claims: Claims, settings: Settings, bar: tqdm, summary: Summary,
+    claims: Claims, settings: Extraction, bar: tqdm, summary: Summary,
 ) -> None:  # fmt: skip
     """Encode whatever can be claimed now."""
     start = mark = time.perf_counter()

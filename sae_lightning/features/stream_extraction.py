@@ -17,8 +17,8 @@ from sae_lightning.distributed.limits import cores
 from sae_lightning.features.extraction import (
     POLL,
     Encoded,
+    Extraction,
     Features,
-    Settings,
     Sink,
     Summary,
     check_captions,
@@ -52,10 +52,10 @@ class Part:
 
 
 def extract_stream(
-    images: ImageStream, backbone: Backbone, writers: Mapping[Tap, StoreWriter], settings: Settings | None = None
+    images: ImageStream, backbone: Backbone, writers: Mapping[Tap, StoreWriter], settings: Extraction | None = None
 ) -> Summary:
     """As ``extract``, but in order; a second process waits for the first, and takes over if that dies."""
-    settings = settings or Settings()
+    settings = settings or Extraction()
     begin_anew()
     wanted = {tap: writer for tap, writer in writers.items() if not writer.sealed}
     for tap in wanted:
@@ -79,7 +79,7 @@ def extract_stream(
 
 
 def _run(
-    images: ImageStream, backbone: Backbone, writers: Mapping[Tap, StoreWriter], settings: Settings, summary: Summary
+    images: ImageStream, backbone: Backbone, writers: Mapping[Tap, StoreWriter], settings: Extraction, summary: Summary
 ) -> None:
     sizes = {writer.images_per_shard for writer in writers.values()}
     if len(sizes) > 1:
@@ -172,7 +172,7 @@ def cut(images: ImageStream, done: Mapping[int, Finished], per_shard: int, batch
 
 
 def decoded(
-    parts: Iterator[Part], backbone: Backbone, pictures: bool, settings: Settings
+    parts: Iterator[Part], backbone: Backbone, pictures: bool, settings: Extraction
 ) -> Iterator[tuple[Part, list[Sample]]]:
     """Each part with its pictures as the backbone's input, decoded by threads ahead of time."""
     with ThreadPoolExecutor(max(1, settings.num_workers or cores())) as pool:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
@@ -22,7 +22,7 @@ from sae_lightning.data import ImageData
 from sae_lightning.data.loader import PictureLoader, pixel_bytes
 from sae_lightning.distributed.limits import cores
 from sae_lightning.distributed.ranks import rank, world_size
-from sae_lightning.features.source import ensure_store, plain
+from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.registry import one_of
 from sae_lightning.training.data import next_batch
@@ -269,14 +269,10 @@ def similarity_store(cfg: DictConfig, split: str) -> FeatureStore:
     """The store of ``cfg.features`` of ``split`` by the encoder ``cfg.similarity``, extracted now if it is missing.
 
     Or the folder ``cfg.similarity_store.<split>``, made by whatever encoder. Raises FinetuneError for features of
-    more than one vector an image, and what ``ensure_store`` raises.
+    more than one vector an image, and what ``Source.store`` raises.
     """
     given = cfg.similarity_store.get(split)
-    if given is not None:
-        store = FeatureStore.open(Path(given))
-    else:
-        sections = {key: plain(cfg[key]) for key in ("data", "extract", "paths")}
-        store = ensure_store(OmegaConf.create(sections | {"backbone": plain(cfg.similarity)}), split, str(cfg.features))
+    store = Source.of(cfg, "similarity").store(split) if given is None else FeatureStore.open(Path(given))
     if store.n_patches != 1:
         raise FinetuneError(
             f"{store.folder} holds {store.n_patches} vectors an image ({store.kind}); similarity needs one: set "

@@ -20,7 +20,7 @@ from sae_lightning.data import ImageData, load_images
 from sae_lightning.data.loader import PictureLoader
 from sae_lightning.distributed.launch import know_rank, launch_ranks, n_ranks, wants_ranks
 from sae_lightning.distributed.stopping import heeding
-from sae_lightning.features.source import images_fingerprint, plain, tap_of
+from sae_lightning.features.source import Source, plain
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import held, lend_cache, set_damaged_aside, whole, write_json
 from sae_lightning.finetuning.classifier import WEIGHTS, Classifier, build, load, model_identity, rebuilding, save
@@ -167,15 +167,15 @@ def identity(cfg: DictConfig, seen: Mapping[str, Any] | None = None) -> dict[str
 def look(cfg: DictConfig) -> dict[str, Any]:
     """The fingerprints of the images, the model as it starts, and of what says which images are alike."""
     splits = list(dict.fromkeys(("train", str(cfg.held_out))))
-    found: dict[str, Any] = {f"data.{split}": images_fingerprint(cfg, split) for split in splits}
+    source = Source.of(cfg, "similarity")
+    found: dict[str, Any] = {f"data.{split}": source.images_fingerprint(split) for split in splits}
     found["model"] = model_identity(plain(cfg.model))
-    encoder = OmegaConf.create({"backbone": plain(cfg.similarity), "features": str(cfg.features)})
     for split in splits:
         given = cfg.similarity_store.get(split)
         if given is not None:
             found[f"similarity.{split}"] = FeatureStore.open(given).fingerprint
         else:
-            found[f"similarity.{split}"] = [backbone_identity(plain(cfg.similarity)), tap_of(encoder).layer]
+            found[f"similarity.{split}"] = [backbone_identity(source.backbone), source.tap.layer]
     return found
 
 

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from sae_lightning.data import ImageData, load_images
+from sae_lightning.data import ImageData
 from sae_lightning.evaluation.by_latent import BANDS
 from sae_lightning.features.manifest import StoreError
-from sae_lightning.features.source import fingerprint, tap_of
+from sae_lightning.features.source import Source
 from sae_lightning.rendering.pictures import heat, overlay, strip, thumbnail
 from sae_lightning.rendering.table import NOTHING, number
 from sae_lightning.report.benchmark import Scored, by_backbone
@@ -124,11 +123,11 @@ def pictures(run: Mapping[str, Any]) -> ImageData | None:
 
     StoreError when they, or the backbone, have changed since.
     """
-    cfg = OmegaConf.create(run["cfg"]["config"])
-    if cfg.data.source == "store":
+    source = Source.of(run["cfg"]["config"])
+    if source.given:
         return None
-    images = load_images(OmegaConf.to_container(cfg.data), run["split"])  # type: ignore[arg-type]
-    if fingerprint(cfg, images, tap_of(cfg)) != run["store"]:
+    images = source.images(run["split"])
+    if source.fingerprint(images) != run["store"]:
         raise StoreError(
             f"The images or the backbone of {run['name']} are not those it was scored on; evaluate it again."
         )

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from sae_lightning.backbones.registry import identity as backbone_identity
-from sae_lightning.features.source import images_fingerprint, plain, tap_of
+from sae_lightning.features.source import Source, plain
 from sae_lightning.saes.artefact import read_cfg
 
 OURS = ("sae_lightning.", "lightning.", "pytorch_lightning.")  # packages within which a class may move
@@ -259,10 +259,11 @@ def identity(cfg: DictConfig, seen: Mapping[str, Any] | None = None) -> dict[str
 
 def look(cfg: DictConfig) -> dict[str, Any]:
     """The fingerprints of what a run is trained on: of train and val, and of the encoder, with the layer read."""
-    found: dict[str, Any] = {f"data.{split}": images_fingerprint(cfg, split) for split in ("train", "val")}
-    if cfg.data.source == "store":
+    source = Source.of(cfg)
+    found: dict[str, Any] = {f"data.{split}": source.images_fingerprint(split) for split in ("train", "val")}
+    if source.given:
         return found
-    return found | {"backbone": backbone_identity(plain(cfg.backbone)), "layer": tap_of(cfg).layer}
+    return found | {"backbone": backbone_identity(source.backbone), "layer": source.tap.layer}
 
 
 def settings_of(made: Mapping[str, Any], *but: str) -> dict[str, Any]:

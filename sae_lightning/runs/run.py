@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from sae_lightning.backbones.backbone import Backbone
 from sae_lightning.backbones.registry import load_backbone
-from sae_lightning.data import DataError, ImageData, load_images
-from sae_lightning.features.source import ensure_store, plain, tap_of
+from sae_lightning.data import DataError, ImageData
+from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import file_sha256, whole
 from sae_lightning.saes import SAE
@@ -52,6 +52,11 @@ class Opened:
         return f"{self.made['backbone']}{kind} · {self.made['variant']} ×{self.made['expansion']:g}"
 
     @cached_property
+    def source(self) -> Source:
+        """Where the features come from that the SAE was trained on."""
+        return Source.of(self.config)
+
+    @cached_property
     def sae(self) -> SAE:
         """The SAE, on the CPU, in evaluation mode."""
         return SAE.load(self.folder)
@@ -59,16 +64,16 @@ class Opened:
     @cached_property
     def backbone(self) -> Backbone:
         """The encoder whose features it was trained on; BackboneError when its weights cannot be had."""
-        return load_backbone(plain(self.config.backbone))
+        return load_backbone(self.source.backbone)
 
     def images(self, split: str) -> ImageData:
         """The pictures of ``split``; DataError where the run knows only a store, or a stream."""
         if split not in self._images:
-            if self.config.data.source == "store":
+            if self.source.given:
                 raise DataError(
                     f"{self.name} was trained on a given store, without pictures; train on an image data set (data=…)."
                 )
-            images = load_images(plain(self.config.data), split)
+            images = self.source.images(split)
             if not isinstance(images, ImageData):
                 raise DataError(
                     f"{self.name} was trained on a stream of pictures, which cannot be shown by number; set "
@@ -79,7 +84,7 @@ class Opened:
 
     def store(self, split: str, kind: str | None = None) -> FeatureStore:
         """Features of ``split``, of the kind that the SAE was trained on or of another; extracted if missing."""
-        return ensure_store(self.config, split, kind)
+        return self.source.replace(features=kind or self.source.features).store(split)
 
     def features(self, split: str) -> np.ndarray:
         """Raw features of whole images, [n, d_in] float32: of patch tokens their mean."""
@@ -121,7 +126,7 @@ class Opened:
 
     def picture_features(self, image: Image.Image, device: str = "cpu") -> Tensor:
         """Raw features [1, P, d_in] float32 of any RGB picture, of the kind that the SAE was trained on."""
-        backbone, tap = self.backbone.to(device), tap_of(self.config)
+        backbone, tap = self.backbone.to(device), self.source.tap
         features = backbone.forward_features(backbone.transform(image)[None].to(device), [tap])[tap].cpu().float()
         return features if features.ndim == 3 else features[:, None]
 

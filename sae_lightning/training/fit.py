@@ -28,7 +28,7 @@ from sae_lightning.distributed.launch import (
 from sae_lightning.distributed.ranks import rank, world_size
 from sae_lightning.distributed.stopping import heeding
 from sae_lightning.features.shared import Seat
-from sae_lightning.features.source import ensure_store, looking_once, plain
+from sae_lightning.features.source import Source, looking_once, plain
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import held, lend_cache, set_damaged_aside, write_json
 from sae_lightning.runs.identity import callbacks_on, identity, level_of, run_name, short_hash
@@ -88,7 +88,7 @@ def _lead(cfg: DictConfig, folder: Path) -> None:
         if wants_ranks(cfg):
             settle(cfg)
             for split in ("train", "val"):  # once, before every rank opens them
-                ensure_store(cfg, split)
+                Source.of(cfg).store(split)
             launch_ranks(cfg, folder, fit)
         else:
             fit(cfg, folder)
@@ -121,7 +121,8 @@ def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
     quiet()
     know_rank()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    stores = {split: ensure_store(cfg, split) for split in ("train", "val")}
+    source = Source.of(cfg)
+    stores = {split: source.store(split) for split in ("train", "val")}
     stores["train"] = stores["train"].subset(**plain(cfg.subset))
     stream = {key: value for key, value in plain(cfg.stream).items() if key not in ("damaged", "verify")}
     data = FeatureDataModule(stores["train"], stores["val"], cfg.batch_size, cfg.seed, seat, **stream)

@@ -27,7 +27,7 @@ from sae_lightning.distributed.launch import launch_ranks, n_ranks, wants_ranks
 from sae_lightning.distributed.limits import cores, free_memory
 from sae_lightning.distributed.stopping import Preempted, heeding
 from sae_lightning.features.shared import Seat, SharedStream, StreamStoppedError
-from sae_lightning.features.source import ensure_store, looking_once
+from sae_lightning.features.source import Source, looking_once
 from sae_lightning.files import held, lend_cache, set_damaged_aside, write_text
 from sae_lightning.runs.identity import run_name
 from sae_lightning.runs.run import PRODUCTS, is_finished
@@ -197,8 +197,7 @@ def _train(todo: dict[Path, DictConfig]) -> list[Path]:
     first = next(iter(todo.values()))
     for cfg in todo.values():
         settle(cfg)
-    store = ensure_store(first, "train")  # once, before every thread or rank opens it
-    ensure_store(first, "val")
+    store, _ = (Source.of(first).store(split) for split in ("train", "val"))  # before every thread or rank opens them
     failed: list[Path] = []
     for members in rounds(todo, store.d_in, free_bytes(first)):
         if wants_ranks(first):

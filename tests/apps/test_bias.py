@@ -17,8 +17,8 @@ from sae_lightning.apps.bias.app import run
 from sae_lightning.apps.bias.planted import Versions, check
 from sae_lightning.apps.bias.study import Task, labelled, members, study, task_of
 from sae_lightning.apps.edits import whole_images
-from sae_lightning.data import DataError, load_images
-from sae_lightning.features.source import plain
+from sae_lightning.data import DataError
+from sae_lightning.features.source import Source
 from sae_lightning.runs.run import Opened
 from sae_lightning.saes import ReLU
 from sae_lightning.training.fit import train
@@ -136,7 +136,7 @@ def opened_on(folder, *overrides: str):
     cfg = composed("config", "data=celeba", f"data.id={folder}", "data.config=null", *overrides)
 
     def store(split: str):
-        images = load_images(plain(cfg.data), split)
+        images = Source.of(cfg).images(split)
         return SimpleNamespace(image_ids=images.image_ids, labels=torch.tensor(images.labels))
 
     return SimpleNamespace(config=cfg, name="a run", store=store)

@@ -22,7 +22,7 @@ from sae_lightning.apps.explorer.server import Explorer, make_app, page
 from sae_lightning.apps.explorer.uploads import Uploads
 from sae_lightning.apps.explorer.views import Captioner
 from sae_lightning.evaluation.core import evaluate_run
-from sae_lightning.features.source import ensure_store
+from sae_lightning.features.source import Source
 from sae_lightning.runs.run import Opened
 from sae_lightning.saes import Normalizer, TopK
 from sae_lightning.training.fit import record
@@ -34,7 +34,7 @@ SITE = "http://127.0.0.1:8000"
 
 def made_run(folder, cfg: DictConfig) -> Opened:
     """A finished run with a random dictionary on the pictures."""
-    store = ensure_store(cfg, "train")
+    store = Source.of(cfg).store("train")
     sae = TopK(store.d_in, 2 * store.d_in, k=4, normalizer=Normalizer(store.d_in, store.mean, store.std), seed=0)
     sae.save(folder, **record(cfg, folder, {"train": store}))
     (folder / "result.json").write_text("{}")

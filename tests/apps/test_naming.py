@@ -11,7 +11,7 @@ from sae_lightning.apps.names import names_of
 from sae_lightning.apps.naming.app import run
 from sae_lightning.apps.naming.vocabulary import chosen_method, moments, place
 from sae_lightning.backbones.registry import load_backbone
-from sae_lightning.features.source import ensure_store, plain
+from sae_lightning.features.source import Source
 from sae_lightning.runs.results import read_result
 from sae_lightning.runs.run import Opened
 from sae_lightning.saes import Normalizer, TopK
@@ -39,10 +39,10 @@ def planted(root, pictures, backbone: str, features: str) -> Opened:
         "data=folder", f"data.path={pictures}", f"backbone={backbone}", "backbone.size=tiny", "sae=topk", "k=4",
         "expansion=1", f"features={features}", f"paths.stores={root / 'stores'}",
     )  # fmt: skip
-    store = ensure_store(cfg, "train")
+    store = Source.of(cfg).store("train")
     sae = TopK(store.d_in, store.d_in, k=4, normalizer=Normalizer(store.d_in, store.mean, store.std), seed=0)
     if features == "embedding":
-        texts = load_backbone(plain(cfg.backbone)).encode_text(WORDS).float()
+        texts = load_backbone(Source.of(cfg).backbone).encode_text(WORDS).float()
         with torch.no_grad():
             sae.W_dec[: len(WORDS)] = place(texts, Normalizer(store.d_in, *moments(texts)), sae)
             sae.W_enc.copy_(sae.W_dec)

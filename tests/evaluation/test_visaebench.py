@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from sae_lightning.evaluation.job import Settings
 from sae_lightning.evaluation.suite import evaluate_runs
-from sae_lightning.features.source import ensure_store
+from sae_lightning.features.source import Source
 from sae_lightning.runs.scores import read_rows, value_of
 from sae_lightning.saes import Normalizer, TopK
 from sae_lightning.saes.artefact import read_cfg
@@ -34,7 +34,7 @@ def visaebench(*overrides: str) -> Settings:
 
 def saved(folder, cfg):
     """An untrained SAE in ``folder``, of the config's own features."""
-    store = ensure_store(cfg, "train")
+    store = Source.of(cfg).store("train")
     sae = TopK(store.d_in, 200, 8, normalizer=Normalizer(store.d_in, store.mean, store.std), seed=1)
     config = OmegaConf.to_container(cfg, resolve=True)
     sae.save(

@@ -27,10 +27,10 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from sae_lightning.backbones.backbone import Backbone, BackboneError, Tap
-from sae_lightning.data import DataError, ImageData, load_images
-from sae_lightning.features.extraction import Settings, Summary, extract
+from sae_lightning.data import DataError, ImageData
+from sae_lightning.features.extraction import Extraction, Summary, extract
 from sae_lightning.features.manifest import StoreError
-from sae_lightning.features.source import extract_stores, plain
+from sae_lightning.features.source import Source, extract_stores
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
 from tests.configs import composed
@@ -124,7 +124,7 @@ def made(root: Path, *overrides: str) -> DictConfig:
 
 def extract_split(cfg: DictConfig, taps: list[Tap] | None = None, split: str = "train") -> dict[Tap, Path]:
     """What ``extract.py`` does for one split; the folders."""
-    return extract_stores(cfg, load_images(plain(cfg.data), split), taps or [PATCH])
+    return extract_stores(Source.of(cfg), Source.of(cfg).images(split), taps or [PATCH])
 
 
 # --- extractions without an encoder -----------------------------------------------------------------------
@@ -185,7 +185,7 @@ def extract_pixels(
     folder: Path, images: ImageData | None = None, encoder: Any = None, per_shard: int = 4, **settings: Any
 ) -> Summary:
     """Make or complete the store ``folder`` of the pixels of ``images``."""
-    chosen = Settings(**({"batch_size": 3, "device": "cpu"} | settings))
+    chosen = Extraction(**({"batch_size": 3, "device": "cpu"} | settings))
     return extract(
         images or noise_images(), encoder or PixelEncoder(), {PIXELS: pixel_writer(folder, per_shard)}, chosen
     )

@@ -12,10 +12,10 @@ from PIL import Image
 
 from sae_lightning.backbones.backbone import Tap
 from sae_lightning.backbones.registry import load_backbone
-from sae_lightning.data import DataError, load_images
+from sae_lightning.data import DataError
 from sae_lightning.evaluation.core import score
 from sae_lightning.features.manifest import StoreError
-from sae_lightning.features.source import ensure_store, plain
+from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.report.latents import latent_groups
 from sae_lightning.runs.run import TOP_IMAGES
@@ -45,8 +45,8 @@ def ten(tmp_path_factory) -> Path:
 # --- one tap ----------------------------------------------------------------------------------------------
 def test_the_store_holds_what_the_backbone_gives(ten, tmp_path):
     cfg = picture_config(ten, tmp_path)
-    store = ensure_store(cfg, "train")
-    images, backbone = load_images(plain(cfg.data), "train"), load_backbone(plain(cfg.backbone))
+    store = Source.of(cfg).store("train")
+    images, backbone = Source.of(cfg).images("train"), load_backbone(Source.of(cfg).backbone)
     x = torch.stack([backbone.transform(images[i]) for i in range(len(images))])
     expected = backbone.forward_features(x, [PATCH])[PATCH]
     torch.testing.assert_close(store.features(slice(None)).float(), expected, rtol=2e-3, atol=2e-3)
@@ -62,10 +62,10 @@ def test_the_store_holds_what_the_backbone_gives(ten, tmp_path):
 @pytest.mark.slow
 def test_whatever_changes_the_features_makes_another_store(ten, tmp_path):
     pictures = make_pictures(tmp_path / "p", 6)
-    base = ensure_store(picture_config(pictures, tmp_path), "train")
-    assert ensure_store(picture_config(pictures, tmp_path, "extract.batch_size=3"), "train").folder == base.folder
+    base = Source.of(picture_config(pictures, tmp_path)).store("train")
+    assert Source.of(picture_config(pictures, tmp_path, "extract.batch_size=3")).store("train").folder == base.folder
     others = [
-        ensure_store(picture_config(pictures, tmp_path, change), "train")
+        Source.of(picture_config(pictures, tmp_path, change)).store("train")
         for change in (
             "backbone.layer=2",
             "features=cls",
@@ -74,21 +74,21 @@ def test_whatever_changes_the_features_makes_another_store(ten, tmp_path):
             "data.seed=1",
         )
     ]
-    others.append(ensure_store(picture_config(pictures, tmp_path), "val"))
-    others.append(ensure_store(picture_config(pictures, tmp_path, backbone="deit"), "train"))
+    others.append(Source.of(picture_config(pictures, tmp_path)).store("val"))
+    others.append(Source.of(picture_config(pictures, tmp_path, backbone="deit")).store("train"))
     Image.new("RGB", (32, 32)).save(pictures / "train" / "even" / "0.png")
-    others.append(ensure_store(picture_config(pictures, tmp_path), "train"))
+    others.append(Source.of(picture_config(pictures, tmp_path)).store("train"))
     assert len({store.folder for store in [base, *others]}) == 9
     assert len({store.fingerprint for store in [base, *others]}) == 9
 
 
 def test_a_store_under_a_wrong_name_is_refused(ten, tmp_path):
     cfg = picture_config(ten, tmp_path)
-    train, val = (ensure_store(cfg, split).folder for split in ("train", "val"))
+    train, val = (Source.of(cfg).store(split).folder for split in ("train", "val"))
     for path in val.rglob("*.*"):
         (train / path.relative_to(val)).write_bytes(path.read_bytes())
     with pytest.raises(StoreError, match="made from other images or another backbone"):
-        ensure_store(cfg, "train")
+        Source.of(cfg).store("train")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_store_under_a_wrong_name_is_refused(ten, tmp_path):
 )
 def test_impossible_settings_fail_with_a_sentence(override, sentence, ten, tmp_path):
     with pytest.raises(ValueError, match=sentence):
-        ensure_store(picture_config(ten, tmp_path, override), "train")
+        Source.of(picture_config(ten, tmp_path, override)).store("train")
     assert not list(tmp_path.rglob("manifest.json"))
 
 
@@ -140,17 +140,17 @@ def test_several_taps_in_one_pass_equal_separate_passes(captioned, tmp_path):
 
 def test_text_stores_hold_the_captions_and_their_embeddings(captioned, tmp_path):
     cfg = picture_config(captioned, tmp_path, "features=text", backbone="clip")
-    store = ensure_store(cfg, "train")
-    images = load_images(plain(cfg.data), "train")
+    store = Source.of(cfg).store("train")
+    images = Source.of(cfg).images("train")
     assert store._column("caption").tolist() == list(images.captions)
-    expected = load_backbone(plain(cfg.backbone)).encode_text(list(images.captions))
+    expected = load_backbone(Source.of(cfg).backbone).encode_text(list(images.captions))
     torch.testing.assert_close(store.features(slice(None))[:, 0].float(), expected, rtol=2e-3, atol=2e-3)
     assert store.kind == "text"
 
 
 def test_text_without_captions_is_refused(ten, tmp_path):
     with pytest.raises(DataError, match=r"'folder' has no captions.* set data\.caption_column"):
-        ensure_store(picture_config(ten, tmp_path, "features=text", backbone="clip"), "train")
+        Source.of(picture_config(ten, tmp_path, "features=text", backbone="clip")).store("train")
 
 
 def test_a_pass_leaves_finished_stores_alone_and_goes_on_with_half_ones(ten, tmp_path):
@@ -184,14 +184,14 @@ def test_an_unreadable_picture_is_refused_by_name(workers, tmp_path):
     bad = break_picture(pictures, 7)
     cfg = picture_config(pictures, tmp_path, f"extract.num_workers={workers}")
     with pytest.raises(DataError, match=rf"Image '{bad}' cannot be read .* extract\.unreadable=skip"):
-        ensure_store(cfg, "train")
+        Source.of(cfg).store("train")
     assert not list(tmp_path.rglob("manifest.json"))
 
 
 def test_unreadable_pictures_are_left_out_and_counted_on_request(tmp_path, capsys):
     pictures = make_pictures(tmp_path / "p", 10)
     cfg = picture_config(pictures, tmp_path, "extract.unreadable=skip", "data.shuffle=false")
-    ids = load_images(plain(cfg.data), "train").image_ids
+    ids = Source.of(cfg).images("train").image_ids
     whole = FeatureStore.open(extract_split(picture_config(pictures, tmp_path, "data.shuffle=false"))[PATCH])
     features = dict(zip(whole.image_ids, whole.features(slice(None)), strict=True))
     bad = {break_picture(pictures, 7), break_picture(pictures, 4)}
@@ -234,7 +234,7 @@ def test_top_images_are_the_right_pictures_where_some_were_left_out(tmp_path):
     for i in (3, 8, 20):
         break_picture(pictures, i)
     cfg = picture_config(pictures, tmp_path, "extract.unreadable=skip")
-    store, images = ensure_store(cfg, "train"), load_images(plain(cfg.data), "train")
+    store, images = Source.of(cfg).store("train"), Source.of(cfg).images("train")
     sae = TopK(store.d_in, 40, 3, normalizer=Normalizer(store.d_in, store.mean, store.std), seed=1)
     run = tmp_path / "run"
     sae.save(run, name="run", backbone=store.backbone, layer=store.layer, features=store.kind, k=3, config={})
@@ -307,7 +307,7 @@ def test_parts_one_after_the_other_make_the_whole(ten, tmp_path):
 
 def test_ensuring_a_part_only_says_that_it_is_not_whole(ten, tmp_path):
     with pytest.raises(StoreError, match="did not finish"):
-        ensure_store(picture_config(ten, tmp_path, "extract.part=0/2"), "train")
+        Source.of(picture_config(ten, tmp_path, "extract.part=0/2")).store("train")
 
 
 def test_processes_of_an_extraction_end_with_a_sentence(tmp_path, capfd):

@@ -21,7 +21,7 @@ from PIL import Image
 from sae_lightning.backbones.backbone import Backbone, Tap
 from sae_lightning.evaluation.core import score
 from sae_lightning.features.manifest import Manifest, StoreError
-from sae_lightning.features.source import ensure_store
+from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.runs.identity import run_name
 from sae_lightning.saes import SAE, Normalizer, TopK
@@ -217,9 +217,9 @@ def test_processes_that_find_the_same_damage_mend_it_together(sixty, sixty_whole
 def test_of_two_jobs_that_want_a_store_the_second_waits(sixty, tmp_path):
     cfg = picture_config(sixty, tmp_path)
     counted = partial(jobs.count_encoded, tmp_path / "encoded", gate=tmp_path / "gate")
-    first = Job(tmp_path / "log-1", ensure_store, cfg, "train", before=counted)
+    first = Job(tmp_path / "log-1", Source.of(cfg).store, "train", before=counted)
     wait_for((tmp_path / "encoded.ready").exists)
-    second = Job(tmp_path / "log-2", ensure_store, cfg, "train", before=counted)
+    second = Job(tmp_path / "log-2", Source.of(cfg).store, "train", before=counted)
     wait_for(lambda: "Another job is extracting" in second.said())
     (tmp_path / "gate").touch()
     assert [first.end(), second.end()] == [0, 0], second.said()
@@ -301,9 +301,9 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(sixty, tmp_path):
     for path in places:
         path.chmod(0o555)
     try:
-        assert Job(tmp_path / "a", ensure_store, cfg, "val", before=jobs.obey_permissions).end() == 0
+        assert Job(tmp_path / "a", Source.of(cfg).store, "val", before=jobs.obey_permissions).end() == 0
         assert Job(tmp_path / "b", extract_split, cfg, [PATCH], "val", before=jobs.obey_permissions).end() == 0
-        for work in (partial(ensure_store, cfg, "train"), partial(extract_split, cfg)):
+        for work in (partial(Source.of(cfg).store, "train"), partial(extract_split, cfg)):
             job = Job(tmp_path / work.func.__name__, work, before=jobs.obey_permissions)
             assert "cannot be written" in job.sentence()
             assert "set paths.stores to another disk" in job.sentence()
@@ -313,8 +313,8 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(sixty, tmp_path):
     assert len(FeatureStore.open(folder)) == 2
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot be written"):
-        ensure_store(made(tmp_path, "data=folder", f"data.path={sixty}", "backbone=mae", "backbone.size=tiny",
-                          f"paths.stores={tmp_path / 'file'}"), "train")  # fmt: skip
+        Source.of(made(tmp_path, "data=folder", f"data.path={sixty}", "backbone=mae", "backbone.size=tiny",
+                          f"paths.stores={tmp_path / 'file'}")).store("train")  # fmt: skip
 
 
 # --- features that cannot be stored -----------------------------------------------------------------------
@@ -353,7 +353,7 @@ def test_large_features_fit_bfloat16(tmp_path):
             return {tap: 1000 * x for tap, x in super().forward_features(images, taps).items()}
 
     writer = jobs.pixel_writer(tmp_path / "s", dtype="bfloat16")
-    jobs.extract(noise_images(), Loud(), {jobs.PIXELS: writer}, jobs.Settings(batch_size=3, device="cpu"))
+    jobs.extract(noise_images(), Loud(), {jobs.PIXELS: writer}, jobs.Extraction(batch_size=3, device="cpu"))
     assert FeatureStore.open(tmp_path / "s").features([0]).max() > 70_000
 
 
@@ -393,7 +393,7 @@ def test_extracting_again_makes_table_and_statistics_anew_without_encoding(name,
     expected, before = content(folder), times(folder)
     damage(folder / name)
     with pytest.raises(StoreError, match=rf"{name}.*Run extract\.py again"):
-        ensure_store(cfg, "train")
+        Source.of(cfg).store("train")
     capsys.readouterr()
     extract_split(picture_config(tmp_path / "p", tmp_path, "extract.images_per_shard=null"))
     assert "images in" not in capsys.readouterr().out
@@ -403,16 +403,16 @@ def test_extracting_again_makes_table_and_statistics_anew_without_encoding(name,
 
 def test_damaged_shards_are_refused_by_name_or_skipped_and_counted_when_a_job_asks_for_the_store(tmp_path):
     pictures = make_pictures(tmp_path / "p", 10)
-    whole = ensure_store(picture_config(pictures, tmp_path), "train")
+    whole = Source.of(picture_config(pictures, tmp_path)).store("train")
     flip(whole.folder / SHARD, 4096 + 4 * 64 * 128)
-    assert len(ensure_store(picture_config(pictures, tmp_path), "train")) == 10, "a glance does not see it"
+    assert len(Source.of(picture_config(pictures, tmp_path)).store("train")) == 10, "a glance does not see it"
     for verify, damage in ((True, lambda: None), (False, lambda: cut(whole.folder / SHARD))):
         damage()
         options = [f"stream.verify={verify}"]
         with pytest.raises(StoreError, match=SHARD):
-            ensure_store(picture_config(pictures, tmp_path, *options), "train")
+            Source.of(picture_config(pictures, tmp_path, *options)).store("train")
         with pytest.warns(UserWarning, match=rf"1 damaged of 3 shards are skipped, 4 images: {SHARD}"):
-            rest = ensure_store(picture_config(pictures, tmp_path, *options, "stream.damaged=skip"), "train")
+            rest = Source.of(picture_config(pictures, tmp_path, *options, "stream.damaged=skip")).store("train")
         assert len(rest) == 6
         assert rest.skipped == [SHARD]
 
@@ -529,7 +529,7 @@ def test_a_checkpoint_of_another_batch_size_is_refused(whole_training, sixty, tm
 @pytest.mark.slow
 def test_a_training_on_a_store_with_a_damaged_shard_refuses_or_skips_it(sixty, tmp_path):
     cfg = training(sixty, tmp_path, "trainer.max_epochs=1")
-    cut(ensure_store(cfg, "train").folder / SHARD)
+    cut(Source.of(cfg).store("train").folder / SHARD)
     with pytest.raises(StoreError, match=SHARD):
         train(cfg)
     cfg.stream.damaged = "skip"
@@ -538,7 +538,7 @@ def test_a_training_on_a_store_with_a_damaged_shard_refuses_or_skips_it(sixty, t
     assert json.loads((run / "result.json").read_text())["steps"] == 56 * 64 // 192
     trained_on = json.loads((run / "cfg.json").read_text())["store"]["train"]
     extract_split(cfg)
-    assert ensure_store(cfg, "train").fingerprint != trained_on, "it says that it saw a part only"
+    assert Source.of(cfg).store("train").fingerprint != trained_on, "it says that it saw a part only"
 
 
 # --- wrong stores -----------------------------------------------------------------------------------------
@@ -561,20 +561,20 @@ def given(folder: Path, *overrides: str):
 def test_a_given_store_of_something_else_is_refused(overrides, sentence, tmp_path):
     folder = write_store(tmp_path / "s", 120, 1, backbone="deit (tiny)", layer=4).folder
     with pytest.raises(StoreError, match=sentence):
-        ensure_store(given(folder, *overrides), "train")
+        Source.of(given(folder, *overrides)).store("train")
 
 
 def test_a_given_store_is_used_and_cut(tmp_path):
     folder = write_store(tmp_path / "s", 120, 1, backbone="deit (tiny)", layer=4).folder
-    parts = {s: ensure_store(given(folder, "backbone.layer=4"), s) for s in ("train", "val", "test")}
+    parts = {s: Source.of(given(folder, "backbone.layer=4")).store(s) for s in ("train", "val", "test")}
     assert [len(part) for part in parts.values()] == [108, 6, 6]
     assert len({image for part in parts.values() for image in part.image_ids}) == 120
     about = {"backbone": "deit (tiny)", "layer": 4, "class_names": ["class 2", "class 0", "class 1"]}
     other = write_store(tmp_path / "t", 6, 2, **about).folder
-    test = ensure_store(given(folder, "backbone.layer=4", f"data.test={other}"), "test")
+    test = Source.of(given(folder, "backbone.layer=4", f"data.test={other}")).store("test")
     assert (test.class_names, test.labels.tolist()) == (["class 0", "class 1", "class 2"], [2, 0, 1] * 2)
     with pytest.raises(StoreError, match="There is no feature store"):
-        ensure_store(given(tmp_path / "nowhere", "backbone.layer=4"), "train")
+        Source.of(given(tmp_path / "nowhere", "backbone.layer=4")).store("train")
 
 
 def test_a_store_of_an_old_schema_says_what_to_do(tmp_path):
@@ -582,11 +582,11 @@ def test_a_store_of_an_old_schema_says_what_to_do(tmp_path):
     folder = extract_split(cfg)[PATCH]
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
-    for work in (extract_split, partial(ensure_store, split="train")):
+    for work in (partial(extract_split, cfg), partial(Source.of(cfg).store, "train")):
         with pytest.raises(StoreError, match=r"schema 1; .* delete the folder and extract again"):
-            work(cfg)
+            work()
     with pytest.raises(StoreError, match="schema 1"):
-        ensure_store(given(folder, "backbone.layer=4"), "train")
+        Source.of(given(folder, "backbone.layer=4")).store("train")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import pytest
 
 import sae_lightning.features.extraction as extraction
 from sae_lightning.backbones.registry import load_backbone
-from sae_lightning.data import load_images
 from sae_lightning.features.extraction import images_a_shard, seconds_an_image
-from sae_lightning.features.source import plain, writer
+from sae_lightning.features.source import Source, writer
 from tests.backbones.models import backbone
 from tests.features import jobs
 from tests.features.jobs import extract_pixels, litter
@@ -47,7 +46,7 @@ def test_a_small_data_set_is_shared_by_all_processes(tmp_path):
     ):
         overrides = ["extract.images_per_shard=null", "extract.batch_size=256", override]
         cfg = jobs.picture_config(pictures, tmp_path, *overrides)
-        made = writer(cfg, load_images(plain(cfg.data), "train"), tiny, jobs.PATCH, tmp_path / str(i))
+        made = writer(Source.of(cfg), Source.of(cfg).images("train"), tiny, jobs.PATCH, tmp_path / str(i))
         assert made.images_per_shard == expected, override
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from sae_lightning.backbones.backbone import Tap
-from sae_lightning.data import DataError, load_images
+from sae_lightning.data import DataError
 from sae_lightning.data.errors import DataWarning
 from sae_lightning.features.manifest import StoreError
-from sae_lightning.features.source import ensure_store, plain
+from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from tests.data.making import png
 from tests.features import jobs
@@ -120,9 +120,9 @@ def test_class_names_that_only_the_end_tells(whole, parquet, tmp_path):
 
 
 def test_a_job_that_wants_the_store_of_a_stream_makes_it(whole, named, tmp_path):
-    store = ensure_store(config(named, tmp_path), "train")
+    store = Source.of(config(named, tmp_path)).store("train")
     assert content(store.folder) == whole
-    assert ensure_store(config(named, tmp_path), "train").fingerprint == store.fingerprint
+    assert Source.of(config(named, tmp_path)).store("train").fingerprint == store.fingerprint
 
 
 def test_a_class_has_one_number_in_the_stores_of_all_splits_of_a_stream(tmp_path):
@@ -139,9 +139,9 @@ def test_a_class_has_one_number_in_the_stores_of_all_splits_of_a_stream(tmp_path
         tmp_path, "data=hf", f"data.id={tmp_path / 'data'}", "data.streaming=true", "data.splits.val=train",
         "data.held_out=0.0", "backbone=clip", "backbone.size=tiny", "extract.device=cpu",
     )  # fmt: skip
-    train = ensure_store(cfg, "train")
+    train = Source.of(cfg).store("train")
     with pytest.warns(DataWarning, match=r"the test split of 'data', train lacks 1: 11"):
-        test = ensure_store(cfg, "test")
+        test = Source.of(cfg).store("test")
     assert (train.class_names, train.labels.tolist()) == (["2", "9", "10"], [2, 1, 0])
     assert (test.class_names, test.labels.tolist()) == (["2", "9", "10", "11"], [1, 3])
 
@@ -223,19 +223,19 @@ def test_a_stream_that_breaks_goes_on_later(whole, named, tmp_path):
     for file in named.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
     cfg = config(path, tmp_path)
-    images = load_images(plain(cfg.data), "train")
+    images = Source.of(cfg).images("train")
     broken = path / "train-00002-of-00003.parquet"
     sound = broken.read_bytes()
     broken.write_bytes(sound[:400])
     from sae_lightning.features.source import extract_stores
 
     with pytest.raises(DataError, match=r"broke in shard 2 after row 0 .* run again to go on"):
-        extract_stores(cfg, images, [PATCH])
+        extract_stores(Source.of(cfg), images, [PATCH])
     (folder,) = {found.parent for found in tmp_path.rglob("records")}
     kept = finished(folder)
     assert kept
     broken.write_bytes(sound)
-    extract_stores(cfg, images, [PATCH])
+    extract_stores(Source.of(cfg), images, [PATCH])
     assert content(folder)["features"] == whole["features"]
     assert kept.items() <= times(folder).items()
 
@@ -281,7 +281,7 @@ def test_two_parts_become_the_whole(order, whole, named, tmp_path):
     assert merged["mean"] == pytest.approx(whole["mean"], rel=1e-12)
     assert merged["manifest"]["fingerprint"] == whole["manifest"]["fingerprint"]
     assert litter(folders[0]) == []
-    assert ensure_store(config(named, tmp_path), "train").folder == folders[0]
+    assert Source.of(config(named, tmp_path)).store("train").folder == folders[0]
     assert extract_split(config(named, tmp_path, "extract.part=0/2"))[PATCH] == folders[0], "again: nothing to do"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae_lightning.features.loader import FeatureLoader
-from sae_lightning.features.source import ensure_store
+from sae_lightning.features.source import Source
 from sae_lightning.metrics.monoscore import monoscore
 from sae_lightning.runs.identity import run_name
 from sae_lightning.saes import SAE, BatchTopK
@@ -36,7 +36,7 @@ def test_it_trains_every_variant(variant, config):
     logged = [float(row["loss/mono"]) for row in history(runs[True]) if row["loss/mono"]]
     assert logged[-1] < logged[0] <= 1
     assert "loss/mono" not in history(runs[False])[0]
-    store = ensure_store(config(), "test")
+    store = Source.of(config()).store("test")
     features = store.features(slice(None)).reshape(-1, store.d_in)
     scores = {on: float(monoscore(SAE.load(run).encode(features), features).mean()) for on, run in runs.items()}
     assert scores[True] > scores[False]
@@ -119,7 +119,7 @@ def test_the_batch_reaches_it_as_it_was_read(unit, config, monkeypatch):
     cfg = config(*ON, *unit, "trainer.max_epochs=1")
     train(cfg)
     stream = {key: cfg.stream[key] for key in ("unit", "buffer_mb", "block_mb", "lanes")}
-    expected = list(FeatureLoader(ensure_store(cfg, "train"), cfg.batch_size, seed=cfg.seed, **stream))
+    expected = list(FeatureLoader(Source.of(cfg).store("train"), cfg.batch_size, seed=cfg.seed, **stream))
     assert seen[0].dtype == torch.float16
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
 

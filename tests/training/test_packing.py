@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from sae_lightning.commands.main import main
-from sae_lightning.features.source import tap_of
+from sae_lightning.features.source import Source
 from sae_lightning.runs.identity import run_name
 from sae_lightning.runs.state import note_plan, state_of, states
 from sae_lightning.training.fit import train
@@ -35,7 +35,7 @@ def jobs_of(*overrides):
 
 def of(cfg):
     """What a look at its data and encoder would find, without one."""
-    return {"backbone": cfg.backbone.name, "layer": tap_of(cfg).layer}
+    return {"backbone": cfg.backbone.name, "layer": Source.of(cfg).tap.layer}
 
 
 @pytest.mark.slow

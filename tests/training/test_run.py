@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 
-from sae_lightning.features.source import ensure_store
+from sae_lightning.features.source import Source
 from sae_lightning.metrics import L0, Reconstruction
 from sae_lightning.saes import SAE
 from sae_lightning.training.fit import train
@@ -22,7 +22,7 @@ CHOICES = sorted(path.stem for path in (CONF / "sae").glob("*.yaml"))
 def test_the_artefact_gives_the_logged_scores_from_raw_features(variant, config, alone):
     cfg, folder = config(f"sae={variant}"), alone(f"sae={variant}")
     result = json.loads((folder / "result.json").read_text())
-    sae, store = SAE.load(folder), ensure_store(cfg, "val")
+    sae, store = SAE.load(folder), Source.of(cfg).store("val")
     features = store.features(slice(None)).reshape(-1, store.d_in)
     codes = sae.encode(features)
     fvu, l0 = Reconstruction(store.d_in), L0()

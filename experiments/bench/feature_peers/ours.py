@@ -12,7 +12,7 @@ from experiments.bench.feature_peers import synthetic
 from experiments.bench.feature_peers.synthetic import Features
 from sae_lightning.backbones.backbone import Tap
 from sae_lightning.data import ImageData
-from sae_lightning.features.extraction import Settings
+from sae_lightning.features.extraction import Extraction
 from sae_lightning.features.extraction import extract as extract_stores
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
@@ -83,5 +83,5 @@ def extract(pictures: Path, folder: Path, encoder: nn.Module, device: str) -> No
     images = ImageData(
         "pictures", "train", ["unlabelled"], [0] * len(paths), [p.name for p in paths], paths.__getitem__
     )
-    settings = Settings(batch_size=16, device=device)
+    settings = Extraction(batch_size=16, device=device)
     extract_stores(images, _Encoder(encoder), {PATCH: _writer(folder, (14, 14), 850)}, settings)  # type: ignore[arg-type]

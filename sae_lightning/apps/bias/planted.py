@@ -17,9 +17,8 @@ from sae_lightning.apps.statistics import Association, auc, of_latents
 from sae_lightning.data.errors import DataError
 from sae_lightning.data.images import ImageData
 from sae_lightning.data.loader import PictureLoader, pixel_bytes
-from sae_lightning.features.extraction import Settings, encoder
+from sae_lightning.features.extraction import Extraction, encoder
 from sae_lightning.features.prepare import Pictures, collate
-from sae_lightning.features.source import tap_of
 from sae_lightning.registry import one_of
 from sae_lightning.runs.run import Opened
 from sae_lightning.saes import SAE
@@ -249,7 +248,7 @@ def versions(
 
 def encoded(opened: Opened, images: ImageData, device: str) -> Iterator[Tensor]:
     """Raw features [b, P, d_in] of pictures, of the kind that the SAE was trained on; DataError for a broken one."""
-    tap, settings = tap_of(opened.config), Settings(device=device)
+    tap, settings = opened.source.tap, Extraction(device=device)
     encode = encoder(opened.backbone, [tap], settings)
     size = opened.backbone.image_size
     loader = PictureLoader(

@@ -23,7 +23,6 @@ from sae_lightning.apps.statistics import (
     of_latents,
 )
 from sae_lightning.data import DataError, ImageData, load_images
-from sae_lightning.features.source import plain
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.metrics.probes import fit
 from sae_lightning.runs.run import TOKENS, Opened
@@ -273,10 +272,10 @@ def labelled(opened: Opened, split: str, attribute: str | None) -> tuple[np.ndar
         except DataError:
             siblings = {}
         return store.labels.numpy(), list(store.class_names), siblings
-    if opened.config.data.source != "hf":
+    if opened.source.data["source"] != "hf":
         raise DataError(
             f"app.attribute={attribute} is a column of a Hugging Face data set, but {opened.name} was trained on "
-            f"data.source={opened.config.data.source}; use app.positive and app.negative."
+            f"data.source={opened.source.data['source']}; use app.positive and app.negative."
         )
     images = _relabelled(opened, split, attribute, store)
     return images.labels, images.class_names, {}
@@ -284,7 +283,7 @@ def labelled(opened: Opened, split: str, attribute: str | None) -> tuple[np.ndar
 
 def _relabelled(opened: Opened, split: str, attribute: str, store: FeatureStore) -> ImageData:
     """The store's images with the labels of another column; cut off and drawn by label, they are looked up by id."""
-    whole = plain(opened.config.data) | {"label_column": attribute, "limit": None, "shuffle": False, "held_out": 0.0}
+    whole = {**opened.source.data, "label_column": attribute, "limit": None, "shuffle": False, "held_out": 0.0}
     wanted = set(store.image_ids)
     for source in dict.fromkeys((split, "train")):
         try:

@@ -239,7 +239,7 @@ def image_embeddings(opened: Opened, split: str) -> Tensor:
 def _vocabulary(opened: Opened, options: DictConfig) -> Vocabulary:
     wanted = options.vocabulary
     if wanted == "auto":
-        wanted = "demo" if opened.config.backbone.size == "tiny" else "imagenet22k"
+        wanted = "demo" if opened.source.backbone["size"] == "tiny" else "imagenet22k"
     words = read_words(wanted, opened.images("train").class_names)
     found = embed(words, list(options.templates), opened.backbone)
     if len(found.words) < 2:

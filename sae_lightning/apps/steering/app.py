@@ -34,7 +34,7 @@ from sae_lightning.apps.steering.trials import (
 from sae_lightning.backbones.backbone import Backbone
 from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.backbones.settings import SIZES
-from sae_lightning.features.source import ensure_store, plain
+from sae_lightning.features.source import plain
 from sae_lightning.runs.results import Result
 from sae_lightning.runs.run import Opened
 from sae_lightning.vlms import load_vlm
@@ -103,12 +103,10 @@ class Judge:
     """The image–text encoder ``options.judge`` and what it makes of the train images of ``opened``."""
 
     def __init__(self, opened: Opened, options: DictConfig) -> None:
-        node = judge_node(options.judge, opened.config.backbone.size)
+        node = judge_node(options.judge, opened.source.backbone["size"])
         self.backbone: Backbone = load_backbone(node)
-        config = OmegaConf.merge(opened.config, {})
-        assert isinstance(config, DictConfig)
-        config.backbone = node
-        self.embeddings: Tensor = ensure_store(config, "train", "embedding").features(slice(None)).squeeze(1)
+        judging = opened.source.replace(backbone=node, features="embedding")
+        self.embeddings: Tensor = judging.store("train").features(slice(None)).squeeze(1)
         self.top_k: Sequence[int] = list(options.top_k)
         self.classes = opened.images("train").class_names
 
