@@ -53,21 +53,22 @@ def features_of(cfg: DictConfig) -> str:
     """For example ``dinov2 (tiny) patch-L4, 320,000 tokens``: the number where it is known before an extraction."""
     from sae_lightning.backbones.settings import published
     from sae_lightning.backbones.tiny import IMAGE_SIZE, PATCH_SIZE
-    from sae_lightning.data import ImageData, load_images
+    from sae_lightning.data import ImageData
     from sae_lightning.features.manifest import MANIFEST
-    from sae_lightning.features.source import fingerprint, given_store, plain, store_folder, tap_of
+    from sae_lightning.features.source import Source, plain
     from sae_lightning.features.store import FeatureStore
 
-    tap, subset = tap_of(cfg), plain(cfg.subset)
-    if cfg.data.source == "store":
-        store = given_store(cfg, "train", tap).subset(**subset)
+    source, subset = Source.of(cfg), plain(cfg.subset)
+    tap, tiny = source.tap, source.backbone.get("size") == "tiny"
+    if source.given:
+        store = source.store("train").subset(**subset)
         return f"{store.backbone} {tap}, {store.n_tokens:,} tokens"
-    images, tiny = load_images(plain(cfg.data), "train"), cfg.backbone.size == "tiny"
-    folder = store_folder(cfg, images, tap, fingerprint(cfg, images, tap))
+    images = source.images("train")
+    folder = source.folder(images)
     if (folder / MANIFEST).is_file():
-        store = FeatureStore.open(folder, cfg.stream.damaged).subset(**subset)
+        store = FeatureStore.open(folder, source.reading.damaged).subset(**subset)
         return f"{store.backbone} {tap}, {store.n_tokens:,} tokens"
-    encoder = f"{cfg.backbone.name} (tiny)" if tiny else published(plain(cfg.backbone)).title
+    encoder = f"{cfg.backbone.name} (tiny)" if tiny else published(source.backbone).title
     if not isinstance(images, ImageData) or any(value is not None for value in subset.values()):
         return f"{encoder} {tap} of {images.name}"
     if tap.kind == "patch" and not tiny:
