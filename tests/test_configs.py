@@ -38,7 +38,7 @@ def test_every_choice_composes_and_resolves(path):
     needed += ["data.train=somewhere"] if name == "store" else []
     needed += ["backbone.published.model=some/model"] if name in ("timm", "transformers") else []
     root = "finetune" if group == "finetune_model" else "config"
-    cfg = load(f"{group}={name}", *needed, root=root)
+    cfg = load(f"{'scale@data' if group == 'scale' else group}={name}", *needed, root=root)
     assert mistakes("finetune" if root == "finetune" else "train", cfg) == []  # settings/table.py knows every key
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert plain["data"]["source"] in (*SOURCES, "store")

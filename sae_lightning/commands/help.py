@@ -78,12 +78,11 @@ def keys_of(group: str, choice: str) -> list[str]:
 def help_of(command: str, config_name: str, about: str, typed: Sequence[str] = ()) -> str:
     """The page for ``command``, whose groups have the choices that were ``typed``."""
     text = text_of(config_name)
-    picked = dict(_defaults(text))
-    for argument in typed:
-        key, _, value = argument.lstrip("+").partition("=")
-        group = next((name for name in picked if key in (name, name.split("@")[0])), None)
-        if group is not None and value in choices_of(group.split("@")[0]):
-            picked[group] = value
+    picked = _choose(dict(_defaults(text)), typed)
+    for group, choice in list(picked.items()):  # what a choice merges into itself, such as the scale of a data set
+        inner = _defaults(text_of(f"{group.split('@')[0]}/{choice}"))
+        picked |= {name.replace("_here_", group): taken for name, taken in inner if name.endswith("@_here_")}
+    picked = _choose(picked, typed)
     parts = [
         about.strip().splitlines()[0].replace("``", ""),
         f"Usage: {_typed(command)} [-m] [group=choice …] [setting=value …]",
@@ -96,6 +95,17 @@ def help_of(command: str, config_name: str, about: str, typed: Sequence[str] = (
         "+loss.cosine=0.1. --help with another choice, such as --help sae=topk, shows that one's settings.",
     ]
     return "\n\n".join(parts)
+
+
+def _choose(picked: dict[str, str | None], typed: Sequence[str]) -> dict[str, str | None]:
+    """Choices by group, as ``typed`` where it names one."""
+    given = [argument.lstrip("+").partition("=") for argument in typed]
+    for group in picked:
+        name = group.split("@")[0]
+        for key, _, value in given:
+            if key in (group, name) and value in choices_of(name):
+                picked[group] = value
+    return picked
 
 
 def _typed(command: str) -> str:

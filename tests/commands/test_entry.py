@@ -184,6 +184,8 @@ def test_help_shows_the_choice_that_was_typed(capsys, monkeypatch, tmp_path):
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     page = capsys.readouterr().out
     assert "kernel_name: rectangle  # rectangle, gaussian, silverman" in page
+    assert "scale@data" in page
+    assert "  data:\n    backbones: tiny\n    k: 16 " in page  # which a data set's file takes from its scale
     assert "BatchTopK [" not in page
     assert set(groups()) > {"sae", "data", "backbone"}
 
