@@ -12,7 +12,7 @@ from sae_lightning.analysis.correlation import NO_TASKS, spearman, task_title
 from sae_lightning.analysis.figures import lifts
 from sae_lightning.analysis.grid import Grid, backbone_means, backbone_stds, tasks
 from sae_lightning.analysis.paper import PAPER, Paper
-from sae_lightning.rendering.page import Picture, Section
+from sae_lightning.rendering.page import Picture, Section, lacking
 from sae_lightning.rendering.table import Head, P, Spread, Table
 
 
@@ -61,15 +61,14 @@ def lift(grid: Grid, paper: Paper) -> Section:
     """What codes give over raw features, and whether weak backbones gain most [App. O, Table 8]."""
     found = codes_lift(grid.main)
     if found.tasks.empty:
-        return Section("Codes lift", missing=NO_TASKS)
+        return lacking("Codes lift", NO_TASKS)
     each = found.backbones.assign(title=found.backbones["backbone"].map(grid.names))
     panels = {task_title(str(task)): own for task, own in each.groupby("task", sort=False)}
     return Section(
         "Codes lift",
-        ("Lift is the score of codes over that of raw features, averaged over settings. A negative ρ of raw score and "
-         "lift says that weaker backbones gain more. [ViSAEBench App. O]",),
-        (Picture(lifts(panels, grid.colours)),), (_table_8(grid, found, paper), _each_lift(each, grid.titles)),
-        keys=True,
+        "Lift is the score of codes over that of raw features, averaged over settings. A negative ρ of raw score and "
+        "lift says that weaker backbones gain more. [ViSAEBench App. O]",
+        Picture(lifts(panels, grid.colours)), grid.key, _table_8(grid, found, paper), _each_lift(each, grid.titles),
     )  # fmt: skip
 
 

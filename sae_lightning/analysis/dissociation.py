@@ -8,7 +8,7 @@ from sae_lightning.analysis.correlation import across_backbones, spearman
 from sae_lightning.analysis.figures import scatter
 from sae_lightning.analysis.grid import Grid, over_seeds
 from sae_lightning.analysis.paper import Paper
-from sae_lightning.rendering.page import EVALUATE, Picture, Section
+from sae_lightning.rendering.page import EVALUATE, Picture, Section, lacking
 from sae_lightning.rendering.table import Head, P, Table
 
 ALL = "all"
@@ -32,7 +32,7 @@ def dissociation_section(grid: Grid, paper: Paper) -> Section:
     """Preservation against FVU [Fig. 2a]."""
     own = grid.main.dropna(subset=["M2", "M3"])
     if own.empty:
-        return Section("FVU and preservation", missing=f"No run has both M2 and M3; `{EVALUATE}` makes them.")
+        return lacking("FVU and preservation", f"No run has both M2 and M3; `{EVALUATE}` makes them.")
     picture = Picture(
         scatter(own, "M2", "M3", ("M2 FVU (lower is better)", "M3 preservation"), grid.colours), "",
         "One mark a run: the shape is its expansion, the larger the larger its k. Rings: means of backbones.",
@@ -46,4 +46,4 @@ def dissociation_section(grid: Grid, paper: Paper) -> Section:
     rows.append(["means of backbones", *found.loc[ALL, ["rho", "p", "n", "x", "y"]]])
     table = Table("fvu-preservation", "Spearman’s ρ of FVU and preservation", heads, rows,
                   "A negative ρ: the lower FVU, the more is preserved. p is exact for n ≤ 8, of t above.")  # fmt: skip
-    return Section("FVU and preservation", (about,), (picture,), (table,), keys=True)
+    return Section("FVU and preservation", about, picture, grid.key, table)

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 
-from sae_lightning.rendering.figures import COLOURS, HEADLINE_K, NULL, budget_axis, drawn, limits_of
+from sae_lightning.rendering.figures import COLOURS, HEADLINE_K, NULL, budget_axis, figure, limits_of, panels
 from sae_lightning.rendering.table import number
 
 ORDER = ("dinov2", "clip", "siglip", "mae", "deit")  # of the paper; others follow, and take the next colours
@@ -46,23 +46,23 @@ def normalised(means: pd.DataFrame, better: Mapping[str, bool]) -> pd.DataFrame:
 
 def profile(scores: pd.DataFrame, titles: Sequence[str], of: Mapping[str, str]) -> str:
     """Normalised scores [backbone, metric], one line a backbone over the metrics' ``titles``."""
-
-    def draw(axis: Any) -> None:
+    with figure(8.2, 3.0) as drawing:
+        axis = drawing.axis
         for title, row in scores.iterrows():
             axis.plot(range(len(row)), row.to_numpy(), "o-", ms=5, lw=1.5, color=of[str(title)], alpha=0.9)
         axis.set_xticks(range(len(titles)), [title.replace(" ", "\n", 1) for title in titles])
         axis.set_ylim(-0.06, 1.06)
         axis.set_yticks((0, 0.5, 1), ("worst", "", "best"))
         axis.tick_params(length=0)
-
-    return drawn(draw, 8.2, 3.0)
+    return drawing.svg
 
 
 def scatter(frame: pd.DataFrame, x: str, y: str, labels: tuple[str, str], of: Mapping[str, str]) -> str:
     """One mark a run: colour its backbone, shape its expansion, size its k; large rings are backbones' means."""
     expansions, ks = sorted(frame["expansion"].unique()), sorted(frame["k"].dropna().unique())
 
-    def draw(axis: Any) -> None:
+    with figure(5.4, 3.6) as drawing:
+        axis = drawing.axis
         for _, row in frame.iterrows():
             size = 18 + (26 * ks.index(row["k"]) / max(1, len(ks) - 1) if row["k"] in ks else 0)
             mark = MARKS[expansions.index(row["expansion"]) % len(MARKS)]
@@ -77,14 +77,13 @@ def scatter(frame: pd.DataFrame, x: str, y: str, labels: tuple[str, str], of: Ma
             handles = [Line2D([], [], ls="", marker=MARKS[i % len(MARKS)], color="#666", label=f"×{e:g}")
                        for i, e in enumerate(expansions)]  # fmt: skip
             axis.legend(handles=handles, frameon=False, fontsize=8, loc="lower left")
-
-    return drawn(draw, 5.4, 3.6)
+    return drawing.svg
 
 
 def shares(parts: Mapping[str, Mapping[str, float]], paper: Mapping[str, Mapping[str, float]]) -> str:
     """η² of a metric's factors as stacked bars, ``parts`` by metric's title; thin and paler below, the paper's."""
-
-    def draw(axis: Any) -> None:
+    with figure(6.4, 0.7 + 0.47 * len(parts)) as drawing:
+        axis = drawing.axis
         for y, (title, own) in enumerate(list(parts.items())[::-1]):
             _stack(axis, own, y + (0.12 if title in paper else 0), 0.42, 1.0)
             if title in paper:
@@ -95,8 +94,7 @@ def shares(parts: Mapping[str, Mapping[str, float]], paper: Mapping[str, Mapping
         axis.set_xlim(0, 1)
         axis.set_ylim(-0.55, len(parts) - 0.4)
         axis.set_xlabel("share of the variance, η²")
-
-    return drawn(draw, 6.4, 0.7 + 0.47 * len(parts))
+    return drawing.svg
 
 
 def _stack(axis: Any, own: Mapping[str, float], y: float, height: float, alpha: float) -> None:
@@ -114,13 +112,8 @@ def _stack(axis: Any, own: Mapping[str, float], y: float, height: float, alpha: 
 
 def correlations(tasks: Mapping[str, pd.Series], names: Sequence[str]) -> str:
     """Spearman's ρ of each metric in ``names`` with each of the tasks, a panel a task [Fig. 7]."""
-    columns = min(4, len(tasks))
-    rows = math.ceil(len(tasks) / columns)
-
-    def draw(axes: Any) -> None:
-        for axis in axes.flat[len(tasks) :]:
-            axis.set_visible(False)
-        for axis, (title, rho) in zip(axes.flat, tasks.items(), strict=False):
+    with panels(list(tasks), 2.8, 2.0) as drawing:
+        for axis, rho in zip(drawing.axes.flat, tasks.values(), strict=False):
             for x, name in enumerate(names):
                 value = rho.get(name, math.nan)
                 if not math.isfinite(value):
@@ -129,23 +122,21 @@ def correlations(tasks: Mapping[str, pd.Series], names: Sequence[str]) -> str:
                 axis.bar(x, value, 0.68, color=COLOURS[0] if value > 0 else COLOURS[1])
                 place = value + math.copysign(0.05, value) if value else 0.05
                 axis.text(x, place, f"{value:.1f}", ha="center", va="bottom" if value >= 0 else "top", fontsize=7)
-            axis.set_title(title, loc="left", fontsize=9)
             axis.axhline(0, color="#888", lw=0.8)
             axis.set_xticks(range(len(names)), names)
             axis.tick_params(axis="x", length=0)
             axis.grid(False, axis="x")
             axis.set_ylim(-1.25, 1.25)
             axis.set_yticks((-1, 0, 1))
-
-    # one axis more where there is a single task, so that ``draw`` always gets an array
-    return drawn(draw, max(4.0, 2.8 * columns), 2.0 * rows, rows, max(2, columns))
+    return drawing.svg
 
 
-def curves(panels: Mapping[str, pd.DataFrame], of: Mapping[str, str], ylabel: str, limits: tuple[float, float]) -> str:
+def curves(frames: Mapping[str, pd.DataFrame], of: Mapping[str, str], ylabel: str, limits: tuple[float, float]) -> str:
     """Lines over budgets, a panel for each frame [title, budget, value]: means a backbone, bands from least to most."""
-
-    def draw(axes: Any) -> None:
-        for axis, (name, frame) in zip(axes.flat, panels.items(), strict=False):
+    size = (11 / min(4, len(frames)) if len(frames) > 2 else 3.5, 2.5 if len(frames) < 5 else 2.4)
+    with panels(list(frames), *size, sharey=True) as drawing:
+        axes = drawing.axes
+        for axis, frame in zip(axes.flat, frames.values(), strict=False):
             axis.axvline(HEADLINE_K, color=NULL, lw=0.8, ls=":")
             for title, own in frame.groupby("title"):
                 by = own.groupby("budget")["value"]
@@ -153,56 +144,36 @@ def curves(panels: Mapping[str, pd.DataFrame], of: Mapping[str, str], ylabel: st
                 axis.fill_between(by.min().index, by.min(), by.max(), color=of[str(title)], alpha=0.15, lw=0)
             budget_axis(axis, sorted(frame["budget"].unique()))
             axis.tick_params(axis="x", labelsize=7)
-            axis.set_title(name, loc="left", fontsize=9)
             axis.set_ylim(limits)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
         for axis in axes[:, 0]:
             axis.set_ylabel(ylabel)
         for axis in axes[-1]:
             axis.set_xlabel("latents k of the probe")
-
-    columns = max(2, min(4, len(panels)))
-    rows = math.ceil(len(panels) / columns)
-    return drawn(draw, 11 if columns > 2 else 7, 2.3 * rows + 0.2, rows, columns, sharey=True)
+    return drawing.svg
 
 
-def lifts(panels: Mapping[str, pd.DataFrame], of: Mapping[str, str]) -> str:
+def lifts(frames: Mapping[str, pd.DataFrame], of: Mapping[str, str]) -> str:
     """Lift against raw score, one mark a backbone, a panel a task: frames with title, raw, lift and lift_std."""
-
-    def draw(axes: Any) -> None:
-        for axis, (name, frame) in zip(axes.flat, panels.items(), strict=False):
+    with panels(list(frames), 2.75, 2.3) as drawing:
+        for axis, frame in zip(drawing.axes.flat, frames.values(), strict=False):
             for _, row in frame.iterrows():
                 axis.errorbar(row["raw"], row["lift"], row["lift_std"], fmt="o", ms=6, lw=1, color=of[row["title"]])
             axis.axhline(1, color=NULL, lw=1, ls=":")
             axis.xaxis.set_major_locator(MaxNLocator(4))
             axis.set_xlabel("raw features")
-            axis.set_title(name, loc="left", fontsize=9)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        axes[0, 0].set_ylabel("codes / raw")
-
-    columns = max(2, min(4, len(panels)))
-    rows = math.ceil(len(panels) / columns)
-    return drawn(draw, 2.75 * columns, 2.3 * rows, rows, columns)
+        drawing.axis.set_ylabel("codes / raw")
+    return drawing.svg
 
 
-def steps(panels: Mapping[str, pd.DataFrame], of: Mapping[str, str]) -> str:
+def steps(frames: Mapping[str, pd.DataFrame], of: Mapping[str, str]) -> str:
     """Means at two or more layers, joined, a panel a metric: frames [layer, title] [Fig. 4]."""
-    columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
-
-    def draw(axes: Any) -> None:
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        for axis, (name, frame) in zip(axes.flat, panels.items(), strict=False):
+    with panels(list(frames), 2.75, 2.1) as drawing:
+        for axis, frame in zip(drawing.axes.flat, frames.values(), strict=False):
             for title in frame.columns:
                 axis.plot(range(len(frame)), frame[title], "o-", color=of[str(title)], ms=5, lw=1.5)
             axis.set_xticks(range(len(frame)), list(map(str, frame.index)))
             axis.set_xlim(-0.35, len(frame) - 0.65)
-            axis.set_title(name, loc="left", fontsize=9)
-
-    return drawn(draw, 2.75 * max(2, columns), 2.1 * rows, rows, max(2, columns))
+    return drawing.svg
 
 
 DIVERGING, SEQUENTIAL = "RdBu_r", "YlGnBu"
@@ -212,8 +183,8 @@ TEAL, PURPLE, BLUE = ("#d9efec", "#2f7f76"), ("#e6e0f3", "#6b4fa0"), ("#dde9f6",
 
 def correlation_map(rho: pd.DataFrame, marked: Sequence[tuple[str, str]] = ()) -> str:
     """ρ [metric, task] from -1 to 1 with its numbers; ``marked`` pairs are framed [Fig. 2b]."""
-
-    def draw(axis: Any) -> None:
+    with figure(1.9 + 0.98 * rho.shape[1], 0.7 + 0.42 * rho.shape[0]) as drawing:
+        axis = drawing.axis
         _cells(axis, rho.to_numpy(float), (-1.0, 1.0), DIVERGING, "+.2f", 9)
         axis.set_xticks(range(rho.shape[1]), [textwrap.fill(str(task), 14) for task in rho.columns])
         axis.set_yticks(range(rho.shape[0]), [str(metric) for metric in rho.index])
@@ -222,8 +193,7 @@ def correlation_map(rho: pd.DataFrame, marked: Sequence[tuple[str, str]] = ()) -
                 x, y = list(rho.columns).index(task), list(rho.index).index(metric)
                 axis.add_patch(matplotlib.patches.Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, lw=1.8,
                                                             ec="#222"))  # fmt: skip
-
-    return drawn(draw, 1.9 + 0.98 * rho.shape[1], 0.7 + 0.42 * rho.shape[0])
+    return drawing.svg
 
 
 def setting_maps(maps: Mapping[str, pd.DataFrame], form: str, better: bool) -> str:
@@ -234,7 +204,8 @@ def setting_maps(maps: Mapping[str, pd.DataFrame], form: str, better: bool) -> s
     limits = limits_of(np.concatenate([frame.to_numpy(float).ravel() for frame in maps.values()]), 0.0)
     rows = list(next(iter(maps.values())).index)
 
-    def draw(axis: Any) -> None:
+    with figure(max(4.4, 2.2 * len(maps)), 0.75 + 0.27 * len(rows)) as drawing:
+        axis = drawing.axis
         left = 0.0
         ticks: dict[float, str] = {}
         for name, frame in maps.items():
@@ -247,8 +218,7 @@ def setting_maps(maps: Mapping[str, pd.DataFrame], form: str, better: bool) -> s
         axis.set_xticks(list(ticks), list(ticks.values()))
         axis.set_yticks(range(len(rows)), [f"{k:g}" for k in rows])
         axis.set_ylabel("k", rotation=0)
-
-    return drawn(draw, max(4.4, 2.2 * len(maps)), 0.75 + 0.27 * len(rows))
+    return drawing.svg
 
 
 def setting_frames(runs: pd.DataFrame, metric: str, titles: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -296,7 +266,8 @@ def flowchart(routes: Sequence[Route], start: str) -> str:
     width, gap = 2.5, 0.25
     whole = len(routes) * (width + gap) - gap
 
-    def draw(axis: Any) -> None:
+    with figure(whole, 4.6) as drawing:
+        axis = drawing.axis
         _box(axis, whole / 2, 4.3, 3.4, 0.5, start, ("#fff", "#667"), 10)
         for i, route in enumerate(routes):
             x = i * (width + gap) + width / 2
@@ -309,8 +280,7 @@ def flowchart(routes: Sequence[Route], start: str) -> str:
         axis.set_xlim(-0.05, whole + 0.05)
         axis.set_ylim(0, 4.6)
         axis.set_axis_off()
-
-    return drawn(draw, whole, 4.6)
+    return drawing.svg
 
 
 def _box(axis: Any, x: float, y: float, w: float, h: float, text: str, look: tuple[str, str], size: float) -> None:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from sae_lightning.analysis.figures import ORDER, colours
 from sae_lightning.metrics.part import HEADLINES, headline
+from sae_lightning.rendering.page import Key
 from sae_lightning.runs.identity import monoloss_of, same_but
 from sae_lightning.runs.run import SCORES
 from sae_lightning.runs.scores import read_rows, value_of
@@ -199,6 +200,11 @@ class Grid:
     def stds(self, columns: Sequence[str], frame: pd.DataFrame | None = None) -> pd.DataFrame:
         """Standard deviations over configurations, as ``means``."""
         return backbone_stds(self.main if frame is None else frame, columns).rename(index=self.names).loc[self.titles]
+
+    @property
+    def key(self) -> Key:
+        """What the colours of figures stand for."""
+        return Key([(title, self.colours[title]) for title in self.titles])
 
     @property
     def tiny(self) -> bool:

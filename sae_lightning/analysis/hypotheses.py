@@ -21,7 +21,7 @@ from sae_lightning.analysis.correlation import (
 from sae_lightning.analysis.figures import correlation_map, correlations
 from sae_lightning.analysis.grid import METRICS, Grid, tasks
 from sae_lightning.analysis.paper import PAPER, Paper
-from sae_lightning.rendering.page import TRAIN, Picture, Section
+from sae_lightning.rendering.page import TRAIN, Picture, Section, lacking
 from sae_lightning.rendering.table import Head, P, Table
 
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable"
@@ -108,9 +108,8 @@ def metric_task(grid: Grid, paper: Paper) -> Section:
     """ρ of each metric and task across backbones [Fig. 2b, Fig. 7]."""
     found = metric_tasks(grid.main)
     if found.empty or found["rho"].isna().all():
-        return Section("Metrics and tasks", missing=NO_TASKS if found.empty else
-                       "Correlations across backbones need at least three of them; "
-                       f"`{TRAIN}` trains five.")  # fmt: skip
+        few = f"Correlations across backbones need at least three of them; `{TRAIN}` trains five."
+        return lacking("Metrics and tasks", NO_TASKS if found.empty else few)
     names, all_tasks = list(METRICS), list(dict.fromkeys(found["task"]))
     rho, p = (found.pivot(index="metric", columns="task", values=c).loc[names, all_tasks] for c in ("rho", "p"))
     tested = check_hypotheses(grid.main)
@@ -123,13 +122,13 @@ def metric_task(grid: Grid, paper: Paper) -> Section:
     n = int(found["n"].max())
     return Section(
         "Metrics and tasks",
-        (f"Spearman’s ρ across {n} backbones of a metric’s mean over settings and of the task solved with raw features "
-         "(sparse probing: with codes). Of M2 and M7 less is better: there a negative ρ says that the better by the "
-         f"metric, the better at the task. With n = {n}, p is exact: over all orderings.",),
-        (Picture(correlation_map(shown, framed), caption="Framed: the pairs of H1–H4. [ViSAEBench Fig. 2b]"),
-         Picture(correlations(panels, names), caption="The same, a panel a task. [ViSAEBench Fig. 7]")),
-        (Table("metric-tasks", "Spearman’s ρ of metrics and tasks across backbones, exact two-sided p", heads, rows),
-         *_paper_correlations(rho, paper)),
+        f"Spearman’s ρ across {n} backbones of a metric’s mean over settings and of the task solved with raw features "
+        "(sparse probing: with codes). Of M2 and M7 less is better: there a negative ρ says that the better by the "
+        f"metric, the better at the task. With n = {n}, p is exact: over all orderings.",
+        Picture(correlation_map(shown, framed), caption="Framed: the pairs of H1–H4. [ViSAEBench Fig. 2b]"),
+        Picture(correlations(panels, names), caption="The same, a panel a task. [ViSAEBench Fig. 7]"),
+        Table("metric-tasks", "Spearman’s ρ of metrics and tasks across backbones, exact two-sided p", heads, rows),
+        _paper_correlations(rho, paper),
     )  # fmt: skip
 
 
@@ -178,8 +177,8 @@ def hypotheses(grid: Grid, paper: Paper) -> Section:
     says = f"Of {counts.sum()} hypotheses, here: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "."
     return Section(
         "Hypotheses H1–H4",
-        ("Fixed in advance: " + "; ".join(f"{name}, {claim}" for name, claim in claims.items()) + ".",
-         f"{says} A hypothesis is supported when ρ reaches its threshold, as in the paper; with five backbones the "
-         "smallest exact p is 0.017 at ρ = ±1, and ρ = 0.9 has 0.083, where the t-approximation says 0.037.",),
-        tables=(Table("hypotheses", "H1–H4: rank correlations of metrics and tasks across backbones", heads, rows),),
+        "Fixed in advance: " + "; ".join(f"{name}, {claim}" for name, claim in claims.items()) + ".",
+        f"{says} A hypothesis is supported when ρ reaches its threshold, as in the paper; with five backbones the "
+        "smallest exact p is 0.017 at ρ = ±1, and ρ = 0.9 has 0.083, where the t-approximation says 0.037.",
+        Table("hypotheses", "H1–H4: rank correlations of metrics and tasks across backbones", heads, rows),
     )  # fmt: skip

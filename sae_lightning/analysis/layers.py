@@ -9,7 +9,7 @@ import pandas as pd
 from sae_lightning.analysis.figures import steps
 from sae_lightning.analysis.grid import CONFIGURATION, FAMILY, METRICS, Grid
 from sae_lightning.analysis.paper import Paper
-from sae_lightning.rendering.page import TRAIN, Picture, Section
+from sae_lightning.rendering.page import TRAIN, Picture, Section, lacking
 from sae_lightning.rendering.table import Head, Table
 
 MATCH = [*FAMILY, "backbone", *CONFIGURATION, "seed"]
@@ -49,7 +49,7 @@ def layers(grid: Grid, paper: Paper) -> Section:
     title = "Layers"
     found = layer_differences(grid.frame)
     if found.empty:
-        return Section(title, missing="No backbone has runs on two layers that differ by nothing else: "
+        return lacking(title, "No backbone has runs on two layers that differ by nothing else: "
                        f"`{TRAIN.replace('grid', 'layers')}` adds an early one; evaluate them.")  # fmt: skip
     found = found.assign(title=found["backbone"].map(grid.names))
     same = found["early_layer"].nunique() == found["late_layer"].nunique() == 1
@@ -59,9 +59,9 @@ def layers(grid: Grid, paper: Paper) -> Section:
         frame = own.set_index("title")[["early", "late"]].T
         panels[METRICS[str(metric)].title] = frame.set_axis(ends, axis=0)
     return Section(
-        title, ("Means over runs that differ by nothing but the layer. The paper compares layers 3 and 11 of CLIP, "
-                "DINOv2 and SigLIP. [ViSAEBench App. D, Fig. 4]",),
-        (Picture(steps(panels, grid.colours)),), (_layer_table(found),), keys=True,
+        title, "Means over runs that differ by nothing but the layer. The paper compares layers 3 and 11 of CLIP, "
+        "DINOv2 and SigLIP. [ViSAEBench App. D, Fig. 4]",
+        Picture(steps(panels, grid.colours)), grid.key, _layer_table(found),
     )  # fmt: skip
 
 

@@ -9,13 +9,13 @@ import pandas as pd
 from sae_lightning.analysis.figures import ORDER, normalised, profile, setting_frames, setting_maps
 from sae_lightning.analysis.grid import KIND, METRICS, Grid, missing_cells
 from sae_lightning.analysis.paper import PAPER, Paper, spelled
-from sae_lightning.rendering.page import EVALUATE, TRAIN, Picture, Section, plural, some
+from sae_lightning.rendering.page import EVALUATE, TRAIN, Picture, Section, lacking, plural, some
 from sae_lightning.rendering.table import Head, Spread, Table
 
 
 def what_was_run(grid: Grid, paper: Paper) -> Section:
     """Scale, data, settings and seeds, a line a backbone, with the paper's; what lacks."""
-    main, lacking = grid.main, _lacking(grid)
+    main, absent = grid.main, _lacking(grid)
     heads = [Head("backbone"), Head("data"), Head("features"), Head("layer"), Head("d_in", ".0f"), Head("expansion"),
              Head("k"), Head("seeds"), Head("runs", ".0f"), Head("missing", ".0f")]  # fmt: skip
     rows: list[list[object]] = []
@@ -25,10 +25,10 @@ def what_was_run(grid: Grid, paper: Paper) -> Section:
         rows.append([
             title, own["data"].iloc[0], own["features"].iloc[0], "" if math.isnan(layer) else f"{layer:g}",
             own["d_in"].iloc[0], *(_levels(own[name]) for name in ("expansion", "k", "seed")), len(own),
-            sum(name == title for name, _ in lacking),
+            sum(name == title for name, _ in absent),
         ])  # fmt: skip
     rows.append(["paper: 5 × ViT-B", "ImageNet-1K", "patch", "11", 768, "8, 16, 32", "64, 128, 192, 256", "42", 60, 0])
-    return Section("What was run", _about(grid, lacking), tables=(Table("runs", "Runs", heads, rows),))
+    return Section("What was run", _about(grid, absent), Table("runs", "Runs", heads, rows))
 
 
 def _lacking(grid: Grid) -> list[tuple[str, str]]:
@@ -37,7 +37,7 @@ def _lacking(grid: Grid) -> list[tuple[str, str]]:
     return [(grid.names[backbone], setting) for backbone, setting in missing_cells(scored)]
 
 
-def _about(grid: Grid, lacking: list[tuple[str, str]]) -> tuple[str, ...]:
+def _about(grid: Grid, absent: list[tuple[str, str]]) -> tuple[str, ...]:
     main, rest = grid.main, grid.frame[~grid.frame["run"].isin(grid.main["run"])]
     first = main.iloc[0]
     kind = f"{first['variant']}" + (f" with MonoLoss {first['monoloss']:g}" if first["monoloss"] else "")
@@ -49,8 +49,8 @@ def _about(grid: Grid, lacking: list[tuple[str, str]]) -> tuple[str, ...]:
     }
     spelled = " × ".join(plural(n, *words) for name, words in factors.items() if (n := main[name].nunique()))
     says = [f"{plural(len(main), 'run')} of {kind}: {spelled}, scored on the {grid.split} images."]
-    if lacking:
-        cells = [" ".join(cell) for cell in lacking]
+    if absent:
+        cells = [" ".join(cell) for cell in absent]
         count = f"{len(cells)} cells lack" if len(cells) > 1 else "One cell lacks"
         says.append(f"{count} a run with scores: {some(cells)}. `{TRAIN}` and `{EVALUATE}` make them.")
     partial = [f"{m} ({int(main[m].isna().sum())})" for m in METRICS if main[m].isna().any()]
@@ -80,9 +80,7 @@ def profiles(grid: Grid, paper: Paper) -> Section:
     """Normalised scores of backbones [Fig. 1a], with the scores table beside."""
     means = grid.means(list(METRICS)).dropna(axis=1, how="all")
     if len(means) < 2:
-        return Section(
-            "Profiles of backbones", missing=f"A profile compares backbones; here is one. `{TRAIN}` trains five."
-        )
+        return lacking("Profiles of backbones", f"A profile compares backbones; here is one. `{TRAIN}` trains five.")
     scores = normalised(means, {m: METRICS[m].better for m in means})
     firsts = {t: [str(m) for m in scores if scores[m].max() == scores.at[t, m]] for t in scores.index}
     lasts = {t: [str(m) for m in scores if scores[m].min() == scores.at[t, m]] for t in scores.index}
@@ -90,10 +88,10 @@ def profiles(grid: Grid, paper: Paper) -> Section:
     heads = [Head("backbone"), *(Head(str(m), ".2f") for m in scores), Head("first in"), Head("last in")]
     return Section(
         "Profiles of backbones",
-        ("Means over all settings, each metric from the worst backbone (0) to the best (1); FVU and absorption count "
-         "downwards. [ViSAEBench Fig. 1a]",),
-        (Picture(profile(scores, [METRICS[str(m)].title for m in scores], grid.colours)),),
-        (Table("profiles", "Normalised scores of backbones", heads, rows),), keys=True,
+        "Means over all settings, each metric from the worst backbone (0) to the best (1); FVU and absorption count "
+        "downwards. [ViSAEBench Fig. 1a]",
+        Picture(profile(scores, [METRICS[str(m)].title for m in scores], grid.colours)), grid.key,
+        Table("profiles", "Normalised scores of backbones", heads, rows),
     )  # fmt: skip
 
 
@@ -110,9 +108,9 @@ def means_table(grid: Grid, paper: Paper) -> Section:
         rows.append([t, *(spreads[m] for m in names), spreads["l0"].mean, spreads["dead_share"]])
     about = "Mean ± standard deviation over a backbone’s settings; an arrow shows the better direction."
     return Section(
-        "Means of backbones", (about,),
-        tables=(Table("means", "M1–M7 by backbone, mean and standard deviation over settings", heads, rows),
-                *_printed_means(paper)),
+        "Means of backbones", about,
+        Table("means", "M1–M7 by backbone, mean and standard deviation over settings", heads, rows),
+        _printed_means(paper),
     )  # fmt: skip
 
 
@@ -130,11 +128,9 @@ def settings(grid: Grid, paper: Paper) -> Section:
     """Heat maps of each metric over expansion and k, a map a backbone."""
     main = grid.main.dropna(subset=["k"])
     if main.empty or (main["k"].nunique() < 2 and main["expansion"].nunique() < 2):
-        return Section(
-            "Every setting", missing=f"All runs have one expansion and one k; `{TRAIN}` trains twelve settings."
-        )
+        return lacking("Every setting", f"All runs have one expansion and one k; `{TRAIN}` trains twelve settings.")
     pictures = []
     for name, (title, better) in METRICS.items():
         if maps := setting_frames(main, name, grid.titles):
             pictures.append(Picture(setting_maps(maps, ".3f", better), title))
-    return Section("Every setting", ("Means over seeds; one scale a metric, dark is better.",), tuple(pictures))
+    return Section("Every setting", "Means over seeds; one scale a metric, dark is better.", pictures)

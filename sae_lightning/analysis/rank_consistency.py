@@ -11,7 +11,7 @@ import pandas as pd
 from sae_lightning.analysis.correlation import spearman
 from sae_lightning.analysis.grid import CELL, METRICS, Grid, backbone_means, main_family, over_seeds
 from sae_lightning.analysis.paper import PAPER, Paper
-from sae_lightning.rendering.page import TRAIN, Section, some
+from sae_lightning.rendering.page import TRAIN, Section, lacking, some
 from sae_lightning.rendering.table import Head, P, Table
 
 
@@ -109,7 +109,7 @@ def families(grid: Grid, paper: Paper) -> Section:
     comparable = grid.comparable()
     others = [v for v in dict.fromkeys(comparable["variant"]) if v != first]
     if not others:
-        return Section(title, missing=f"All runs are of {first}: train a second variant on the same backbones, "
+        return lacking(title, f"All runs are of {first}: train a second variant on the same backbones, "
                        f"`{TRAIN.replace('grid', 'jumprelu')}`, and evaluate it.")  # fmt: skip
     about, tables = ["Backbones from best to worst by their means, over runs whose L0 is within 2 of k. "
                      "[ViSAEBench App. Q, Table 9]"], []  # fmt: skip
@@ -119,7 +119,7 @@ def families(grid: Grid, paper: Paper) -> Section:
             left = [f"{run} ({why})" for run, why in zip(found.dropped["run"], found.dropped["reason"], strict=True)]
             about.append(f"Left out with {second}: {some(left, 4)}.")
         tables += [_table_9(grid, found, first, second, paper), *_differences(grid, found, first, second)]
-    return Section(title, tuple(about), tables=tuple(tables))
+    return Section(title, about, tables)
 
 
 def _table_9(grid: Grid, found: Consistency, first: str, second: str, paper: Paper) -> Table:

@@ -13,7 +13,7 @@ from sae_lightning.analysis.correlation import NO_TASKS, metric_tasks, stands_in
 from sae_lightning.analysis.figures import Route, flowchart
 from sae_lightning.analysis.grid import METRICS, Grid, backbone_means, tasks
 from sae_lightning.analysis.paper import PAPER, Paper
-from sae_lightning.rendering.page import TRAIN, Picture, Section
+from sae_lightning.rendering.page import TRAIN, Picture, Section, lacking
 from sae_lightning.rendering.table import Head, Table
 
 # kinds of task in the order of App. P.1, by patterns of their names, of which the first that fits counts
@@ -158,14 +158,14 @@ def guide(grid: Grid, paper: Paper) -> Section:
     """A flowchart from tasks to backbones, what to select on and what not, beside the paper's advice."""
     found = recommend(grid.main)
     if not found.routes or len(grid.titles) < 2:
-        return Section(TITLE, missing=NO_TASKS if not found.routes else "A choice needs several backbones: "
-                       f"`{TRAIN}` trains five.")  # fmt: skip
+        few = f"A choice needs several backbones: `{TRAIN}` trains five."
+        return lacking(TITLE, few if found.routes else NO_TASKS)
     routes = [_drawn_route(grid, r) for r in found.routes]
     chart = flowchart(routes, "What is the SAE for?")
     return Section(
-        TITLE, _about(grid, found), (Picture(chart, caption="Task, backbone, and the metrics that rank the backbones "
-                                             "most as the task does."),),
-        (_routes(grid, found, bool(paper.files)), _metrics(grid, found)),
+        TITLE, _about(grid, found),
+        Picture(chart, caption="Task, backbone, and the metrics that rank the backbones most as the task does."),
+        _routes(grid, found, bool(paper.files)), _metrics(grid, found),
     )  # fmt: skip
 
 

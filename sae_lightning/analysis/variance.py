@@ -15,7 +15,7 @@ from scipy import stats
 from sae_lightning.analysis.figures import SHARES, shares
 from sae_lightning.analysis.grid import CELL, METRICS, Grid, configuration_names, missing_cells, over_seeds
 from sae_lightning.analysis.paper import PAPER, Paper
-from sae_lightning.rendering.page import EVALUATE, TRAIN, Picture, Section
+from sae_lightning.rendering.page import EVALUATE, TRAIN, Picture, Section, lacking
 from sae_lightning.rendering.table import Head, P, Table
 
 # terms by name, each the factors that it is made of
@@ -197,14 +197,13 @@ def decomposition(grid: Grid, paper: Paper) -> Section:
     found = variance(grid.main).set_index("metric")
     found = found[found[["eta_backbone", "eta_hp"]].notna().all(axis=1)]
     if found.empty:
-        return Section(TITLE, missing="A decomposition needs several backbones, each with several expansions or k: "
+        return lacking(TITLE, "A decomposition needs several backbones, each with several expansions or k: "
                        f"`{TRAIN}`, then `{EVALUATE}`.")  # fmt: skip
     own = {METRICS[m].title: _parts(row) for m, row in found.iterrows()}
     theirs = {METRICS[m].title: parts for m, parts in paper.variance().items() if m in found.index}
     return Section(
-        TITLE, _about(found),
-        (Picture(shares(own, theirs), caption=_caption(bool(theirs))),),
-        (_table_3(grid, found, paper), _tests(grid, found), *_seeds(grid)),
+        TITLE, _about(found), Picture(shares(own, theirs), caption=_caption(bool(theirs))),
+        _table_3(grid, found, paper), _tests(grid, found), _seeds(grid),
     )  # fmt: skip
 
 

@@ -8,12 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from omegaconf import DictConfig
 
 from sae_lightning import __version__
 from sae_lightning.files import write_json, write_text
 from sae_lightning.registry import one_of
+from sae_lightning.rendering.page import render
 from sae_lightning.runs.results import RECORD, Result
 from sae_lightning.runs.run import Opened, chosen_runs
 
@@ -27,13 +27,8 @@ def leave(
     what the template shows beside ``about``, ``headlines`` and ``title``.
     """
     result.folder.mkdir(parents=True, exist_ok=True)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sae_lightning.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    html = environment.get_template(f"apps/{result.app}.html").render(
-        title=result.title, about=about, headlines=result.headlines, version=__version__, **context
-    )
-    write_text(result.page, html)
+    shown = {"title": result.title, "about": about, "headlines": result.headlines, **context}
+    write_text(result.page, render(f"apps/{result.app}.html", shown))
     record = {
         "app": result.app, "title": result.title, "about": about, "version": __version__, "settings": dict(settings),
         "headlines": [asdict(headline) for headline in result.headlines], **numbers,

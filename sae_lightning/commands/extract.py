@@ -12,26 +12,22 @@ if TYPE_CHECKING:
 
 @command("extract")
 def main(cfg: DictConfig) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from sae_lightning.features.manifest import MANIFEST
     from sae_lightning.features.source import Source, extract_stores, taps_of
     from sae_lightning.features.store import FeatureStore
+    from sae_lightning.rendering.table import Head, Table
 
-    table = Table(title="Feature stores")
-    for column in ("store", "images", "patches", "d_in", "std", "γ = ‖μ‖/‖σ‖", "size"):
-        table.add_column(column, justify="left" if column == "store" else "right", overflow="fold")
+    heads = [Head("store"), Head("images", ",.0f"), Head("patches", ".0f"), Head("d_in", ".0f"), Head("std", drop=1),
+             Head("γ = ‖μ‖/‖σ‖", ".2f", drop=1), Head("size, MB", ",.0f")]  # fmt: skip
+    rows: list[list[object]] = []
     source = Source.of(cfg)
     for split in cfg.splits:
         for folder in extract_stores(source, source.images(split), taps_of(cfg)).values():
             if not (folder / MANIFEST).is_file():
-                table.add_row(str(folder), "unfinished", "", "", "", "", "")
+                rows.append([str(folder), "unfinished", *[None] * 5])
                 continue
             store = FeatureStore.open(folder)
-            size = sum(shard.bytes for shard in store.manifest.shards)
-            table.add_row(
-                str(folder), f"{len(store):,}", str(store.n_patches), str(store.d_in), f"{store.std:.3f}",
-                f"{store.manifest.severity:.2f}", f"{size / 1e6:,.0f} MB",
-            )  # fmt: skip
-    Console(width=max(120, Console().width)).print(table)
+            size = sum(shard.bytes for shard in store.manifest.shards) / 1e6
+            shape = [len(store), store.n_patches, store.d_in]
+            rows.append([str(folder), *shape, float(store.std), store.manifest.severity, size])
+    Table("stores", "Feature stores", heads, rows).show()

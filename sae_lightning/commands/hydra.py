@@ -77,20 +77,16 @@ class ClosingTable(Callback):
         if not folders:
             return
         from rich.console import Console
-        from rich.table import Table
 
-        table, said = Table(title=self.title), {}
-        for column in ("run", *self.columns):
-            table.add_column(column, justify="left" if column in ("run", "backbone") else "right", no_wrap=True)
-        for folder in folders:
-            cells, remark = self.row(folder)
-            table.add_row(folder.name, *cells, *[""] * (len(self.columns) - len(cells)))
+        from sae_lightning.rendering.table import Head, Table
+
+        found = {folder.name: self.row(folder) for folder in folders}
+        rows = [[name, *cells, *[""] * (len(self.columns) - len(cells))] for name, (cells, _) in found.items()]
+        console = console or Console()
+        Table("runs", self.title, [Head(title) for title in ("run", *self.columns)], rows).show(console)
+        for name, (_, remark) in found.items():
             if remark:
-                said[folder.name] = remark
-        console = console or Console(width=max(124, Console().width))
-        console.print(table)
-        for name, remark in said.items():
-            console.print(f"{name}: {remark}", markup=False, soft_wrap=True)
+                console.print(f"{name}: {remark}", markup=False, soft_wrap=True)
 
     def row(self, folder: Path) -> tuple[list[str], str]:
         """The cells of a run, one in words where it is not finished, and what is to be said of it below the table."""

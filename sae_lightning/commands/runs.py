@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from sae_lightning.rendering.table import Head, Table
 
 STYLES = {"finished": "green", "running": "cyan", "broken": "yellow", "failed": "red", "planned": "dim"}
 
@@ -48,16 +47,12 @@ def _list(args: argparse.Namespace) -> int:
 
     _require(args.folder)
     found = states(args.folder)
-    table = Table()
-    for column in ("run", "state", "", "parts scored"):
-        table.add_column(column, justify="right" if column == "parts scored" else "left", no_wrap=column == "run")
-    for run in found:
-        if args.only in (None, run.state):
-            table.add_row(run.name, run.state, run.about, str(run.scores or ""), style=STYLES[run.state])
-    console = Console(width=max(120, Console().width))
-    console.print(table)
+    shown = [run for run in found if args.only in (None, run.state)]
+    heads = [Head("run"), Head("state"), Head("", wraps=True), Head("parts scored", ".0f", drop=1)]
+    rows = [[run.name, run.state, run.about, run.scores or ""] for run in shown]
+    Table("runs", "", heads, rows, styles=[STYLES[run.state] for run in shown]).show()
     count = Counter(run.state for run in found)
-    console.print(f"{len(found)} runs: " + ", ".join(f"{count[state]} {state}" for state in STYLES if count[state]))
+    print(f"{len(found)} runs: " + ", ".join(f"{count[state]} {state}" for state in STYLES if count[state]))
     return 0
 
 
@@ -81,17 +76,12 @@ def _diff(args: argparse.Namespace) -> int:
 
     runs = [Path(name) if Path(name).is_dir() else args.folder / name for name in (args.first, args.second)]
     found = list(differences(*runs))
-    table = Table()
-    for column in ("setting", runs[0].name, runs[1].name, ""):
-        table.add_column(column, overflow="fold")
-    for each in found:
-        table.add_row(each.setting, shown(each.first), shown(each.second), each.reason or "another run", style=None
-                      if each.reason is None else "dim")  # fmt: skip
-    console = Console(width=max(120, Console().width))
+    heads = [Head(title, wraps=True) for title in ("setting", runs[0].name, runs[1].name, "")]
+    rows = [[each.setting, shown(each.first), shown(each.second), each.reason or "another run"] for each in found]
     if found:
-        console.print(table)
+        Table("diff", "", heads, rows, styles=["" if each.reason is None else "dim" for each in found]).show()
     count = sum(each.reason is None for each in found)
-    console.print(f"They differ in {_count(len(found), 'setting')}, of which {count} can change the result.")
+    print(f"They differ in {_count(len(found), 'setting')}, of which {count} can change the result.")
     return 0
 
 

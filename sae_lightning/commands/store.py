@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import Progress
-from rich.table import Table
 
 from sae_lightning.features.manifest import MANIFEST, Manifest, StoreError
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.upkeep import find_stores, mend, merge_stores, unfinished
+from sae_lightning.rendering.table import Head, Table
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,38 +45,37 @@ def main(arguments: Sequence[str]) -> int:
     return args.run(args)
 
 
-def _console() -> Console:
-    return Console(width=max(120, Console().width))
-
-
 def _ls(args: argparse.Namespace) -> int:
     folders = find_stores(args.root)
     if not folders:
         raise StoreError(f"There is no store in {args.root}; make one with extract.py, or name another folder.")
-    console, table, broken = _console(), Table(), []
-    for column in ("store", "images", "shape", "type", "size", "backbone"):
-        table.add_column(column, justify="right" if column in ("images", "size") else "left", overflow="fold")
+    rows: list[list[object]] = []
+    styles, broken = [], []
     for folder in folders:
         name = str(folder.relative_to(args.root))
         try:
             if not (folder / MANIFEST).is_file():
                 shards, images = unfinished(folder)
-                table.add_row(name, f"{images:,}", f"unfinished, {shards} shards so far", style="yellow")
+                rows.append([name, images, f"unfinished, {shards} shards so far", "", "", ""])
+                styles.append("yellow")
                 continue
             m = Manifest.read(folder)
         except StoreError as error:
             broken.append(str(error))
             continue
-        size = readable(sum(shard.bytes for shard in m.shards))
-        table.add_row(name, f"{m.n_images:,}", f"{m.n_patches} × {m.d_in}", m.dtype, size, m.backbone)
-    console.print(table)
+        size = decimal(sum(shard.bytes for shard in m.shards))
+        rows.append([name, m.n_images, f"{m.n_patches} × {m.d_in}", m.dtype, size, m.backbone])
+        styles.append("")
+    heads = [Head("store"), Head("images", ",.0f"), *map(Head, ("shape", "type", "size", "backbone"))]
+    Table("stores", "", heads, rows, styles=styles).show()
     for sentence in broken:
-        console.print(sentence, style="red")
+        Console().print(sentence, style="red", soft_wrap=True)
     return 1 if broken else 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    console, worst = _console(), 0
+    console, worst = Console(), 0
+    say = partial(console.print, soft_wrap=True)
     folders = [
         f for given in _no_locks(args.folder) for f in ([given] if (given / MANIFEST).is_file() else find_stores(given))
     ]
@@ -83,38 +84,36 @@ def _verify(args: argparse.Namespace) -> int:
     with Progress(console=console, transient=True) as progress:
         for folder in progress.track(folders, description="Verifying"):
             if not (folder / MANIFEST).is_file():
-                console.print(f"{folder}: unfinished; extract.py goes on from it.")
+                say(f"{folder}: unfinished; extract.py goes on from it.")
                 continue
             try:
                 store = FeatureStore(folder, Manifest.read(folder))
                 bad, files = store.damage(verify=True), store.damaged_files()
             except StoreError as error:
-                console.print(str(error), style="red")
+                say(str(error), style="red")
                 worst = 1
                 continue
             for what in (*bad.values(), *files.values()):
-                console.print(str(what), style="red")
+                say(str(what), style="red")
             if not (bad or files):
-                console.print(f"{folder}: whole.")
+                say(f"{folder}: whole.")
                 continue
             worst = 1
             if args.mend:
                 lost = mend(folder, bad)
-                console.print(f"{folder}: removed {', '.join(lost)}; run extract.py again, which redoes these alone.")
+                say(f"{folder}: removed {', '.join(lost)}; run extract.py again, which redoes these alone.")
     return worst
 
 
 def _stats(args: argparse.Namespace) -> int:
-    console = _console()
     for folder in _no_locks(args.folder):
         store = FeatureStore.open(folder)
         m = store.manifest
-        table = Table(title=str(folder), show_header=False)
         feature = m.kind if m.layer is None else f"{m.kind}, layer {m.layer}"
         rows = {
             "features": f"{feature}, of {m.backbone}", "images": f"{m.data}, {m.split}: {len(store):,}",
             "shape": f"[{len(store)}, {m.n_patches}, {m.d_in}] {m.dtype} in {len(m.shards)} shards",
-            "size": readable(sum(shard.bytes for shard in m.shards)),
+            "size": decimal(sum(shard.bytes for shard in m.shards)),
             "left out": f"{m.skipped_images} unreadable pictures" if m.skipped_images else "nothing",
             "mean length of a token": f"{m.mean_norm:.4g}", "deviation (scalar)": f"{m.std:.4g}",
             "severity γ = ‖μ‖/‖σ‖": f"{m.severity:.3g}",
@@ -122,9 +121,7 @@ def _stats(args: argparse.Namespace) -> int:
             "dimensions farthest off zero": _outliers(store), "images a class": _classes(store),
             "fingerprint": m.fingerprint, "made with": ", ".join(f"{k} {v}" for k, v in m.versions.items()),
         }  # fmt: skip
-        for name, value in rows.items():
-            table.add_row(name, value)
-        console.print(table)
+        Table("stats", str(folder), [Head(""), Head("", wraps=True)], list(rows.items())).show()
     return 0
 
 
@@ -150,13 +147,3 @@ def _merge(args: argparse.Namespace) -> int:
     store = merge_stores(_no_locks(args.folder), args.into)
     print(f"{args.into}: {len(store):,} images in {len(store.manifest.shards)} shards.")
     return 0
-
-
-def readable(size: float) -> str:
-    """A number of bytes in the unit that fits."""
-    units: Iterable[str] = ("B", "KB", "MB", "GB", "TB")
-    for unit in units:
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:,.0f} {unit}" if size >= 10 or unit == "B" else f"{size:.1f} {unit}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
-from sae_lightning.metrics.part import HEADLINES, headline
+from sae_lightning.metrics.part import HEADLINES, fits, headline
+from sae_lightning.rendering.table import Head, Table, Unknown
 from sae_lightning.runs.run import SCORES
 from sae_lightning.runs.scores import read_rows
 from sae_lightning.saes.artefact import read_cfg
@@ -24,46 +24,40 @@ COLUMNS = {
 
 def print_scores(runs: Sequence[Path], cfg: DictConfig) -> None:
     """The tables of ``runs``, and the baselines of those who judged how alike images are."""
-    console = Console(width=max(200, Console().width))
-    console.print(core_table(runs, cfg.split))
+    core_table(runs, cfg.split).show()
     if cfg.metrics.get("sparse_probing") is not None:
-        console.print(visaebench_table(runs, cfg.split))
+        visaebench_table(runs, cfg.split).show()
     judges = {(s["title"], s["baseline"]) for s in (read_scores(run)["similarity"] for run in runs)}
     for title, baseline in sorted(judges):
-        console.print(f"MonoScore by {title}; all pairs of images: {baseline:.3f}.", highlight=False)
+        print(f"MonoScore by {title}; all pairs of images: {baseline:.3f}.")
 
 
 def core_table(runs: Sequence[Path], split: str) -> Table:
     """The core metrics of each run."""
-    table = _table(f"Scores on the {split} split", ["k of d_in", *COLUMNS.values()])
+    rows = []
     for run in runs:
         made, metrics = read_cfg(run), read_scores(run)["metrics"]
         k = "–" if made["k"] is None else f"{made['k']:g}"
-        values = [f"{metrics[name]:.3f}" if name in metrics else "–" for name in COLUMNS]
-        table.add_row(run.name, made["backbone"], f"{k} of {made['d_in']}", *values)
-    return table
+        rows.append([run.name, made["backbone"], f"{k} of {made['d_in']}", *(metrics.get(name) for name in COLUMNS)])
+    heads = [Head("run"), Head("backbone"), Head("k of d_in"), *(Head(title) for title in COLUMNS.values())]
+    return Table("core", f"Scores on the {split} split", heads, rows)
 
 
 def visaebench_table(runs: Sequence[Path], split: str) -> Table:
-    """M1–M7 of each run."""
-    table = _table(f"ViSAEBench on the {split} split", [h.title for h in HEADLINES])
+    """M1–M7 of each run, with why one has no number."""
+    rows: list[list[object]] = []
     for run in runs:
-        rows = [row for row in read_rows(run) if row["split"] == split]
-        table.add_row(run.name, read_cfg(run)["backbone"], *(_shown(headline(rows, h)) for h in HEADLINES))
-    return table
+        scores = [row for row in read_rows(run) if row["split"] == split]
+        cells: list[object] = [run.name, read_cfg(run)["backbone"]]
+        for h in HEADLINES:
+            why = next((r.get("why") for r in scores if r["metric"] == h.metric and fits(r["setting"], h.setting)), "")
+            value = headline(scores, h)
+            cells.append(value if math.isfinite(value) else Unknown(why or ""))
+        rows.append(cells)
+    heads = [Head("run"), Head("backbone"), *(Head(h.title, better=h.better) for h in HEADLINES)]
+    return Table("visaebench", f"ViSAEBench on the {split} split", heads, rows)
 
 
 def read_scores(run: Path) -> dict:
     """scores.json of a run."""
     return json.loads((run / SCORES).read_text(encoding="utf-8"))
-
-
-def _shown(value: float) -> str:
-    return "–" if value != value else f"{value:.3f}"
-
-
-def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title)
-    for column in ("run", "backbone", *columns):
-        table.add_column(column, justify="left" if column in ("run", "backbone") else "right", no_wrap=True)
-    return table

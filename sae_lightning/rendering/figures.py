@@ -1,66 +1,82 @@
-"""The report's figures as inline SVG."""
+"""Figures of the pages as inline SVG: their style, and ``with figure(…)``, which draws one."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8a5fbf", "#e08e1b", "#4a4e69", "#00a5a5", "#a0522d")
+
+OTHERS, NULL = "#b9bec8", "#444"  # of what is not spoken of, and of what chance gives
 
 STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "axes.edgecolor": "#888", "svg.fonttype": "none", "font.family": "sans-serif",
 }  # fmt: skip
 
-
-def svg(figure: Figure) -> str:
-    """The figure as an inline SVG element, without a date."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-OTHERS, NULL = "#b9bec8", "#444"
-
 HEADLINE_K = 128
 
 
-def panel(draw: Callable[[Axes], None], width: float = 3.7, height: float = 2.5, title: str = "") -> str:
-    """A small figure of one pair of axes, SVG."""
+@dataclass
+class Drawing:
+    """A figure's ``axes`` [rows, columns]; when it is finished, its inline ``svg``."""
+
+    axes: Any
+    svg: str = ""
+
+    @property
+    def axis(self) -> Any:
+        """The first of its axes."""
+        return self.axes[0, 0]
+
+
+@contextmanager
+def figure(width: float, height: float, rows: int = 1, columns: int = 1, title: str = "", **subplots: Any
+           ) -> Iterator[Drawing]:  # fmt: skip
+    """A figure, inches, to be drawn on within ``with``; what it gives has the ``svg`` behind it.
+
+    ``title`` is that of the first axes; ``subplots`` are options of matplotlib's function.
+    """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axis = figure.subplots()
-        draw(axis)
-        axis.set_title(title, loc="left", fontsize=9)
-        return svg(figure)
+        made = Figure(figsize=(width, height), layout="constrained")
+        drawing = Drawing(made.subplots(rows, columns, squeeze=False, **subplots))
+        if title:
+            drawing.axis.set_title(title, loc="left", fontsize=9)
+        yield drawing
+        buffer = io.StringIO()
+        made.savefig(buffer, format="svg", metadata={"Date": None})
+        text = buffer.getvalue()
+        drawing.svg = text[text.index("<svg") :]
 
 
-def budget_axis(axis: Axes, budgets: Sequence[float]) -> None:
+@contextmanager
+def panels(titles: Sequence[str], width: float, height: float, **subplots: Any) -> Iterator[Drawing]:
+    """A figure with axes for each of ``titles``, of ``width`` and ``height`` inches each, two to four a row."""
+    columns = max(2, min(4, len(titles)))
+    rows = math.ceil(len(titles) / columns)
+    with figure(width * columns, height * rows, rows, columns, **subplots) as drawing:
+        for axis, title in zip(drawing.axes.flat, titles, strict=False):
+            axis.set_title(title, loc="left", fontsize=9)
+        for axis in drawing.axes.flat[len(titles) :]:
+            axis.set_visible(False)
+        yield drawing
+
+
+def budget_axis(axis: Any, budgets: Sequence[float]) -> None:
     """A log2 axis with every other of ``budgets`` named."""
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(FixedLocator(budgets[::2]))
     axis.xaxis.set_minor_locator(FixedLocator([]))
     axis.set_xticklabels([f"{budget:g}" for budget in budgets[::2]])
-
-
-Draw = Callable[[Any], None]
-
-
-def drawn(draw: Draw, width: float, height: float, rows: int = 1, columns: int = 1, **subplots: Any) -> str:
-    """A figure whose axes [rows, columns] ``draw`` fills, one pair of axes given as such; SVG."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False, **subplots)
-        draw(axes[0, 0] if rows == columns == 1 else axes)
-        return svg(figure)
 
 
 def limits_of(values: Sequence[float] | np.ndarray, margin: float = 0.04) -> tuple[float, float]:

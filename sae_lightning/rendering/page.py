@@ -1,26 +1,50 @@
-"""What a section of the page over a grid consists of."""
+"""Pages: sections of prose, tables, figures and cards, and the one template that shows them all."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from itertools import groupby
+from typing import Any
 
+import jinja2
 from markupsafe import Markup, escape
 
-from sae_lightning.rendering.table import Table
+from sae_lightning import __version__
+from sae_lightning.rendering.table import NOTHING, Head, Table, number
 
 TRAIN = "python train.py -m experiment=visaebench_grid"
 
 EVALUATE = "python evaluate.py metrics=visaebench"
 
 
-class Picture(NamedTuple):
-    """An inline SVG with a ``title`` and a ``caption``."""
+@dataclass(frozen=True)
+class Note:
+    """A paragraph in grey; with ``lacks`` set apart, as what is missing and which command makes it."""
+
+    text: str
+    lacks: bool = False
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading within a section, with an ``aside`` in grey; a link where there is an ``href``."""
+
+    text: str
+    aside: str = ""
+    href: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An inline SVG with a ``title`` and a ``caption``; ``wide`` as wide as the page."""
 
     svg: str
     title: str = ""
     caption: str = ""
+    wide: bool = False
 
     @property
     def width(self) -> float:
@@ -30,23 +54,124 @@ class Picture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Section:
-    """``about`` are paragraphs; ``missing`` says in a line what lacks and which command makes it.
+class Key:
+    """What colours stand for: titles by colour, in pairs; behind a click where there are many."""
 
-    ``keys`` asks for the legend of the backbones' colours.
-    """
+    colours: Sequence[tuple[str, str]]
+    more: Sequence[tuple[str, str]] = ()  # dashes of lines, and what they stand for
+    words: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A row of pictures, a data URI, ``share`` of the card's width, with what stands ``left`` and ``right`` of it."""
+
+    uri: str
+    alt: str
+    share: float = 1.0
+    left: str = ""
+    right: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """Strips below a ``title`` (bold), an ``aside`` and what stands at the ``right``, above a ``footer``."""
 
     title: str
-    about: tuple[str, ...] = ()
-    pictures: tuple[Picture, ...] = ()
-    tables: tuple[Table, ...] = ()
-    missing: str = ""
-    keys: bool = False
+    strips: Sequence[Strip]
+    aside: str = ""
+    right: str = ""
+    footer: str = ""
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Cards side by side: as many as there is room for, or ``columns``."""
+
+    cards: Sequence[Card]
+    columns: int = 0
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Columns of blocks, side by side where there is room: ``widths`` as of a CSS grid."""
+
+    columns: Sequence[Sequence[Any]]
+    widths: str = ""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Blocks behind a ``title``, with an ``aside`` in grey and maybe a dot of ``colour``, seen after a click."""
+
+    title: str
+    blocks: Sequence[Any]
+    aside: str = ""
+    colour: str = ""
+    open: bool = False
+
+
+Block = Any  # str (a paragraph), Markup, Note, Heading, Picture, Table, Key, Cards, Beside or Fold
+
+
+class Section:
+    """A ``title`` and its ``blocks`` in order; lists of them are laid out, and what is empty is left out."""
+
+    def __init__(self, title: str, *blocks: Block | Sequence[Block]) -> None:
+        self.title, self.blocks = title, tuple(_flat(blocks))
 
     @property
     def anchor(self) -> str:
         """The name that links in the page use."""
         return "-".join("".join(c if c.isalnum() else " " for c in self.title.lower()).split())
+
+    @property
+    def about(self) -> list[str]:
+        """Its paragraphs."""
+        return [block for block in self.blocks if isinstance(block, str)]
+
+    @property
+    def tables(self) -> list[Table]:
+        """All its tables."""
+        return [block for block in _all(self.blocks) if isinstance(block, Table)]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """All its figures."""
+        return [block for block in _all(self.blocks) if isinstance(block, Picture)]
+
+    @property
+    def missing(self) -> str:
+        """What it says is missing."""
+        return next((block.text for block in self.blocks if isinstance(block, Note) and block.lacks), "")
+
+
+def lacking(title: str, text: str) -> Section:
+    """A section that has nothing to show: ``text`` says in a line what is missing, and which command makes it."""
+    return Section(title, Note(text, lacks=True))
+
+
+def _flat(blocks: Iterable[Any]) -> Iterator[Any]:
+    for block in blocks:
+        if isinstance(block, list | tuple):
+            yield from _flat(block)
+        elif block:
+            yield block
+
+
+def _all(blocks: Iterable[Any]) -> Iterator[Any]:
+    """Blocks with those inside of others."""
+    for block in blocks:
+        yield block
+        if isinstance(block, Fold):
+            yield from _all(_flat(block.blocks))
+        elif isinstance(block, Beside):
+            yield from _all(_flat(block.columns))
+
+
+def laid_out(blocks: Iterable[Any]) -> list[tuple[str, list[Any]]]:
+    """Blocks by kind, those of one kind that follow each other together: figures stand side by side."""
+    return [(kind, list(same)) for kind, same in groupby(_flat(blocks), lambda b: type(b).__name__.lower())]
 
 
 def plural(n: int, one: str, many: str = "") -> str:
@@ -55,7 +180,7 @@ def plural(n: int, one: str, many: str = "") -> str:
 
 
 def prose(text: str) -> Markup:
-    """Text as HTML: what stands between backticks is code."""
+    """Text as HTML: what stands between backticks is code; markup stays."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
@@ -63,3 +188,40 @@ def some(items: list[str], most: int = 8) -> str:
     """The first ``most`` items joined by commas, with the number of the others."""
     rest = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + rest
+
+
+def headlines(lines: Iterable[Any], title: str = "") -> Table:
+    """Headline figures of an application beside their baselines."""
+    heads = [Head(""), Head("value", ".3g"), Head("95 % interval"), Head("baseline", ".3g"), Head("of")]
+    rows = [
+        [line.what, line.ours, "{:.3g} to {:.3g}".format(*line.interval) if line.interval else "",
+         line.baseline, line.against]
+        for line in lines
+    ]  # fmt: skip
+    return Table("headlines", title, heads, rows)
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """Where all pages' templates are read from."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("sae_lightning.rendering"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    made.filters |= {"prose": prose, "laid_out": laid_out}
+    made.filters["figure"] = lambda value, form=".3f": NOTHING if jinja2.is_undefined(value) else number(value, form)
+    made.globals |= {"version": __version__, "plural": plural}
+    return made
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """A template filled in."""
+    return environment().get_template(template).render(context)
+
+
+def page(title: str, lead: Sequence[Block], sections: Sequence[Section], tables: str = "", heading: str = "") -> str:
+    """A page of ``sections`` below a ``lead``, with links to each; self-contained HTML.
+
+    ``tables`` names the folder beside it in which the tables are as csv and LaTeX; ``heading`` is shown for the title.
+    """
+    shown = {"title": title, "heading": heading or title, "lead": lead, "sections": sections, "tables": tables}
+    return render("page.html", shown)

@@ -1,16 +1,16 @@
-"""Tables of the page over a grid: one description, shown as HTML, written as csv and as LaTeX."""
+"""Tables: one description, shown as HTML and in the terminal, and written as csv, Markdown and LaTeX."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
+if TYPE_CHECKING:
+    from rich.console import Console
 
 NOTHING = "–"
 
@@ -20,25 +20,39 @@ def number(value: float, form: str = ".3f") -> str:
     return format(value, form).replace("%", " %") if math.isfinite(value) else NOTHING
 
 
-Cell = Any  # str, float, Spread or None
+Cell = Any  # str, a number, Spread, Unknown, Keyed or None
 
-P = "p"
+P = "p"  # the form of p-values, of which small ones read <0.001
 
 LINE = 26  # letters of a cell that are not broken into lines
 
 
 class Spread(NamedTuple):
-    """A mean with the standard deviation of what it is of."""
+    """A mean with the standard deviation of what it is of; None or NaN where there is none."""
 
     mean: float
-    std: float
+    std: float | None
+
+
+class Unknown(NamedTuple):
+    """A cell without a number, and ``why``."""
+
+    why: str
+
+
+class Keyed(NamedTuple):
+    """A name, with the ``colour`` that it has in figures."""
+
+    text: str
+    colour: str
 
 
 class Head(NamedTuple):
     """A column: its ``title``, the ``form`` of its numbers, whether more is ``better``, and a heading ``over`` it.
 
-    ``better`` None marks no best cell. ``sign`` shows the plus of positive numbers. The form ``P`` is that of p-values,
-    of which small ones read <0.001.
+    ``better`` None marks no best cell. ``sign`` shows the plus of positive numbers. ``about`` is a tooltip. Where a
+    terminal is too narrow, columns of the largest ``drop`` go first. Only the texts of a column that ``wraps`` are
+    broken into lines there.
     """
 
     title: str
@@ -46,20 +60,28 @@ class Head(NamedTuple):
     better: bool | None = None
     over: str = ""
     sign: bool = False
+    about: str = ""
+    drop: int = 0
+    wraps: bool = False
 
     @property
     def heading(self) -> str:
         """The title with an arrow in the better direction."""
         return self.title + ("" if self.better is None else "\N{NO-BREAK SPACE}" + ("↑" if self.better else "↓"))
 
+    @property
+    def whole(self) -> str:
+        """The title after what stands over it."""
+        return ": ".join(filter(None, (self.over, self.title)))
+
     def text(self, cell: Cell) -> str:
         """What a cell reads; – where there is nothing."""
-        if isinstance(cell, str):
-            return cell
+        if isinstance(cell, str | Keyed):
+            return cell if isinstance(cell, str) else cell.text
         if isinstance(cell, Spread):
-            spread = f" ± {number(cell.std, self.form)}" if math.isfinite(cell.std) else ""
-            return self._number(cell.mean) + spread
-        return self._number(math.nan if cell is None else float(cell))
+            known = cell.std is not None and math.isfinite(cell.std) and math.isfinite(cell.mean)
+            return self._number(cell.mean) + (f" ± {number(cell.std or 0.0, self.form)}" if known else "")
+        return self._number(plain(cell))
 
     def _number(self, value: float) -> str:
         if self.form == P:
@@ -68,10 +90,20 @@ class Head(NamedTuple):
         return text if any(digit in text for digit in "123456789") else text.lstrip("+-")
 
 
+class Group(NamedTuple):
+    """The next ``size`` rows belong together: their ``title``, the ``colour`` of it in figures, and a ``note``."""
+
+    title: str
+    size: int
+    colour: str = ""
+    note: str = ""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of ``rows`` under ``heads``; ``name`` is that of its files, ``across`` the better direction in a row.
 
+    ``groups`` of all rows, in order, are of what the heading ``of`` says. ``styles`` are those of rows in a terminal.
     ValueError for a row of another length than the heads.
     """
 
@@ -81,6 +113,9 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     note: str = ""
     across: bool | None = None
+    groups: Sequence[Group] = ()
+    of: str = ""
+    styles: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -91,73 +126,182 @@ class Table:
         """All cells as text."""
         return [[head.text(cell) for head, cell in zip(self.heads, row, strict=True)] for row in self.rows]
 
-    def best(self) -> set[tuple[int, int]]:
-        """Places (row, column) of the best numbers of columns, or of rows where better is ``across``; ties all."""
+    def words(self) -> list[bool]:
+        """Which columns hold text."""
+        return [any(isinstance(row[c], str | Keyed) for row in self.rows) for c in range(len(self.heads))]
+
+    def best(self, rows: range | None = None) -> set[tuple[int, int]]:
+        """Places (row, column) of the best numbers of columns, or of rows where better is ``across``; all that read
+        the same as the best, none where all numbers do. Of some ``rows`` alone where given.
+        """
         found: set[tuple[int, int]] = set()
+        of = range(len(self.rows)) if rows is None else rows
         for c, head in enumerate(self.heads):
             if head.better is not None:
-                found |= _best([(r, c) for r in range(len(self.rows))], self, head.better)
-        for r in range(len(self.rows)):
+                found |= _best([(r, c) for r in of], self, head.better)
+        for r in of:
             if self.across is not None:
                 found |= _best([(r, c) for c in range(len(self.heads))], self, self.across)
         return found
+
+    def flat(self) -> Table:
+        """The same without groups: their titles are its first column."""
+        if not self.groups:
+            return self
+        titles = [group.title for group in self.groups for _ in range(group.size)]
+        rows = [[title, *row] for title, row in zip(titles, self.rows, strict=True)]
+        return replace(self, heads=[Head(self.of), *self.heads], rows=rows, groups=())
+
+    def view(self) -> dict[str, Any]:
+        """What the pages' template shows: heads, and groups of lines of cells.
+
+        A cell's ``mark`` is ``best``, or ``own`` for the best of a group among several; ``why`` says why it is –.
+        """
+        best, texts, own, start = self.best(), self.texts(), set(), 0
+        for group in self.groups if len(self.groups) > 1 else ():
+            own |= self.best(range(start, start + group.size))
+            start += group.size
+        lines = [
+            [{"text": text, "mark": "best" if (r, c) in best else "own" if (r, c) in own else "",
+              "words": _words(cell), "why": cell.why if isinstance(cell, Unknown) else "",
+              "colour": cell.colour if isinstance(cell, Keyed) else ""}
+             for c, (text, cell) in enumerate(zip(texts[r], row, strict=True))]
+            for r, row in enumerate(self.rows)
+        ]  # fmt: skip
+        left = iter(lines)
+        return {
+            "overs": [(over, len(list(same))) for over, same in groupby(head.over for head in self.heads)],
+            "words": self.words(), "lines": lines,
+            "groups": [(group, [next(left) for _ in range(group.size)])
+                       for group in self.groups or (Group("", len(lines)),)],
+        }  # fmt: skip
+
+    def csv(self) -> str:
+        """Unrounded numbers, a column more for each standard deviation; an empty cell where there is none."""
+        import pandas as pd
+
+        table, columns = self.flat(), []
+        for c, head in enumerate(table.heads):
+            cells = [row[c] for row in table.rows]
+            columns.append((head.whole, [_raw(cell) for cell in cells]))
+            if any(isinstance(cell, Spread) for cell in cells):
+                deviations = [_unrounded(cell.std) if isinstance(cell, Spread) else "" for cell in cells]
+                columns.append((f"{head.whole} (std)", deviations))
+        rows = list(zip(*(cells for _, cells in columns), strict=True))
+        frame = pd.DataFrame(rows, columns=[title for title, _ in columns], dtype=object)
+        return str(frame.to_csv(index=False, lineterminator="\n"))
+
+    def markdown(self) -> str:
+        """A Markdown table, the best numbers bold."""
+        table = self.flat()
+        best, words = table.best(), table.words()
+        lines = [[head.whole + head.heading.removeprefix(head.title) for head in table.heads]]
+        lines += [[f"**{text}**" if (r, c) in best else text for c, text in enumerate(line)]
+                  for r, line in enumerate(table.texts())]  # fmt: skip
+        made = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
+        return "\n".join([made[0], "|" + "".join("---|" if text else "---:|" for text in words), *made[1:]]) + "\n"
+
+    def latex(self) -> str:
+        """A ``table`` environment with booktabs' rules, the best numbers bold; needs ``\\usepackage{booktabs}``."""
+        import pandas as pd
+
+        table = self.flat()
+        best, heads = table.best(), [tex(head.heading) for head in table.heads]
+        cells = [
+            [rf"\textbf{{{tex(text)}}}" if (r, c) in best else tex(text) for c, text in enumerate(line)]
+            for r, line in enumerate(table.texts())
+        ]
+        over = any(head.over for head in table.heads)
+        columns: Any = pd.MultiIndex.from_arrays([[tex(h.over) for h in table.heads], heads]) if over else heads
+        return str(pd.DataFrame(cells, columns=columns, dtype=object).style.hide(axis="index").to_latex(
+            hrules=True, column_format="".join("l" if text else "r" for text in table.words()), multicol_align="c",
+            position="t", position_float="centering", caption=tex(table.title), label=f"tab:{table.name}",
+        ))  # fmt: skip
+
+    def show(self, console: Console | None = None) -> None:
+        """Print it, the best numbers bold, with its note and why numbers are not there.
+
+        Where a terminal is too narrow, columns are left out and named below: those of the largest ``drop`` first, among
+        equals the last first, never the first column. A file gets all of them.
+        """
+        from rich import table as drawing
+        from rich.console import Console
+        from rich.text import Text
+
+        console, table = console or Console(), self.flat()
+        heads = [f"{head.over}\n{head.heading}" if head.over else head.heading for head in table.heads]
+        texts, best = table.texts(), table.best()
+        figures = [all(line[c][:1] in ("", NOTHING) or re.match(r"[<+-]?\d", line[c]) for line in texts)
+                   for c in range(len(heads))]  # fmt: skip
+        widths = [_widths(head, [title, *(line[c] for line in texts)], wraps=head.wraps)
+                  for c, (head, title) in enumerate(zip(table.heads, heads, strict=True))]  # fmt: skip
+        shown = _fitting(table.heads, [least for least, _ in widths], console.width if console.is_terminal else 10**6)
+        most = 1 + sum(3 + widths[c][1] for c in shown)
+        least = 1 + sum(3 + widths[c][0] for c in shown)
+        wide = max(least, min(most, console.width)) if any(table.heads[c].wraps for c in shown) else most
+        drawn = drawing.Table(title=table.title or None, width=wide, show_header=any(heads))
+        for c in shown:
+            wraps = table.heads[c].wraps
+            drawn.add_column(Text(heads[c]), justify="right" if figures[c] and not wraps else "left",
+                             no_wrap=not wraps, min_width=widths[c][0], overflow="fold")  # fmt: skip
+        for r, line in enumerate(texts):
+            cells = (Text(line[c], "bold" if (r, c) in best else "") for c in shown)
+            drawn.add_row(*cells, style=table.styles[r] if table.styles else None)
+        console.print(drawn, crop=False)
+        left = [head.whole for c, head in enumerate(table.heads) if c not in shown]
+        whys = {f"{NOTHING} {table.heads[c].whole}: {cell.why}.": None for row in table.rows
+                for c, cell in enumerate(row) if c in shown and isinstance(cell, Unknown) and cell.why}  # fmt: skip
+        for said in (table.note, *whys, f"The terminal is too narrow for: {', '.join(left)}." if left else ""):
+            if said:
+                console.print(Text(said, "dim"), soft_wrap=True)
+
+
+def _widths(head: Head, texts: Iterable[str], wraps: bool) -> tuple[int, int]:
+    """The least width in letters that a column needs, and the one at which nothing is broken."""
+    from rich.cells import cell_len
+
+    most = max(cell_len(line) for text in texts for line in (text.splitlines() or [""]))
+    return (min(most, LINE) if wraps else most), most
+
+
+def _fitting(heads: Sequence[Head], widths: Sequence[int], room: int) -> list[int]:
+    """The columns, by number, that a terminal ``room`` letters wide has space for."""
+    shown = list(range(len(heads)))
+    for c in sorted(shown[1:], key=lambda c: (heads[c].drop, c), reverse=True):
+        if 1 + sum(3 + widths[i] for i in shown) <= room:
+            break
+        shown.remove(c)
+    return shown
 
 
 def plain(cell: Cell) -> float:
     """The number of a cell; NaN for text or nothing."""
     if isinstance(cell, Spread):
         return float(cell.mean)
-    return math.nan if cell is None or isinstance(cell, str) else float(cell)
+    return math.nan if cell is None or isinstance(cell, str | Keyed | Unknown) else float(cell)
 
 
 def _best(places: Iterable[tuple[int, int]], table: Table, better: bool) -> set[tuple[int, int]]:
     known = {(r, c): value for r, c in places if math.isfinite(value := plain(table.rows[r][c]))}
-    if len(set(known.values())) < 2:
-        return set()
-    target = (max if better else min)(known.values())
     shown = {(r, c): table.heads[c].text(table.rows[r][c]).partition(" ±")[0] for r, c in known}
-    first = next(shown[place] for place, value in known.items() if value == target)
+    if len(set(shown.values())) < 2:
+        return set()
+    first = shown[(max if better else min)(known, key=lambda place: known[place])]
     return {place for place, text in shown.items() if text == first}
-
-
-def view(table: Table) -> dict[str, Any]:
-    """What the page's template shows of a table."""
-    best = table.best()
-    return {
-        "name": table.name, "title": table.title, "note": table.note, "heads": table.heads,
-        "overs": [(over, len(list(same))) for over, same in groupby(head.over for head in table.heads)],
-        "lines": [
-            [{"text": text, "mark": "best" if (r, c) in best else "",
-              "words": _words(table.rows[r][c])} for c, text in enumerate(line)]
-            for r, line in enumerate(table.texts())
-        ],
-    }  # fmt: skip
 
 
 def _words(cell: Cell) -> str:
     """How a cell of text is set: short ones in one line."""
-    return "" if not isinstance(cell, str) else "words" if len(cell) <= LINE else "words long"
+    text = cell.text if isinstance(cell, Keyed) else cell
+    return "" if not isinstance(text, str) else "words" if len(text) <= LINE else "words long"
 
 
-def as_csv(table: Table) -> str:
-    """Unrounded numbers, a column more for each standard deviation; an empty cell where there is none."""
-    spread = [any(isinstance(row[c], Spread) for row in table.rows) for c in range(len(table.heads))]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    titles = [": ".join(filter(None, (head.over, head.title))) for head in table.heads]
-    writer.writerow([t for title, s in zip(titles, spread, strict=True) for t in ([title, f"{title} (std)"][: 1 + s])])
-    for row in table.rows:
-        cells: list[Any] = []
-        for cell, s in zip(row, spread, strict=True):
-            cells.append(cell if isinstance(cell, str) else _unrounded(plain(cell)))
-            if s:
-                cells.append(_unrounded(cell.std) if isinstance(cell, Spread) else "")
-        writer.writerow(cells)
-    return buffer.getvalue()
+def _raw(cell: Cell) -> str | float | int:
+    return cell if isinstance(cell, str) else cell.text if isinstance(cell, Keyed) else _unrounded(plain(cell))
 
 
-def _unrounded(value: float) -> float | int | str:
-    if not math.isfinite(value):
+def _unrounded(value: float | None) -> float | int | str:
+    if value is None or not math.isfinite(value):
         return ""
     return int(value) if float(value).is_integer() and abs(value) < 1e15 else float(value)
 
@@ -176,28 +320,11 @@ def tex(text: str) -> str:
     return "".join(SIGNS.get(sign, sign) for sign in text)
 
 
-def as_latex(table: Table) -> str:
-    """A ``table`` environment with booktabs' rules, the best numbers bold; needs ``\\usepackage{booktabs}``."""
-    best = table.best()
-    cells = [
-        [rf"\textbf{{{tex(text)}}}" if (r, c) in best else tex(text) for c, text in enumerate(line)]
-        for r, line in enumerate(table.texts())
-    ]
-    heads = [tex(head.heading) for head in table.heads]
-    over = any(head.over for head in table.heads)
-    columns: Any = pd.MultiIndex.from_arrays([[tex(h.over) for h in table.heads], heads]) if over else heads
-    words = [any(isinstance(row[c], str) for row in table.rows) for c in range(len(heads))]
-    return str(pd.DataFrame(cells, columns=columns, dtype=object).style.hide(axis="index").to_latex(
-        hrules=True, column_format="".join("l" if text else "r" for text in words), multicol_align="c",
-        position="t", position_float="centering", caption=tex(table.title), label=f"tab:{table.name}",
-    ))  # fmt: skip
-
-
 def files(tables: Iterable[Table]) -> dict[str, str]:
     """The texts of the tables' files by name, csv and LaTeX of each; ValueError where two tables have one name."""
     found: dict[str, str] = {}
     for table in tables:
         if f"{table.name}.csv" in found:
             raise ValueError(f"Two tables are called {table.name}; give them different names.")
-        found |= {f"{table.name}.csv": as_csv(table), f"{table.name}.tex": as_latex(table)}
+        found |= {f"{table.name}.csv": table.csv(), f"{table.name}.tex": table.latex()}
     return found

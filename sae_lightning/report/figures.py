@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from sae_lightning.evaluation.parts import HISTOGRAMS
-from sae_lightning.rendering.figures import COLOURS, HEADLINE_K, NULL, OTHERS, STYLE, budget_axis, panel, svg
+from sae_lightning.rendering.figures import COLOURS, HEADLINE_K, NULL, OTHERS, budget_axis, figure
 from sae_lightning.report.benchmark import Scored
 from sae_lightning.runs.run import LATENTS
 from sae_lightning.saes.artefact import read_tensors, tensor_names
@@ -47,9 +44,8 @@ def history(run: Path) -> dict[str, tuple[list[float], list[float]]]:
 
 def training_curves(runs: list[dict[str, Any]]) -> str:
     """Small multiples of the training curves, one line a run, SVG."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 2.7), layout="constrained")
-        axes = figure.subplots(1, len(PANELS))
+    with figure(11, 2.7, 1, len(PANELS)) as drawing:
+        axes = drawing.axes[0]
         for i, run in enumerate(runs):
             curves = history(run["folder"])
             for axis, column in zip(axes, PANELS, strict=True):
@@ -61,21 +57,20 @@ def training_curves(runs: list[dict[str, Any]]) -> str:
         axes[0].set_ylim(top=1.0)
         axes[1].set_ylim(0, 1.15 * axes[1].get_ylim()[1])
         axes[2].set_ylim(0, max(0.05, axes[2].get_ylim()[1]))
-        return svg(figure)
+    return drawing.svg
 
 
 def tradeoff(runs: list[dict[str, Any]]) -> str:
     """Explained variance against L0, one mark a run, SVG."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 3.1), layout="constrained")
-        axis = figure.subplots()
+    with figure(5.2, 3.1) as drawing:
+        axis = drawing.axis
         for i, run in enumerate(runs):
             m = run["metrics"]
             axis.scatter(m["l0"], m["explained_variance"], s=34, color=COLOURS[i % len(COLOURS)])
         axis.set_xlim(0, 1.15 * max(run["metrics"]["l0"] for run in runs))
         axis.set_xlabel("L0 (active latents a token)")
         axis.set_ylabel("explained variance (test)")
-        return svg(figure)
+    return drawing.svg
 
 
 DASHES = ((), (5, 2), (1, 1.5), (6, 2, 1, 2))  # of expansions, the largest first
@@ -169,34 +164,25 @@ def probing(saes: Sequence[Scored], of: Encoding) -> list[str]:
     values = [v for sae in saes for _, v in sae.curve(metric) if math.isfinite(v)] or [0.5, 1.0]
     limits = (min(values) - 0.02, max(values) + 0.02)
 
-    def frame(axis: Axes) -> None:
-        axis.axvline(HEADLINE_K, color=NULL, lw=0.9, ls=":")
-        budget_axis(axis, [k for k, _ in saes[0].curve(metric)])
-        axis.set_ylim(limits)
-        axis.set_xlabel("latents k")
-        axis.set_ylabel("AUC")
-
-    def overview(axis: Axes) -> None:
-        for title, curve in means.items():
-            axis.plot(*zip(*curve, strict=True), color=of.colours[title], lw=1.6)
-        frame(axis)
-
-    def one(title: str) -> Callable[[Axes], None]:
-        def draw(axis: Axes) -> None:
-            for other, curve in means.items():
-                if other != title:
-                    axis.plot(*zip(*curve, strict=True), color=OTHERS, lw=0.9, zorder=1)
-            for sae in groups[title]:
+    drawn = []
+    for shown in ([""] if len(groups) > 1 else []) + list(groups):  # the first: means of all
+        with figure(3.7, 2.5, title=shown or "means") as drawing:
+            axis = drawing.axis
+            for title, curve in means.items():
+                look: dict[str, Any] = {"color": OTHERS, "lw": 0.9, "zorder": 1}
+                if title != shown:
+                    axis.plot(*zip(*curve, strict=True), **look if shown else {"color": of.colours[title], "lw": 1.6})
+            for sae in groups.get(shown, ()):
                 axis.plot(*zip(*sae.curve(metric), strict=True), lw=1.4, **of.line(sae))
-                axis.scatter(
-                    HEADLINE_K, dict(sae.curve(metric)).get(HEADLINE_K, math.nan), s=22, zorder=3, **of.mark(sae)
-                )
-            frame(axis)
-
-        return draw
-
-    first = [panel(overview, title="means")] if len(groups) > 1 else []
-    return first + [panel(one(title), title=title) for title in groups]
+                point = dict(sae.curve(metric)).get(HEADLINE_K, math.nan)
+                axis.scatter(HEADLINE_K, point, s=22, zorder=3, **of.mark(sae))
+            axis.axvline(HEADLINE_K, color=NULL, lw=0.9, ls=":")
+            budget_axis(axis, [k for k, _ in saes[0].curve(metric)])
+            axis.set_ylim(limits)
+            axis.set_xlabel("latents k")
+            axis.set_ylabel("AUC")
+        drawn.append(drawing.svg)
+    return drawn
 
 
 def moran(saes: Sequence[Scored], of: Encoding) -> str:
@@ -209,7 +195,8 @@ def moran(saes: Sequence[Scored], of: Encoding) -> str:
     known = np.concatenate([*found.values(), [mark for mark in marks if math.isfinite(mark)]])
     edges = np.linspace(known.min() - 0.02, known.max() + 0.02, BINS + 1)
 
-    def draw(axis: Axes) -> None:
+    with figure(5.6, 0.8 + 0.62 * len(groups)) as drawing:
+        axis = drawing.axis
         for y, members in enumerate(reversed(groups.values())):
             shares = [np.histogram(found[sae], edges)[0] / len(found[sae]) for sae in members]
             top = max(share.max() for share in shares)
@@ -227,8 +214,7 @@ def moran(saes: Sequence[Scored], of: Encoding) -> str:
         axis.grid(False, axis="y")
         axis.set_ylim(-0.05, len(groups))
         axis.set_xlabel("Moran's I of a latent")
-
-    return panel(draw, 5.6, 0.8 + 0.62 * len(groups))
+    return drawing.svg
 
 
 def _tick(title: str, saes: Sequence[Scored]) -> str:
@@ -252,7 +238,8 @@ def monosemanticity(saes: Sequence[Scored], of: Encoding) -> str:
     if not groups:
         return ""
 
-    def draw(axis: Axes) -> None:
+    with figure(5.6, 0.8 + 0.62 * len(groups)) as drawing:
+        axis = drawing.axis
         for y, (title, members) in enumerate(reversed(groups.items())):
             places = y + np.linspace(-0.26, 0.26, len(members) + 2)[1:-1][::-1]
             for place, sae in zip(places, members, strict=True):
@@ -268,8 +255,7 @@ def monosemanticity(saes: Sequence[Scored], of: Encoding) -> str:
         axis.set_ylim(-0.5, len(groups) - 0.5)
         axis.grid(False, axis="y")
         axis.set_xlabel("cosine of a latent's top images")
-
-    return panel(draw, 5.6, 0.8 + 0.62 * len(groups))
+    return drawing.svg
 
 
 def dissociation(saes: Sequence[Scored], of: Encoding) -> str:
@@ -278,7 +264,8 @@ def dissociation(saes: Sequence[Scored], of: Encoding) -> str:
     if not saes:
         return ""
 
-    def draw(axis: Axes) -> None:
+    with figure(3.7, 2.5, title="preservation against FVU") as drawing:
+        axis = drawing.axis
         for sae in saes:
             axis.scatter(sae.value("fvu"), sae.value("preservation"), s=34, **of.mark(sae))
         axis.axhline(1, color=NULL, lw=1, ls=":")
@@ -286,39 +273,40 @@ def dissociation(saes: Sequence[Scored], of: Encoding) -> str:
         axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.set_xlabel("FVU (lower is better)")
         axis.set_ylabel("preservation")
-
-    return panel(draw, title="preservation against FVU")
+    return drawing.svg
 
 
 def recovery(saes: Sequence[Scored], of: Encoding) -> list[str]:
     """FVU and CKNNA by the number of a token's strongest latents that are used, one line a run."""
-    panels = []
+    drawn = []
     for metric, title in (("recovery_fvu", "FVU of a recovery"), ("recovery_cknna", "CKNNA of a recovery")):
-        shown = [sae for sae in saes if sae.curve(metric)]
-        if shown:
-            panels.append(panel(_recovery(shown, metric, of), title=title))
-    return panels
-
-
-def _recovery(saes: Sequence[Scored], metric: str, of: Encoding) -> Callable[[Axes], None]:
-    def draw(axis: Axes) -> None:
-        budgets = sorted({n for sae in saes for n, _ in sae.curve(metric)})
-        for sae in saes:
-            curve = [(n, v) for n, v in sae.curve(metric) if math.isfinite(n)]
-            axis.plot(*zip(*curve, strict=True), lw=1.4 if len(saes) <= MANY else 0.8, **of.line(sae))
-        budget_axis(axis, [n for n in budgets if math.isfinite(n)])
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("strongest latents of a token")
-
-    return draw
+        shown = {sae: curve for sae in saes if (curve := sae.curve(metric))}
+        if not shown:
+            continue
+        with figure(3.7, 2.5, title=title) as drawing:
+            for sae, curve in shown.items():
+                finite = [(n, v) for n, v in curve if math.isfinite(n)]
+                drawing.axis.plot(*zip(*finite, strict=True), lw=1.4 if len(shown) <= MANY else 0.8, **of.line(sae))
+            budgets = sorted({n for curve in shown.values() for n, _ in curve if math.isfinite(n)})
+            budget_axis(drawing.axis, budgets)
+            drawing.axis.set_ylim(bottom=0)
+            drawing.axis.set_xlabel("strongest latents of a token")
+        drawn.append(drawing.svg)
+    return drawn
 
 
 def histograms(saes: Sequence[Scored], of: Encoding) -> list[str]:
     """How large activations are, how large each token's largest, and how often latents fire [MSAE App. F.3]."""
     read = {sae: read_tensors(path)[0] for sae in saes if (path := sae.run["folder"] / HISTOGRAMS).is_file()}
-
-    def draw(name: str, label: str, per_decade: int) -> Callable[[Axes], None]:
-        def lines(axis: Axes) -> None:
+    kinds = (
+        ("values", "activation", 10, "activations"),
+        ("maxima", "activation", 10, "largest of each token"),
+        ("frequencies", "share of tokens on which it fires", 5, "latents"),
+    )
+    drawn = []
+    for name, label, per_decade, title in kinds if read else ():
+        with figure(3.7, 2.5, title=title) as drawing:
+            axis = drawing.axis
             for sae, t in read.items():
                 edges, shares = coarse(t[f"{name}.edges"].numpy(), t[f"{name}.counts"].numpy(), per_decade)
                 axis.stairs(shares, edges, lw=1.2 if len(read) <= MANY else 0.7, **of.line(sae))
@@ -330,15 +318,8 @@ def histograms(saes: Sequence[Scored], of: Encoding) -> list[str]:
             axis.set_ylim(bottom=0)
             axis.set_xlabel(label)
             axis.set_ylabel("share")
-
-        return lines
-
-    panels = (
-        (draw("values", "activation", 10), "activations"),
-        (draw("maxima", "activation", 10), "largest of each token"),
-        (draw("frequencies", "share of tokens on which it fires", 5), "latents"),
-    )
-    return [panel(lines, title=title) for lines, title in panels] if read else []
+        drawn.append(drawing.svg)
+    return drawn
 
 
 def coarse(edges: np.ndarray, counts: np.ndarray, per_decade: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jinja2
-
-from sae_lightning import __version__
 from sae_lightning.analysis.codes_lift import lift
 from sae_lightning.analysis.dissociation import dissociation_section
 from sae_lightning.analysis.grid import Grid, load
@@ -20,8 +17,8 @@ from sae_lightning.analysis.recommendations import guide
 from sae_lightning.analysis.tables import cross_domain, probing, raw_moran, thresholds
 from sae_lightning.analysis.variance import decomposition
 from sae_lightning.files import write_text
-from sae_lightning.rendering.page import Section, plural, prose
-from sae_lightning.rendering.table import files, view
+from sae_lightning.rendering.page import Note, Section, page, plural
+from sae_lightning.rendering.table import files
 
 SECTIONS: tuple[Callable[[Grid, Paper], Section], ...] = (
     what_was_run, profiles, means_table, raw_moran, dissociation_section,
@@ -41,7 +38,8 @@ def build_grid(runs: Sequence[Path], out: Path, paper: Path = FOLDER) -> Path:
     sections = [section(grid, printed) for section in SECTIONS]
     folder = out.with_name(f"{out.stem}-tables")
     write_files(folder, files(table for section in sections for table in section.tables))
-    write_text(out, render(grid, sections, folder.name, len(runs) - len(grid.frame)))
+    title = f"ViSAEBench over {plural(len(grid.main), 'sparse autoencoder')}"
+    write_text(out, page(title, [lead(grid, folder.name, len(runs) - len(grid.frame))], sections, folder.name))
     return out
 
 
@@ -55,13 +53,8 @@ def write_files(folder: Path, texts: Mapping[str, str]) -> None:
         write_text(folder / name, text)
 
 
-def render(grid: Grid, sections: Sequence[Section], tables: str, unscored: int = 0) -> str:
-    """The page's HTML; ``tables`` is the name of the tables' folder, ``unscored`` the number of runs left out."""
-    template = jinja2.Environment(
-        loader=jinja2.PackageLoader("sae_lightning.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    ).get_template("grid.html")
-    return template.render(
-        grid=grid, sections=sections, tables=tables, unscored=unscored, view=view, prose=prose, plural=plural,
-        version=__version__,
-        colours={title: grid.colours[title] for title in grid.titles},
-    )  # fmt: skip
+def lead(grid: Grid, tables: str, unscored: int) -> Note:
+    """The page's first sentences; ``tables`` is the folder of the tables, ``unscored`` the number of runs left out."""
+    left = f"Left out: {plural(unscored, 'run')} without scores. " if unscored else ""
+    where = f"All tables are in {tables}/ beside this page, as csv with unrounded numbers and as LaTeX."
+    return Note(f"Scale and data: {grid.scale}. {left}{where}")

@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sae_lightning.rendering.figures import COLOURS, STYLE, svg
+from sae_lightning.rendering.figures import COLOURS, figure
 from sae_lightning.rendering.table import NOTHING, number
 from sae_lightning.runs.identity import monoloss_of, same_but
 from sae_lightning.runs.run import LATENTS
@@ -211,9 +209,8 @@ def profiles(runs: Sequence[Mapping[str, Any]]) -> str:
 
     Dotted is the mean similarity of all pairs of images, the score of a latent that is equally active on all of them.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.1), layout="constrained")
-        left, right, last = figure.subplots(1, 3)
+    with figure(11, 3.1, 1, 3) as drawing:
+        left, right, last = drawing.axes[0]
         baselines = {round(run["similarity"]["baseline"], 4) for run in runs}
         edges = _edges(runs)
         for run in runs:
@@ -233,14 +230,13 @@ def profiles(runs: Sequence[Mapping[str, Any]]) -> str:
         last.set_xlabel("R²")
         last.xaxis.set_major_locator(MaxNLocator(5))
         last.set_ylabel("mean MonoScore")
-        return svg(figure)
+    return drawing.svg
 
 
 def group_profile(group: Group) -> str:
     """The curves of one group: grey without MonoLoss, coloured with it; the mean over seeds and their range; SVG."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 3.6), layout="constrained")
-        axis = figure.subplots()
+    with figure(5.4, 3.6) as drawing:
+        axis = drawing.axis
         _curve(axis, group.without, WITHOUT, "without")
         for i, arm in enumerate(group.with_loss):
             _curve(axis, arm, COLOURS[i % len(COLOURS)], group.label(arm))
@@ -248,7 +244,7 @@ def group_profile(group: Group) -> str:
         _baseline(axis, first["similarity"]["baseline"], "#444")
         _frame(axis)
         axis.legend(frameon=False, fontsize=8)
-        return svg(figure)
+    return drawing.svg
 
 
 def _curve(axis: Axes, arm: Arm, colour: str, label: str) -> None:

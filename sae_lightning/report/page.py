@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from tqdm.auto import tqdm
 
-from sae_lightning import __version__
 from sae_lightning.files import write_text
 from sae_lightning.rendering.figures import COLOURS
-from sae_lightning.rendering.table import NOTHING, number
+from sae_lightning.rendering.page import render
 from sae_lightning.report import figures
 from sae_lightning.report.benchmark import (
     MAIN,
@@ -175,18 +173,14 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
         images = pictures(run) if run["name"] in in_detail else None
         run["groups"] = latent_groups(run, images) if images is not None else []
     groups, saes = groups_of(runs), scored_runs(runs)
-    pages = jinja2.Environment(
-        loader=jinja2.PackageLoader("sae_lightning.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    pages.filters["figure"] = lambda value, form=".3f": NOTHING if jinja2.is_undefined(value) else number(value, form)
-    html = pages.get_template("report.html").render(
-        runs=runs, curves=training_curves(runs), tradeoff=tradeoff(runs), version=__version__, profiles=profiles(runs),
-        tiny=any("(tiny)" in run["cfg"]["backbone"] for run in runs), shown=len(in_detail),
-        judges={run["similarity"]["title"]: run["similarity"]["baseline"] for run in runs},
-        comparisons=[comparison(group, i < grids) for i, group in enumerate(groups)],
-        visaebench=section(saes), audit=audit(saes) if detailed else [],
-        applications=applications(folders, out),
-    )  # fmt: skip
+    html = render("report.html", {
+        "runs": runs, "curves": training_curves(runs), "tradeoff": tradeoff(runs), "profiles": profiles(runs),
+        "tiny": any("(tiny)" in run["cfg"]["backbone"] for run in runs), "shown": len(in_detail),
+        "judges": {run["similarity"]["title"]: run["similarity"]["baseline"] for run in runs},
+        "comparisons": [comparison(group, i < grids) for i, group in enumerate(groups)],
+        "visaebench": section(saes), "audit": audit(saes) if detailed else [],
+        "applications": applications(folders, out),
+    })  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     if groups:
         write_text(out.parent / "monoloss.csv", as_csv(groups))

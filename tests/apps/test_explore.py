@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sae_lightning.apps import app as module
 from sae_lightning.apps.app import explore, leave
-from sae_lightning.commands.explore import table_of
+from sae_lightning.rendering.page import headlines
 from sae_lightning.runs.results import Headline, Result, read_result
 from sae_lightning.runs.run import chosen_runs
 
@@ -65,7 +65,7 @@ def test_what_is_left_is_read_back_and_printed_beside_its_baseline(tmp_path):
     back = read_result(tmp_path)
     assert (back.app, back.title, back.headlines[0].ours) == ("agreement", "People", 0.8126)
     console = Console(width=120, record=True)
-    console.print(table_of(result))
+    headlines(result.headlines, result.title).show(console)
     text = console.export_text()
     for word in ("right", "0.813", "0.75 to 0.9", "0.25", "chance", "found", "3"):
         assert word in text

@@ -228,7 +228,7 @@ def said(capsys, *arguments: object) -> tuple[int, str, str]:
 def test_ls_names_all_stores_and_how_far_they_are(root, capsys):
     status, out, err = said(capsys, "store", "ls", root)
     assert (status, err) == (0, "")
-    assert "demo/good │ 120 │ 16 × 12 │ float16 │ 58 KB │ none (synthetic)" in out
+    assert "demo/good │ 120 │ 16 × 12 │ float16 │ 58.4 kB │ none (synthetic)" in out
     assert "half │ 50 │ unfinished, 1 shards so far" in out
     assert find_stores(root) == [root / "demo" / "bad", root / "demo" / "good", root / "half"]
 

@@ -29,7 +29,6 @@ from sae_lightning.metrics.part import HEADLINES
 from sae_lightning.rendering import figures
 from sae_lightning.rendering.figures import limits_of
 from sae_lightning.rendering.page import plural, prose, some
-from sae_lightning.rendering.table import view
 from sae_lightning.report.grid import SECTIONS, build_grid
 from sae_lightning.runs.scores import TABLE, put_scores
 
@@ -232,10 +231,10 @@ def test_without_the_papers_files_only_our_figures_are_shown(section, tmp_path):
     runs = [write_run(tmp_path, b, 8, 16, variant) for b in PLACES for variant in ("batchtopk", "jumprelu")]
     grid = load(runs)
     ours, both = (section(grid, paper) for paper in (Paper({}), Paper(read_paper())))
-    texts = [str(view(table)) for table in ours.tables]
+    texts = [str(table) for table in ours.tables]
     assert texts
     assert not [text for text in texts if "paper" in text]
-    assert any("paper" in str(view(table)) for table in both.tables)
+    assert any("paper" in str(table) for table in both.tables)
 
 
 @pytest.mark.usefixtures("_undrawn")

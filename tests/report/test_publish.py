@@ -12,8 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sae_lightning.evaluation.core import evaluate_run
 from sae_lightning.metrics.base import Score
-from sae_lightning.report import publish
-from sae_lightning.report.publish import GOALS, history_rows, scores_of, sheet, wandb_options
+from sae_lightning.report.publish import GOALS, history_rows, publish, scores_of, sheet, wandb_options
 from sae_lightning.runs.scores import put_scores
 from sae_lightning.training.fit import train
 from sae_lightning.training.loggers import TESTED

@@ -2,9 +2,8 @@
 
 import math
 
-import jinja2
-
 from sae_lightning.metrics.base import Score
+from sae_lightning.rendering.page import environment
 from sae_lightning.report.benchmark import MAIN, Scored, table
 from sae_lightning.report.monoloss import shown
 from sae_lightning.runs.scores import put_scores, read_rows
@@ -29,7 +28,7 @@ def test_a_cell_reads_dash_with_the_reason(tmp_path):
     assert (cells["moran"]["text"], cells["moran"]["why"]) == ("–", WHY)
     assert (cells["fvu"]["text"], cells["fvu"]["why"]) == ("0.250", "")
     assert (cells["preservation"]["text"], cells["preservation"]["why"]) == ("–", "")  # was not asked for
-    pages = jinja2.Environment(loader=jinja2.PackageLoader("sae_lightning.report"), autoescape=True)
+    pages = environment()
     macro = pages.loader.get_source(pages, "visaebench.html")[0].partition("{% endmacro %}")[0]
     html = pages.from_string(macro + "{% endmacro %}{{ grid(table) }}").render(table=shown_table)
     assert f'<td title="{WHY}">–</td>' in html

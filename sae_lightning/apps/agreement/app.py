@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.apps.agreement.analysis import agreement, by_difference, majority, raters, with_scores
@@ -24,7 +22,7 @@ from sae_lightning.apps.agreement.study import (
 )
 from sae_lightning.apps.app import leave
 from sae_lightning.evaluation.similarity import Similarity
-from sae_lightning.rendering.figures import COLOURS, STYLE, svg
+from sae_lightning.rendering.figures import COLOURS, figure
 from sae_lightning.runs.results import Headline, Result
 from sae_lightning.runs.run import Opened, shared_results
 
@@ -110,9 +108,8 @@ def headlines(table: pd.DataFrame, whose: str) -> list[Headline]:
 
 def bins_figure(bins: pd.DataFrame) -> str:
     """Agreement by difference in score, one line of marks a score with Wilson intervals, SVG."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 3.0), layout="constrained")
-        axis = figure.subplots()
+    with figure(8.6, 3.0) as drawing:
+        axis = drawing.axis
         edges = sorted(set(zip(bins["from"], bins["to"], strict=True)))
         names = list(dict.fromkeys(bins["score"]))
         for i, name in enumerate(names):
@@ -128,7 +125,7 @@ def bins_figure(bins: pd.DataFrame) -> str:
         axis.set_xlabel("difference in score")
         axis.set_ylabel("agreement")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        return svg(figure)
+    return drawing.svg
 
 
 def _files(judgements: object) -> list[str]:

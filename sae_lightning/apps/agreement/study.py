@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -16,6 +15,7 @@ from sae_lightning.evaluation.by_latent import dominant, scored_latents, top_ima
 from sae_lightning.evaluation.similarity import Judge, Similarity
 from sae_lightning.files import write_text
 from sae_lightning.metrics import MonoScore, MSScore
+from sae_lightning.rendering.page import render
 from sae_lightning.rendering.pictures import GAP, data_uri, thumbnail
 from sae_lightning.runs.run import Opened
 
@@ -113,9 +113,7 @@ def study_of(pairs: pd.DataFrame, opened: Mapping[str, Opened], split: str, n_im
 def write_collecting_page(study: Mapping[str, Any], folder: Path) -> Path:
     """``collect.html`` in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("sae_lightning.report"), autoescape=True)
-    html = environment.get_template("apps/agreement_collect.html").render(study=study)
-    write_text(folder / COLLECT, html)
+    write_text(folder / COLLECT, render("apps/agreement_collect.html", {"study": study}))
     return folder / COLLECT
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from sae_lightning.apps.bias.dose import Dose
 from sae_lightning.apps.bias.planted import Check
 from sae_lightning.apps.bias.study import Study
-from sae_lightning.rendering.figures import COLOURS, STYLE, panel, svg
+from sae_lightning.rendering.figures import COLOURS, figure
 
 POSITIVE, NEGATIVE, GREY = COLOURS[1], COLOURS[0], "#8a8f99"
 
@@ -25,8 +21,8 @@ def response(found: Dose) -> str:
     Lines with bands are means of a class's images with their 95 % interval, dashed ones an example each; a mark is an
     example's own magnitude, the grey area what is usual, the dotted line where the curves level off.
     """
-
-    def draw(axis: Axes) -> None:
+    with figure(3.7, 2.3) as drawing:
+        axis = drawing.axis
         axis.axvspan(0, found.usual, color="#000", alpha=0.05, lw=0)
         axis.axhline(0.5, color=GREY, lw=0.8, ls=":")
         for i, (colour, mean) in enumerate(((POSITIVE, found.positive), (NEGATIVE, found.negative))):
@@ -40,8 +36,7 @@ def response(found: Dose) -> str:
         axis.set_xlim(0, found.magnitudes[-1])
         axis.set_xlabel("forced magnitude")
         axis.set_ylabel("probability")
-
-    return panel(draw, 3.7, 2.3)
+    return drawing.svg
 
 
 def spread(magnitudes: np.ndarray, predicted: np.ndarray, sides: tuple[str, str]) -> str:
@@ -51,9 +46,8 @@ def spread(magnitudes: np.ndarray, predicted: np.ndarray, sides: tuple[str, str]
     """
     groups = [(POSITIVE, sides[0], magnitudes[predicted]), (NEGATIVE, sides[1], magnitudes[~predicted])]
     edges = np.linspace(0, max(float(magnitudes.max()), 1e-9), BINS + 1)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.7, 2.3), layout="constrained")
-        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    with figure(3.7, 2.3, 2, 1, sharex=True, height_ratios=(2, 1)) as drawing:
+        above, below = drawing.axes[:, 0]
         for colour, _, values in groups:
             heights = np.histogram(values[values > 0], edges)[0] / max(1, len(values)) / np.diff(edges)
             above.stairs(heights, edges, color=colour, lw=1.2)
@@ -71,7 +65,7 @@ def spread(magnitudes: np.ndarray, predicted: np.ndarray, sides: tuple[str, str]
         below.grid(False, axis="y")
         below.set_xlabel("magnitude where it fires")
         above.set_ylabel("density")
-        return svg(figure)
+    return drawing.svg
 
 
 def detections(found: Check) -> str:
@@ -80,14 +74,13 @@ def detections(found: Check) -> str:
     Filled: found at a false discovery rate of 5 %; the bars of the latent that tells the attribute best are its
     95 % interval.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 3.0), layout="constrained")
-        axes: Sequence[Axes] = figure.subplots(1, 2, sharex=True, sharey=True)
+    with figure(8.4, 3.0, 1, 2, sharex=True, sharey=True) as drawing:
+        axes = drawing.axes[0]
         for axis, each, title in zip(axes, (found.biased, found.control), ("bias planted", "control"), strict=True):
             _detection(axis, found, each)
             axis.set_title(f"{title}: {len(each.found)} of {len(each.tested)} latents found", loc="left", fontsize=9)
         axes[0].set_ylabel("excess, log-odds per deviation")
-        return svg(figure)
+    return drawing.svg
 
 
 def _detection(axis: Axes, found: Check, each: Study) -> None:

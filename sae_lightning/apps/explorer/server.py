@@ -32,7 +32,7 @@ from sae_lightning.apps.explorer.uploads import RefusedError, read_picture
 from sae_lightning.apps.explorer.views import Captioner, choose, turned_view
 from sae_lightning.rendering.pictures import overlay, thumbnail
 
-TEMPLATES = Path(__file__).resolve().parents[2] / "report" / "templates"
+TEMPLATES = Path(__file__).resolve().parents[2] / "rendering" / "templates"
 
 PARTS = TEMPLATES / "apps" / "explorer"
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from sae_lightning.apps.naming.match import (
@@ -25,7 +23,7 @@ from sae_lightning.apps.naming.match import (
 from sae_lightning.apps.naming.vocabulary import RANDOM_LATENTS, RANDOM_WORDS, TextNames
 from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.evaluation.core import activation_maps
-from sae_lightning.rendering.figures import COLOURS, STYLE, svg
+from sae_lightning.rendering.figures import COLOURS, figure
 from sae_lightning.rendering.pictures import overlay, strip, thumbnail
 from sae_lightning.runs.run import Opened
 
@@ -78,9 +76,8 @@ def counts(text: TextNames, ratio: float) -> list[dict[str, Any]]:
 def similarities(text: TextNames, kept: bool) -> str:
     """Histograms of the largest similarity of each latent and each word, with and without b_pre [MSAE Fig. 9]; SVG."""
     titles = ("b_pre kept", "b_pre removed") if kept else ("b_pre removed", "b_pre kept")
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 2.9), layout="constrained")
-        axes = figure.subplots(1, 2)
+    with figure(11, 2.9, 1, 2) as drawing:
+        axes = drawing.axes[0]
         for axis, of, what in zip(axes, ("latents", "concepts"), ("latent", "word"), strict=True):
             both = zip(titles, (text.match, text.other), strict=True)
             shown = [(title, getattr(found, of).score) for title, found in both if found is not None]
@@ -94,7 +91,7 @@ def similarities(text: TextNames, kept: bool) -> str:
             axis.set_ylabel(f"{what}s")
         if text.other is not None:
             axes[1].legend(frameon=False)
-        return svg(figure)
+    return drawing.svg
 
 
 def uniqueness(text: TextNames, ratio: float) -> str:
@@ -105,9 +102,8 @@ def uniqueness(text: TextNames, ratio: float) -> str:
         "no word": ~met["above"], "beyond the first threshold": met["above"] & ~met["ratio"],
         "beyond both": met["above"] & met["ratio"],
     }  # fmt: skip
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 3.6), layout="constrained")
-        axis = figure.subplots()
+    with figure(5.4, 3.6) as drawing:
+        axis = drawing.axis
         for colour, (title, of) in zip(("#b9bec8", COLOURS[0], COLOURS[1]), kinds.items(), strict=True):
             axis.scatter(near.score[of], near.second[of], s=11, color=colour, label=f"{title} ({of.sum()})", lw=0)
         right = max(float(near.score.max()), text.threshold) * 1.05
@@ -117,7 +113,7 @@ def uniqueness(text: TextNames, ratio: float) -> str:
         axis.set_xlabel(f"{text.measure} with the nearest word")
         axis.set_ylabel("with the second")
         axis.legend(frameon=False, loc="upper left", fontsize=8)
-        return svg(figure)
+    return drawing.svg
 
 
 # --- latents with their images ------------------------------------------------------------------

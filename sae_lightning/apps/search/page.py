@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from scipy.sparse import csr_matrix
 
 from sae_lightning.apps.edits import edited, whole_images
@@ -24,7 +22,7 @@ from sae_lightning.apps.search.neighbours import (
     top_shared,
 )
 from sae_lightning.data import ImageData
-from sae_lightning.rendering.figures import COLOURS, STYLE, svg
+from sae_lightning.rendering.figures import COLOURS, figure
 from sae_lightning.rendering.pictures import data_uri, thumbnail
 from sae_lightning.saes import SAE
 
@@ -107,9 +105,8 @@ def precision_figure(table: pd.DataFrame) -> str:
     """Precision at each k by method with 95 % intervals, SVG."""
     methods = list(dict.fromkeys(table["method"]))
     ks = sorted(table["k"].unique())
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 3.0), layout="constrained")
-        axis = figure.subplots()
+    with figure(8.6, 3.0) as drawing:
+        axis = drawing.axis
         width = 0.8 / len(methods)
         for i, method in enumerate(methods):
             part = table[table["method"] == method].sort_values("k")
@@ -121,15 +118,14 @@ def precision_figure(table: pd.DataFrame) -> str:
         axis.grid(axis="x", visible=False)
         axis.set_ylabel("share of the query's class")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        return svg(figure)
+    return drawing.svg
 
 
 def dose_figure(means: pd.DataFrame, k: int) -> str:
     """Dose curves with 95 % bands: latents turned down on images of their class, and up on all others; SVG."""
     titles = {"own": "turned down, on images of the class", "others": "turned up, on images of other classes"}
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.2), layout="constrained")
-        axes = figure.subplots(1, 2)
+    with figure(11, 3.2, 1, 2) as drawing:
+        axes = drawing.axes[0]
         for axis, (of, title) in zip(axes, titles.items(), strict=True):
             part = means[means["of"] == of]
             for colour, arm in zip(COLOURS[1:], ARMS, strict=False):
@@ -142,4 +138,4 @@ def dose_figure(means: pd.DataFrame, k: int) -> str:
             axis.set_xlabel("magnitude (spreads of the images' features)")
             axis.set_ylabel(f"share of the class in the {k} nearest")
         axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        return svg(figure)
+    return drawing.svg

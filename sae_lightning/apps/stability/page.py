@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from sae_lightning.apps.names import names_of
@@ -18,7 +16,7 @@ from sae_lightning.apps.stability.pairs import ACTIVATION, RELATIONS
 from sae_lightning.apps.stability.universal import set_name
 from sae_lightning.data import DataError, ImageData
 from sae_lightning.evaluation.by_latent import top_images
-from sae_lightning.rendering.figures import COLOURS, STYLE, svg
+from sae_lightning.rendering.figures import COLOURS, figure
 from sae_lightning.rendering.pictures import strip, thumbnail
 from sae_lightning.runs.run import Opened
 
@@ -45,11 +43,9 @@ def run_map(names: Sequence[str], labels: Sequence[str], pairs: pd.DataFrame) ->
     for row in pairs[pairs["kind"] == ACTIVATION].to_dict("records"):
         i, j = sorted((at[row["run_a"]], at[row["run_b"]]))
         values[i, j], values[j, i] = row["held_out_mean"], row.get("classes_mean", np.nan)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(
-            figsize=(max(7.5, 2.6 + 0.52 * n), 0.9 + 0.36 * n) if n <= NUMBERED else (11, 8), layout="constrained"
-        )
-        axis = figure.subplots()
+    size = (max(7.5, 2.6 + 0.52 * n), 0.9 + 0.36 * n) if n <= NUMBERED else (11, 8)
+    with figure(*size) as drawing:
+        axis = drawing.axis
         top = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
         image = axis.imshow(values, cmap="YlGnBu", vmin=0, vmax=max(top, 1e-3), aspect="auto")
         for (i, j), value in np.ndenumerate(values):
@@ -62,8 +58,8 @@ def run_map(names: Sequence[str], labels: Sequence[str], pairs: pd.DataFrame) ->
         axis.tick_params(length=0)
         axis.grid(False)
         axis.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axis, shrink=0.8, label="mean correlation")
-        return svg(figure)
+        axis.figure.colorbar(image, ax=axis, shrink=0.8, label="mean correlation")
+    return drawing.svg
 
 
 def distributions(matches: pd.DataFrame) -> str:
@@ -85,17 +81,16 @@ def distributions(matches: pd.DataFrame) -> str:
         if "classes" in of and of["classes"].notna().any():
             drawn["class means alone"] = (of["classes"].dropna().to_numpy(), CLASSES)
         panels.append((f"{TITLES['backbone']}: held out", drawn, "correlation"))
-    with matplotlib.rc_context(STYLE):
-        rows = -(-len(panels) // PANELS)
-        figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
-        axes = figure.subplots(rows, min(PANELS, max(2, len(panels))), squeeze=False).ravel()
+    rows = -(-len(panels) // PANELS)
+    with figure(11, 2.6 * rows, rows, min(PANELS, max(2, len(panels)))) as drawing:
+        axes = drawing.axes.ravel()
         for axis, (title, drawn, label) in zip(axes, panels, strict=False):
             _histogram(axis, drawn)
             axis.set_title(title, loc="left", fontsize=9)
             axis.set_xlabel(label)
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
-        return svg(figure)
+    return drawing.svg
 
 
 def _histogram(axis: Axes, drawn: Mapping[str, tuple[np.ndarray, str]]) -> None:
@@ -112,9 +107,8 @@ def _histogram(axis: Axes, drawn: Mapping[str, tuple[np.ndarray, str]]) -> None:
 
 def frequency(matches: pd.DataFrame) -> str:
     """Mean similarity of partners over how often a latent fires, each relation with its null dashed."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 2.9), layout="constrained")
-        left, right = figure.subplots(1, 2)
+    with figure(11, 2.9, 1, 2) as drawing:
+        left, right = drawing.axes[0]
         decoder = matches[(matches["kind"] == "decoder") & (matches["firing_a"] > 0)]
         activation = matches[(matches["kind"] == ACTIVATION) & (matches["firing_a"] > 0)]
         for axis, table, column, null in (
@@ -131,7 +125,7 @@ def frequency(matches: pd.DataFrame) -> str:
         left.set_title("decoder cosine (dashed: random dictionary)", loc="left", fontsize=9)
         right.set_title("held-out correlation (dashed: class means alone)", loc="left", fontsize=9)
         left.set_visible(len(decoder) > 0)
-        return svg(figure)
+    return drawing.svg
 
 
 def _curve(axis: Axes, of: pd.DataFrame, column: str, colour: str, label: str | None, line: str) -> None:
@@ -150,9 +144,8 @@ def beyond_class(tables: Mapping[str, pd.DataFrame]) -> str:
     drawn: dict[str, Any] = {name: table for name, table in tables.items() if table["classes"].notna().all()}
     if not drawn:
         return ""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-        axis = figure.subplots()
+    with figure(5.2, 3.6) as drawing:
+        axis = drawing.axis
         for colour, (name, table) in zip(COLOURS, drawn.items(), strict=False):
             axis.scatter(table["classes"], table["held_out"], s=22, color=colour, alpha=0.8, label=name)
         top = 1.05 * max(float(table[["classes", "held_out"]].max().max()) for table in drawn.values())
@@ -160,7 +153,7 @@ def beyond_class(tables: Mapping[str, pd.DataFrame]) -> str:
         axis.set_xlabel("class means alone")
         axis.set_ylabel("held-out correlation, lowest pair")
         axis.legend(frameon=False, fontsize=8)
-        return svg(figure)
+    return drawing.svg
 
 
 Found = tuple[Sequence[View], pd.DataFrame, Mapping[str, Any]]  # a set of runs, its universal latents, and numbers

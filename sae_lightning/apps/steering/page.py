@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from sae_lightning.apps.steering.latents import SteeredLatent
 from sae_lightning.apps.steering.trials import interval
 from sae_lightning.data import ImageData
-from sae_lightning.rendering.figures import COLOURS, STYLE, svg
+from sae_lightning.rendering.figures import COLOURS, figure
 from sae_lightning.rendering.pictures import data_uri, strip, thumbnail
 from sae_lightning.vlms.words import words_for
 
@@ -91,9 +89,8 @@ def dose_figure(curves: pd.DataFrame) -> str:
     """Share that reaches the goal, share that passes both criteria, and words kept, against α; bands of 95 %; SVG."""
     figures = (("share", "goal reached"), ("passed", "both criteria"), ("kept", "other words kept"))
     goals = (("insert", "turned up: concept named"), ("suppress", "turned down: concept gone"))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 5.2), layout="constrained")
-        axes = figure.subplots(2, 3, squeeze=False, sharey=True)
+    with figure(10.5, 5.2, 2, 3, sharey=True) as drawing:
+        axes = drawing.axes
         for row, (goal, title) in enumerate(goals):
             part = curves[curves.goal == goal]
             for axis, (column, what) in zip(axes[row], figures, strict=True):
@@ -104,15 +101,14 @@ def dose_figure(curves: pd.DataFrame) -> str:
                 axis.set_xlabel("α, peaks of the latent")
             axes[row][0].set_ylabel("share of captions")
         axes[0][0].legend(frameon=False, fontsize=8)
-        return svg(figure)
+    return drawing.svg
 
 
 def nearness_figure(curves: pd.DataFrame, top_k: Sequence[int]) -> str:
     """Rise of the text's cosine with the mean of a latent's top K images against α, one panel a K, SVG."""
     part = curves[curves.goal == "insert"]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 2.7), layout="constrained")
-        axes = figure.subplots(1, len(top_k), squeeze=False, sharey=True)[0]
+    with figure(10.5, 2.7, 1, len(top_k), sharey=True) as drawing:
+        axes = drawing.axes[0]
         for axis, k in zip(axes, top_k, strict=True):
             for i, (method, label) in enumerate(TITLES.items()):
                 _curve(axis, part[part.method == method], f"gain_{k}", COLOURS[i], label)
@@ -121,7 +117,7 @@ def nearness_figure(curves: pd.DataFrame, top_k: Sequence[int]) -> str:
             axis.set_xlabel("α, peaks of the latent")
         axes[0].set_ylabel("rise of the cosine")
         axes[0].legend(frameon=False, fontsize=8)
-        return svg(figure)
+    return drawing.svg
 
 
 def _curve(axis: Any, part: pd.DataFrame, column: str, colour: str, label: str) -> None:
