@@ -75,8 +75,8 @@ class PackedSweeper(CheckedSweeper):
         batch = [list(overrides) for overrides in BasicSweeper.get_job_batch(self)]
         assert self.config is not None
         cfgs = self.composed(batch)
+        from sae_lightning.runs.packs import grouped  # after the check, which answers at once
         from sae_lightning.runs.state import note_plan
-        from sae_lightning.training.packed import grouped  # after the check, which answers at once
 
         sweep = Path(self.config.hydra.runtime.cwd) / self.config.hydra.sweep.dir
         note_plan(cfgs, batch, sweep)
@@ -86,7 +86,7 @@ class PackedSweeper(CheckedSweeper):
     def _job(
         self, batch: Sequence[Sequence[str]], cfgs: Sequence[DictConfig], members: Sequence[int], sweep: Path
     ) -> Sequence[str]:
-        from sae_lightning.training.packed import write_pack
+        from sae_lightning.runs.packs import write_pack
 
         first = list(batch[members[0]])
         if len(members) == 1:

@@ -19,14 +19,11 @@ def main(cfg: DictConfig) -> None:
     from sae_lightning.commands.hydra import point_to
     from sae_lightning.features.source import looking_once
     from sae_lightning.runs.identity import run_name
+    from sae_lightning.runs.packs import members_of
     from sae_lightning.runs.run import is_finished
     from sae_lightning.runs.state import is_a_try
 
-    members = [cfg]
-    if cfg.pack.file is not None:
-        from sae_lightning.training.packed import members_of
-
-        members = members_of(cfg)
+    members = members_of(cfg)
     with looking_once():
         folders = [Path(member.paths.runs) / run_name(member) for member in members]
         point_to(Path(HydraConfig.get().runtime.output_dir), [] if is_a_try(cfg) else folders)

@@ -7,17 +7,13 @@ same run alone and each may go on later alone or in another pack.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -28,7 +24,7 @@ from sae_lightning.distributed.limits import cores, free_memory
 from sae_lightning.distributed.stopping import Preempted, heeding
 from sae_lightning.features.shared import Seat, SharedStream, StreamStoppedError
 from sae_lightning.features.source import Source, looking_once
-from sae_lightning.files import held, lend_cache, set_damaged_aside, write_text
+from sae_lightning.files import held, lend_cache, set_damaged_aside
 from sae_lightning.runs.identity import run_name
 from sae_lightning.runs.run import PRODUCTS, is_finished
 from sae_lightning.runs.state import is_a_try
@@ -36,58 +32,6 @@ from sae_lightning.training.checkpoints import mend_checkpoint
 from sae_lightning.training.failed import begin_anew, worth_keeping
 from sae_lightning.training.fit import check, fit
 from sae_lightning.training.loggers import settle
-
-SECTIONS = ("data", "backbone", "features", "extract", "subset", "seed", "batch_size", "stream", "paths", "pack")
-
-TRAINER_KEYS = ("accelerator", "devices", "num_nodes", "strategy")
-
-
-def stream_key(cfg: DictConfig) -> str:
-    """What runs must have in common to share a stream: the features, their order, and the processes."""
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    kept = {name: plain[name] for name in SECTIONS} | {name: plain["trainer"][name] for name in TRAINER_KEYS}
-    return json.dumps(kept, sort_keys=True)
-
-
-def grouped(cfgs: Sequence[DictConfig], in_turn: bool) -> list[list[int]]:
-    """Indices of ``cfgs``, those of a group being one job; ``in_turn`` says that jobs run one after another here.
-
-    Groups and their members come in the order of ``cfgs``. A run with a profiler, which watches its whole process, is
-    alone.
-    """
-    groups: dict[str, list[int]] = {}
-    for i, cfg in enumerate(cfgs):
-        alone = cfg.pack.when == "never" or cfg.trainer.num_nodes > 1 or cfg.trainer.get("profiler") is not None
-        packed = not alone and (cfg.pack.when == "always" or in_turn)
-        groups.setdefault(stream_key(cfg) if packed else str(i), []).append(i)
-    return [part for group in groups.values() for part in _parts(group, cfgs[group[0]].pack.members)]
-
-
-def _parts(group: list[int], most: int | None) -> list[list[int]]:
-    """The group in parts of nearly equal size, of at most ``most`` members."""
-    count = -(-len(group) // (most or len(group)))
-    size, more = divmod(len(group), count)
-    starts = [i * size + min(i, more) for i in range(count + 1)]
-    return [group[a:b] for a, b in pairwise(starts)]
-
-
-def write_pack(cfgs: Sequence[DictConfig], folder: Path) -> Path:
-    """Write the configs of one job's runs into a file of ``folder`` that is named by what it holds."""
-    text = OmegaConf.to_yaml([OmegaConf.to_container(cfg, resolve=False) for cfg in cfgs])
-    file = folder / f"{len(cfgs)}-runs-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(file, text)
-    return file
-
-
-def read_pack(file: Path) -> list[DictConfig]:
-    """What ``write_pack`` wrote: configs as Hydra composes them, which take no new keys."""
-    plain: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    cfgs = [DictConfig(one) for one in plain]
-    for cfg in cfgs:
-        OmegaConf.set_struct(cfg, True)
-    return cfgs
-
 
 SHARE = 0.7  # of the free memory that a pack may take
 
@@ -290,8 +234,3 @@ def _report(folder: Path, error: BaseException) -> None:
     """Say which run failed and why, with the traceback of anything but a plain sentence."""
     lines = [] if isinstance(error, ValueError | StreamStoppedError) else traceback.format_exception(error)[:-1]
     print("".join([*lines, f"{folder.name}: {error or type(error).__name__}"]), file=sys.stderr, flush=True)
-
-
-def members_of(cfg: DictConfig) -> list[DictConfig]:
-    """The configs of the pack that ``cfg`` is a job of, as the sweeper wrote them; ``[cfg]`` where it is none."""
-    return [cfg] if cfg.pack.file is None else read_pack(Path(cfg.pack.file))

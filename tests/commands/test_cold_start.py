@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from sae_lightning.commands.train import first_line
 from tests.processes import HANG, ROOT
 
 COMMANDS = {
@@ -66,9 +67,19 @@ def test_help_needs_no_hydra(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_says_what_it_does_before_it_imports_what_trains(tmp_path):
-    done = cold("-c", UP_TO_TRAINING, "backbone=mae", cwd=tmp_path)
-    _, line, loaded = done.stdout.splitlines()
-    assert line.startswith("Training batchtopk on mae (tiny) patch-L4, 320,000 tokens, into runs/batchtopk-mae-x8-k16-")
+def test_a_sweep_says_what_it_trains_before_it_imports_what_trains(tmp_path):
+    done = cold("-c", UP_TO_TRAINING, "-m", "backbone=mae", "sae=topk,batchtopk", cwd=tmp_path)
+    assert "Training 2 SAEs (topk, batchtopk) on mae (tiny) patch-L4, 320,000 tokens, into runs\n" in done.stdout
+    loaded = done.stdout.splitlines()[-1].split()
     assert "torch" in loaded
-    assert not set(loaded.split()) & SLOW - {"scipy", "pandas"}  # which read scores and the bundled pictures
+    assert not set(loaded) & SLOW - {"scipy", "pandas"}  # which read scores and the bundled pictures
+
+
+def test_what_a_run_is_trained_on_is_said_as_far_as_it_is_known(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = [tmp_path / "runs" / "topk-1"]
+    assert first_line([config("sae=topk")], folder).startswith("Training topk on deit (tiny) patch-L4, ")
+    assert first_line([config("sae=topk")], folder).endswith(" tokens, into runs/topk-1")
+    published = ("backbone=mae", "backbone.size=published", "backbone.published.pretrained=false")
+    assert "mae (ViT-B/16, random weights) patch-L11, 32 images, into" in first_line([config(*published)], folder)
+    assert "deit (tiny) patch-L4 of folder, into" in first_line([config("subset.per_class=2")], folder)

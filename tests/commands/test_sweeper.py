@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from sae_lightning.commands.hydra import COMMAND, ClosingTable, point_to
 from sae_lightning.commands.paths import RANKS, started
 from sae_lightning.runs.identity import run_name
+from sae_lightning.runs.packs import members_of, read_pack, write_pack
 from sae_lightning.runs.state import planned
-from sae_lightning.training.packed import members_of, read_pack, write_pack
 from tests.configs import CONF
 
 

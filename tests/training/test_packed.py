@@ -11,8 +11,9 @@ import torch
 from omegaconf import open_dict
 from safetensors.torch import load_file
 
+from sae_lightning.runs.packs import members_of
 from sae_lightning.training.fit import train
-from sae_lightning.training.packed import PackError, members_of, train_packed
+from sae_lightning.training.packed import PackError, train_packed
 from tests.processes import Command, run, wait_for
 
 CRASH = "+callbacks.crash={_target_: tests.training.crash.Crash, epoch: 1}"

@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 from sae_lightning.commands.main import main
 from sae_lightning.features.source import Source
 from sae_lightning.runs.identity import run_name
+from sae_lightning.runs.packs import grouped
 from sae_lightning.runs.state import note_plan, state_of, states
 from sae_lightning.training.fit import train
-from sae_lightning.training.packed import grouped, pack_bytes, rounds, weight_bytes
+from sae_lightning.training.packed import pack_bytes, rounds, weight_bytes
 from tests.configs import CONF, composed
 from tests.processes import run
 
