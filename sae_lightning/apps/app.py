@@ -1,58 +1,97 @@
-"""What an application leaves behind: ``app.json`` with its headline figures, a page, and tables beside them."""
+"""Applications: functions over opened runs, by name, and how what they find is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from pkgutil import iter_modules
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning import __version__
 from sae_lightning.files import write_json, write_text
-from sae_lightning.registry import one_of
-from sae_lightning.rendering.page import render
+from sae_lightning.registry import Registry, import_plugins, one_of
+from sae_lightning.rendering.page import Note, headlines, page, render
 from sae_lightning.runs.results import RECORD, Result
-from sae_lightning.runs.run import Opened, chosen_runs
+from sae_lightning.runs.run import Opened, chosen_runs, shared_results
+
+Application = Callable[[Sequence[Opened], DictConfig], Result | None]
+
+APPS: Registry[Application] = Registry("app")
+TOGETHER: set[str] = set()  # those that take all runs at once
+OURS = [module.name for module in iter_modules([str(Path(__file__).parent)]) if module.ispkg]  # a folder each
 
 
-def leave(
-    result: Result, about: str, settings: Mapping[str, Any], context: Mapping[str, Any], numbers: Mapping[str, Any]
-) -> Result:
-    """Write ``page.html`` from the template ``apps/<app>.html`` and then ``app.json``.
+def app(name: str, together: bool = False) -> Callable[[Application], Application]:
+    """A decorator that makes ``run(runs, cfg)`` the application ``name``.
 
-    ``about`` names the run or runs, ``settings`` what was asked for, ``numbers`` further figures (JSON), ``context``
-    what the template shows beside ``about``, ``headlines`` and ``title``.
+    It is called for one run after another, or with ``together`` once for all, and returns what is to be written, None
+    for nothing. The options of ``cfg.app`` stand in conf/app/<name>.yaml.
     """
-    result.folder.mkdir(parents=True, exist_ok=True)
-    shown = {"title": result.title, "about": about, "headlines": result.headlines, **context}
-    write_text(result.page, render(f"apps/{result.app}.html", shown))
-    record = {
-        "app": result.app, "title": result.title, "about": about, "version": __version__, "settings": dict(settings),
-        "headlines": [asdict(headline) for headline in result.headlines], **numbers,
-    }  # fmt: skip
-    write_json(result.folder / RECORD, record)
-    return result
+
+    def add(run: Application) -> Application:
+        if together:
+            TOGETHER.add(name)
+        return APPS.add(name, run)
+
+    return add
 
 
-EACH = ("naming", "search", "bias", "steering")  # one run after another: run(opened, cfg) -> Result
-
-TOGETHER = ("stability", "agreement", "explorer")  # all runs at once: run(all_opened, cfg) -> Result | None
+def load_app(name: str) -> Application:
+    """The application ``name``, ours or another package's; ValueError for an unknown one."""
+    if name in OURS:
+        import_module(f"sae_lightning.apps.{name}.app")
+    elif name not in APPS:
+        import_plugins()
+        one_of(name, dict.fromkeys([*OURS, *APPS]), "app")
+    return APPS[name]
 
 
 def explore(cfg: DictConfig) -> list[Result]:
-    """The application ``cfg.app.name`` over the runs that ``cfg.run`` names; what each left behind.
+    """What the application ``cfg.app.name`` finds of the runs that ``cfg.run`` names, written.
 
     FileNotFoundError when there is no such run; ValueError, DataError and the like with a sentence for what does not
     fit the application.
     """
+    load_app(cfg.app.name)
+    return results_of([Opened(folder) for folder in chosen_runs(cfg.run, Path(cfg.paths.runs))], cfg)
+
+
+def results_of(runs: Sequence[Opened], cfg: DictConfig) -> list[Result]:
+    """What ``cfg.app`` finds of ``runs``, written."""
     name = cfg.app.name
-    one_of(name, EACH + TOGETHER, "app")
-    application: Callable = import_module(f"sae_lightning.apps.{name}.app").run
-    opened = [Opened(folder) for folder in chosen_runs(cfg.run, Path(cfg.paths.runs))]
-    if name in TOGETHER:
-        result = application(opened, cfg)
-        return [] if result is None else [result]
-    return [application(run, cfg) for run in opened]
+    run, found = load_app(name), []
+    for some in [runs] if name in TOGETHER else [[one] for one in runs]:
+        result = run(some, cfg)
+        if result is not None:
+            found.append(write_result(result, some, cfg))
+    return found
+
+
+def write_result(result: Result, runs: Sequence[Opened], cfg: DictConfig) -> Result:
+    """Write tables, texts, ``page.html`` and then ``app.json`` into ``apps/<app>`` of the run, or beside several."""
+    name = cfg.app.name
+    folder = shared_results(runs, name, cfg.paths.runs) if name in TOGETHER else runs[0].results(name)
+    about = result.about or (runs[0].label if len(runs) == 1 else f"{len(runs)} runs")
+    result = replace(result, app=name, folder=folder, about=about)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, table in result.tables.items():
+        table.to_parquet(folder / file, index=False)
+    for file, text in result.texts.items():
+        write_text(folder / file, text)
+    if result.context:
+        shown = {"title": result.title, "about": about, "headlines": result.headlines, **result.context}
+        write_text(result.page, render(f"apps/{name}.html", shown))
+    else:
+        lead = [Note(about), *result.lead, *([headlines(result.headlines)] if result.headlines else [])]
+        write_text(result.page, page(f"{result.title} · {about}", lead, result.sections, heading=result.title))
+    asked = OmegaConf.to_container(cfg.app, resolve=False)
+    record = {
+        "app": name, "title": result.title, "about": about, "version": __version__,
+        "settings": {**dict(asked), "split": cfg.split, "seed": cfg.seed},  # type: ignore[arg-type]
+        "headlines": [asdict(headline) for headline in result.headlines], **result.numbers,
+    }  # fmt: skip
+    write_json(folder / RECORD, record)
+    return result

@@ -1,11 +1,16 @@
-"""What an application leaves behind: ``app.json`` with its headline figures, a page, and tables beside them."""
+"""What an application finds of a run or several, and leaves behind: ``app.json`` with its headline figures, a page, and
+tables beside them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RECORD, PAGE = "app.json", "page.html"
 
@@ -26,12 +31,24 @@ class Headline:
 
 @dataclass(frozen=True)
 class Result:
-    """One finished application: where its files lie, and what it found."""
+    """What an application found.
 
-    app: str
+    ``about`` names the run or runs (by default their label or number); ``lead`` are the blocks of the page's head and
+    ``sections`` what follows (see ``rendering.page``). ``tables`` and ``texts`` are written under their names beside
+    the page, ``numbers`` (JSON) into app.json. ``app`` and ``folder`` say whose it is and where it lies once written.
+    """
+
     title: str
-    folder: Path
-    headlines: Sequence[Headline]
+    headlines: Sequence[Headline] = ()
+    lead: Sequence[Any] = ()
+    sections: Sequence[Any] = ()
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    about: str = ""
+    app: str = ""
+    folder: Path = Path()
+    context: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def page(self) -> Path:
@@ -39,6 +56,7 @@ class Result:
 
 
 def read_result(folder: Path) -> Result:
-    """The result in ``folder``; FileNotFoundError when there is none."""
+    """The headline figures of the result in ``folder``; FileNotFoundError when there is none."""
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return Result(record["app"], record["title"], folder, [Headline(**line) for line in record["headlines"]])
+    headlines = [Headline(**line) for line in record["headlines"]]
+    return Result(record["title"], headlines, app=record["app"], folder=folder)

@@ -25,15 +25,15 @@ from sae_lightning.apps.agreement.analysis import (
     raters,
     with_scores,
 )
-from sae_lightning.apps.agreement.app import run
 from sae_lightning.apps.agreement.study import (
     COLUMNS,
+    collecting_page,
     draw_pairs,
     latent_scores,
     read_judgements,
     study_of,
-    write_collecting_page,
 )
+from sae_lightning.apps.app import results_of
 from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.evaluation.similarity import Similarity
 from tests.configs import CONF
@@ -260,7 +260,7 @@ def placed(opened, tmp_path):
 
 
 def test_without_judgements_the_collecting_page_is_written(opened, tmp_path):
-    result = run([placed(opened, tmp_path)], asked(tmp_path))
+    (result,) = results_of([placed(opened, tmp_path)], asked(tmp_path))
     assert result.headlines == []
     assert 'href="collect.html"' in result.page.read_text()
     page = (result.folder / "collect.html").read_text()
@@ -271,7 +271,7 @@ def test_without_judgements_the_collecting_page_is_written(opened, tmp_path):
 
 
 def test_simulated_judges_prefer_pure_latents_and_are_called_simulated(opened, tmp_path):
-    result = run([placed(opened, tmp_path)], asked(tmp_path, simulated=3, pairs=60))
+    (result,) = results_of([placed(opened, tmp_path)], asked(tmp_path, simulated=3, pairs=60))
     page = result.page.read_text()
     assert "Simulated judges: these choices were made up" in page
     assert all("simulated judges" in line.what for line in result.headlines)
@@ -282,11 +282,11 @@ def test_simulated_judges_prefer_pure_latents_and_are_called_simulated(opened, t
     assert set(read["judge"]) == {"simulated 1", "simulated 2", "simulated 3"}
     people = tmp_path / "people.csv"
     read.assign(judge="Ann").to_csv(people, index=False)
-    other = run([placed(opened, tmp_path)], asked(tmp_path, judgements=str(people)))
+    (other,) = results_of([placed(opened, tmp_path)], asked(tmp_path, judgements=str(people)))
     assert "made up" not in other.page.read_text()
     assert all("people" in line.what for line in other.headlines)
     with pytest.raises(ValueError, match="people and made-up judges are not mixed"):
-        run([placed(opened, tmp_path)], asked(tmp_path, judgements=str(people), simulated=1))
+        results_of([placed(opened, tmp_path)], asked(tmp_path, judgements=str(people), simulated=1))
 
 
 @pytest.mark.slow
@@ -294,7 +294,7 @@ def test_simulated_judges_prefer_pure_latents_and_are_called_simulated(opened, t
 def test_the_page_in_a_browser_exports_what_the_analysis_reads_and_goes_on_where_it_was_left(opened, tmp_path):
     scores = latent_scores(opened, "test", Similarity(), 4)
     pairs = draw_pairs(scores, 6, 2, 4, seed=0)
-    page = write_collecting_page(study_of(pairs, {"a": opened}, "test", 4), tmp_path)
+    page = collecting_page(study_of(pairs, {"a": opened}, "test", 4))
     press = "for (const key of {keys}) document.dispatchEvent(new KeyboardEvent('keydown', {{ key, bubbles: true }}));"
     start = "at('judge').value = 'Ann \"A\", Oslo'; at('who').requestSubmit();"
     first = browse(
@@ -319,7 +319,7 @@ def browse(page, folder, script):
     driven = folder / "driven.html"
     out = "const out = document.createElement('textarea'); out.id = 'out'; out.textContent = csv();"
     out += "document.body.append(out);"
-    driven.write_text(page.read_text().replace("</body>", f"<script>{script} {out}</script></body>"))
+    driven.write_text(page.replace("</body>", f"<script>{script} {out}</script></body>"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
                "--virtual-time-budget=2000", "--dump-dom", driven.as_uri()]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=True).stdout

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sae_lightning.apps.bias.app import run
+from sae_lightning.apps.app import results_of
 from sae_lightning.apps.bias.planted import Versions, check
 from sae_lightning.apps.bias.study import Task, labelled, members, study, task_of
 from sae_lightning.apps.edits import whole_images
@@ -213,7 +213,7 @@ def options(*overrides: str):
 
 @pytest.mark.slow
 def test_a_run_gets_a_page_a_record_and_two_tables(finished):
-    result = run(finished, options())
+    (result,) = results_of([finished], options())
     record = json.loads((result.folder / "app.json").read_text())
     table = pd.read_parquet(result.folder / "bias.parquet")
     assert len(table) == finished.sae.d_sae
@@ -233,12 +233,14 @@ def test_a_run_gets_a_page_a_record_and_two_tables(finished):
 @pytest.mark.slow
 def test_chosen_latents_and_no_check(finished):
     live = pd.read_parquet(finished.results("bias") / "bias.parquet").sort_values("images")["latent"].iloc[-1]
-    result = run(finished, options(f"app.latents=[{live}]", "app.plant.attribute=null", "app.keep_error=false"))
+    (result,) = results_of(
+        [finished], options(f"app.latents=[{live}]", "app.plant.attribute=null", "app.keep_error=false")
+    )
     page = result.page.read_text()
     assert "app.plant.attribute=null" in page
     assert page.count("forced magnitude") == 1
     with pytest.raises(ValueError, match="silent on all images"):
-        run(finished, options("app.latents=[999999]", "app.plant.attribute=null"))
+        results_of([finished], options("app.latents=[999999]", "app.plant.attribute=null"))
 
 
 def test_without_pictures_there_is_a_page_without_the_check(finished, monkeypatch):
@@ -246,7 +248,7 @@ def test_without_pictures_there_is_a_page_without_the_check(finished, monkeypatc
         raise DataError("There are no pictures.")
 
     monkeypatch.setattr(Opened, "images", images)
-    result = run(finished, options("app.positive=[cat,dog]", "app.negative=[truck,ship]"))
+    (result,) = results_of([finished], options("app.positive=[cat,dog]", "app.negative=[truck,ship]"))
     page = result.page.read_text()
     assert "It needs pictures and the encoder. There are no pictures." in page
     assert "data:image" not in page
@@ -255,6 +257,6 @@ def test_without_pictures_there_is_a_page_without_the_check(finished, monkeypatc
 
 def test_what_cannot_be_explained_is_refused(finished):
     with pytest.raises(ValueError, match="set split=test"):
-        run(finished, options("split=train"))
+        results_of([finished], options("split=train"))
     with pytest.raises(ValueError, match="column of a Hugging Face data set"):
-        run(finished, options("app.attribute=Male"))
+        results_of([finished], options("app.attribute=Male"))

@@ -1,17 +1,22 @@
 """From the command's config to applications: which runs, in which way, and what is printed."""
 
+import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from sae_lightning.apps import app as module
-from sae_lightning.apps.app import explore, leave
-from sae_lightning.rendering.page import headlines
+from sae_lightning.apps.app import app, explore, load_app, write_result
+from sae_lightning.rendering.page import Section, headlines
+from sae_lightning.report.page import applications
 from sae_lightning.runs.results import Headline, Result, read_result
 from sae_lightning.runs.run import chosen_runs
+from tests.configs import CONF
 
 
 def finished(folder):
@@ -41,29 +46,75 @@ def test_runs_are_named_by_folder_by_pattern_or_both(runs, tmp_path, monkeypatch
 
 
 def config(app, tmp_path, run="topk-*"):
-    return OmegaConf.create({"app": {"name": app}, "run": run, "paths": {"runs": str(tmp_path / "runs")}})
+    paths = {"runs": str(tmp_path / "runs")}
+    return OmegaConf.create({"app": {"name": app}, "run": run, "paths": paths, "split": "test", "seed": 1})
 
 
-@pytest.mark.parametrize("app", [*module.EACH, *module.TOGETHER])
-def test_an_application_is_given_one_run_after_another_or_all_at_once(app, runs, tmp_path, monkeypatch):
+@pytest.fixture
+def mine(monkeypatch):
+    """Two applications of another package, of each run and of all together; what they were given."""
     given = []
-    monkeypatch.setattr(module, "Opened", lambda folder: folder.name)
-    monkeypatch.setattr(module, "import_module", lambda name: SimpleNamespace(run=lambda of, cfg: given.append(of)))
-    left = explore(config(app, tmp_path))
-    assert given == (["topk-clip", "topk-mae"] if app in module.EACH else [["topk-clip", "topk-mae"]])
-    assert left == ([None, None] if app in module.EACH else [])  # one that serves a page leaves nothing
+
+    def opened(folder):
+        return SimpleNamespace(name=folder.name, label="a run", results=lambda app: folder / "apps" / app)
+
+    monkeypatch.setattr(module, "Opened", opened)
+    monkeypatch.setattr(module, "APPS", type(module.APPS)("app"))
+    monkeypatch.setattr(module, "TOGETHER", set())
+
+    @app("counting")
+    def counting(runs, cfg):
+        given.append([one.name for one in runs])
+        table = pd.DataFrame({"latent": [0, 1]})
+        return Result("Counting", [Headline("letters", len(runs[0].name))], tables={"latents.parquet": table},
+                      sections=[Section("Names", f"Called {runs[0].name}.")], numbers={"more": 1})  # fmt: skip
+
+    @app("all", together=True)
+    def nothing(runs, cfg):
+        given.append([one.name for one in runs])
+
+    return given
+
+
+def test_an_application_of_another_package_is_given_each_run_and_appears_in_the_report(mine, runs, tmp_path):
+    found = explore(config("counting", tmp_path))
+    assert mine == [["topk-clip"], ["topk-mae"]]
+    folder = runs[1] / "apps" / "counting"
+    assert found[0].folder == folder
+    assert pd.read_parquet(folder / "latents.parquet")["latent"].tolist() == [0, 1]
+    record = json.loads((folder / "app.json").read_text())
+    assert (record["about"], record["settings"]["split"], record["more"]) == ("a run", "test", 1)
+    for run in runs:
+        (run / "sae.safetensors").touch()
+        os.utime(run / "sae.safetensors", (0, 0))
+    shown = applications(runs, tmp_path / "report.html")
+    assert [(of["title"], of["runs"]) for of in shown] == [("Counting", "topk-clip"), ("Counting", "topk-mae")]
+    assert "Called topk-clip." in (tmp_path / shown[0]["href"]).read_text()
+
+
+def test_one_for_several_runs_is_called_once_and_may_leave_nothing(mine, runs, tmp_path):
+    assert explore(config("all", tmp_path)) == []
+    assert mine == [["topk-clip", "topk-mae"]]
+
+
+def test_our_applications_are_their_folders():
+    assert set(module.OURS) == {path.stem for path in (CONF / "app").glob("*.yaml")}
+    for name, together in {"naming": False, "stability": True}.items():
+        assert load_app(name).__module__ == f"sae_lightning.apps.{name}.app"
+        assert (name in module.TOGETHER) == together
 
 
 def test_an_unknown_application_is_named_with_those_that_there_are(tmp_path):
-    with pytest.raises(ValueError, match=r"Unknown app=nameing; choose one of naming, .* explorer\."):
+    with pytest.raises(ValueError, match=r"Unknown app=nameing; choose one of agreement, .*, naming, .*steering\."):
         explore(config("nameing", tmp_path))
 
 
 def test_what_is_left_is_read_back_and_printed_beside_its_baseline(tmp_path):
     lines = [Headline("right", 0.8126, 0.25, "chance", (0.75, 0.9)), Headline("found", 3.0)]
-    result = leave(Result("agreement", "People", tmp_path, lines), "a run", {"k": 3}, {}, {"more": 1})
+    opened = SimpleNamespace(label="a run", results=lambda app: tmp_path)
+    result = write_result(Result("People", lines), [opened], config("naming", tmp_path))
     back = read_result(tmp_path)
-    assert (back.app, back.title, back.headlines[0].ours) == ("agreement", "People", 0.8126)
+    assert (back.app, back.title, back.headlines[0].ours) == ("naming", "People", 0.8126)
     console = Console(width=120, record=True)
     headlines(result.headlines, result.title).show(console)
     text = console.export_text()

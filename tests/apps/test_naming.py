@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
+from sae_lightning.apps.app import results_of
 from sae_lightning.apps.names import names_of
-from sae_lightning.apps.naming.app import run
 from sae_lightning.apps.naming.vocabulary import chosen_method, moments, place
 from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.features.source import Source
@@ -58,7 +58,7 @@ def options(root, *more: str):
 @pytest.mark.parametrize("backbone", ["clip", "siglip"])
 def test_rows_at_the_embeddings_of_words_are_named_by_them(root, pictures, backbone):
     opened = planted(root, pictures, backbone, "embedding")
-    result = run(opened, options(root, "app.alive=false"))
+    (result,) = results_of([opened], options(root, "app.alive=false"))
     table = pd.read_parquet(result.folder / "naming.parquet")
     named = table.head(len(WORDS))
     assert named["name"].tolist() == WORDS
@@ -82,7 +82,7 @@ def test_rows_at_the_embeddings_of_words_are_named_by_them(root, pictures, backb
 
 def test_latents_that_never_fire_have_no_name(root, pictures):
     opened = planted(root, pictures, "clip", "embedding")
-    table = pd.read_parquet(run(opened, options(root)).folder / "naming.parquet")
+    table = pd.read_parquet(results_of([opened], options(root))[0].folder / "naming.parquet")
     silent = table[~table["alive"]]
     assert len(silent) > 0
     assert (silent["shown"] == "").all()
@@ -100,7 +100,7 @@ def test_removing_b_pre_moves_the_texts(root, pictures):
         opened.sae.b_pre.normal_(generator=torch.Generator().manual_seed(0))
     scores = {}
     for kind in ("keep", "remove"):
-        folder = run(opened, options(root, "app.alive=false", f"app.b_pre={kind}")).folder
+        folder = results_of([opened], options(root, "app.alive=false", f"app.b_pre={kind}"))[0].folder
         scores[kind] = pd.read_parquet(folder / "naming.parquet")["score"].to_numpy()
     np.testing.assert_allclose(scores["keep"][: len(WORDS)], 1, atol=1e-5)
     assert (scores["remove"][: len(WORDS)] < 0.999).all()
@@ -109,7 +109,7 @@ def test_removing_b_pre_moves_the_texts(root, pictures):
 @pytest.mark.slow
 def test_patch_tokens_of_a_text_aligned_encoder_are_named_by_activation(root, pictures):
     opened = planted(root, pictures, "clip", "patch")
-    result = run(opened, options(root, "app.top=4"))
+    (result,) = results_of([opened], options(root, "app.top=4"))
     table = pd.read_parquet(result.folder / "naming.parquet")
     assert set(table["method"]) == {"activation"}
     assert table["score"].abs().max() <= 1 + 1e-5
@@ -120,7 +120,7 @@ def test_patch_tokens_of_a_text_aligned_encoder_are_named_by_activation(root, pi
 
 def test_encoders_without_text_are_named_by_labels(root, pictures):
     opened = planted(root, pictures, "deit", "patch")
-    result = run(opened, options(root))
+    (result,) = results_of([opened], options(root))
     table = pd.read_parquet(result.folder / "naming.parquet")
     assert "name" not in table
     assert set(table["shown"]) <= {"", "rows", "columns"}
@@ -144,7 +144,7 @@ def test_encoders_without_text_are_named_by_labels(root, pictures):
 def test_what_does_not_fit_a_run_is_said_in_a_sentence(root, pictures, backbone, features, more, message):
     opened = planted(root, pictures, backbone, features)
     with pytest.raises(ValueError, match=message):
-        run(opened, options(root, more))
+        results_of([opened], options(root, more))
 
 
 def test_any_method_of_a_text_aligned_embedding_can_be_asked_for(root, pictures):

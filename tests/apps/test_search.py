@@ -13,8 +13,9 @@ from PIL import Image
 from scipy import sparse
 from scipy.spatial.distance import cdist
 
+from sae_lightning.apps.app import results_of
 from sae_lightning.apps.edits import edited, whole_images
-from sae_lightning.apps.search.app import captions, run, turned_latents
+from sae_lightning.apps.search.app import captions, turned_latents
 from sae_lightning.apps.search.dose import (
     LATENT,
     OTHER,
@@ -308,7 +309,7 @@ def asked(**app):
 @pytest.mark.slow
 def test_a_run_is_searched_and_leaves_page_record_and_tables(opened, pictures):
     own = pictures / "test" / "rows" / "0.png"
-    result = run(opened, asked(queries=[1, str(own)], turn={"latents": [2], "to": [0, 1]}))
+    (result,) = results_of([opened], asked(queries=[1, str(own)], turn={"latents": [2], "to": [0, 1]}))
     page = result.page.read_text()
     assert page.count('class="turn"') == 2 * 3
     assert "0.png" in page
@@ -337,11 +338,11 @@ def test_queries_are_numbers_ids_or_files_and_anything_else_is_named(opened):
 
 def test_wrong_options_are_told(opened):
     with pytest.raises(ValueError, match=r"Unknown app\.turn\.unit=volts; choose one of spread, code"):
-        run(opened, asked(turn={"unit": "volts"}))
+        results_of([opened], asked(turn={"unit": "volts"}))
     opened.made["features"], kind = "text", opened.made["features"]
     try:
         with pytest.raises(ValueError, match="was trained on captions; search needs a run on features of images"):
-            run(opened, asked())
+            results_of([opened], asked())
     finally:
         opened.made["features"] = kind
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.stability import app as stability
+from sae_lightning.apps.app import results_of
 from sae_lightning.apps.stability import page as stability_page
 from sae_lightning.apps.stability.activations import Activations, activations, codes_of, labels_of, shared_images
 from sae_lightning.apps.stability.pairs import interval, random_like
@@ -110,7 +110,7 @@ def asked(root, **app):
 # --- the application ------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def result(root, runs):
-    return stability.run(runs, asked(root))
+    return results_of(runs, asked(root))[0]
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_encoders_that_share_nothing_have_no_universal_latents(root, monkeypatch
     runs = [
         a_run(root, n, own, encoder(root / "none", n, own), 1) for own, n in enumerate(("dinov2", "siglip"), start=7)
     ]
-    found = stability.run(runs, asked(root / "none"))
+    (found,) = results_of(runs, asked(root / "none"))
     assert len(pd.read_parquet(found.folder / "universal.parquet")) == 0
     assert found.headlines[-1].ours == 0
 
@@ -173,7 +173,7 @@ def test_what_runs_of_one_seed_share_is_told_from_their_start(root, stores):
     small, large = (ReLU(D, d, seed=5).W_dec.detach() for d in (D, 2 * D))
     runs = [a_run(root, "deit", 1, stores["deit"], 5, rows=rows) for rows in (large, small)]
     other = a_run(root, "deit", 1, stores["deit"], 6, rows=ReLU(D, 2 * D, seed=6).W_dec.detach())
-    found = stability.run([*runs, other], asked(root, min_images=1))
+    (found,) = results_of([*runs, other], asked(root, min_images=1))
     pairs = pd.read_parquet(found.folder / "pairs.parquet").query("kind == 'decoder'")
     same = pairs[pairs["relation"] == "expansion, same start"].iloc[0]
     assert same[["mean", "start_mean"]].tolist() == pytest.approx([1, 1], abs=1e-6)
@@ -199,7 +199,7 @@ def test_pictures_are_those_that_the_members_fire_on_most(runs, monkeypatch, roo
 
     monkeypatch.setattr(Opened, "images", images)
     monkeypatch.setattr(stability_page, "strip", lambda images: shown.append([i.getpixel((0, 0))[0] for i in images]))
-    found = stability.run(runs[1:], asked(root, universal={"shown": 2, "images": 3}))
+    (found,) = results_of(runs[1:], asked(root, universal={"shown": 2, "images": 3}))
     table = pd.read_parquet(found.folder / "universal.parquet").query("rank <= 2")
     expected = []
     for _, of in table.groupby("rank"):
@@ -213,14 +213,14 @@ def test_pictures_are_those_that_the_members_fire_on_most(runs, monkeypatch, roo
 # --- sentences ------------------------------------------------------------------------------------
 def test_refuses_what_cannot_be_compared(root, runs):
     with pytest.raises(ValueError, match="only relu-deit-x1-s1 was given"):
-        stability.run(runs[:1], asked(root))
+        results_of(runs[:1], asked(root))
     with pytest.raises(ValueError, match="and split are both test"):
-        stability.run(runs, asked(root, fit="test"))
+        results_of(runs, asked(root, fit="test"))
     with pytest.raises(ValueError, match="fires on 301 of 285 images of train"):
-        stability.run(runs, asked(root, min_images=301))
+        results_of(runs, asked(root, min_images=301))
     elsewhere = a_run(root, "dinov2", 4, encoder(root, "dinov2", 4, data="another"), 1)
     with pytest.raises(ValueError, match=r"deit-x1-s1 \(synthetic\) and relu-dinov2-x1-s1 \(another\) have no image"):
-        stability.run([*runs, elsewhere], asked(root))
+        results_of([*runs, elsewhere], asked(root))
 
 
 # --- parts ----------------------------------------------------------------------------------------

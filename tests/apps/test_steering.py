@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
+from sae_lightning.apps.app import results_of
 from sae_lightning.apps.steering import app as steering
-from sae_lightning.apps.steering.app import judge_node, run
+from sae_lightning.apps.steering.app import judge_node
 from sae_lightning.apps.steering.latents import diffmean
 from sae_lightning.backbones.backbone import Tap
 from sae_lightning.runs.results import read_result
@@ -70,7 +71,7 @@ def options(*overrides):
 def result(trained):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steering, "load_vlm", lambda node, device: Namer(trained))
-        return run(trained, options())
+        return results_of([trained], options())[0]
 
 
 @pytest.mark.slow

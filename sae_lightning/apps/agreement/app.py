@@ -11,58 +11,57 @@ from omegaconf import DictConfig, OmegaConf
 
 from sae_lightning.apps.agreement.analysis import agreement, by_difference, majority, raters, with_scores
 from sae_lightning.apps.agreement.study import (
+    COLLECT,
     SCORES,
     SIMULATED,
+    collecting_page,
     draw_pairs,
     latent_scores,
     read_judgements,
     simulated_judgements,
     study_of,
-    write_collecting_page,
 )
-from sae_lightning.apps.app import leave
+from sae_lightning.apps.app import app
 from sae_lightning.evaluation.similarity import Similarity
 from sae_lightning.rendering.figures import COLOURS, figure
 from sae_lightning.runs.results import Headline, Result
-from sae_lightning.runs.run import Opened, shared_results
+from sae_lightning.runs.run import Opened
 
 PAIRS, LATENTS, TABLE, MADE_UP = "pairs.parquet", "latents.parquet", "agreement.parquet", "judgements-simulated.csv"
 
 
-def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result:
+@app("agreement", together=True)
+def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
     """Write the collecting page for latents of these runs, or analyse what was collected on it.
 
-    Without ``app.judgements``: ``collect.html`` and ``pairs.parquet`` in ``apps/agreement`` beside the runs. With
-    files, or with ``app.simulated`` judges: ``agreement.parquet``, the page and ``app.json``. ``latents.parquet``
-    holds the scores. Raises what ``read_judgements``, ``latent_scores`` and ``draw_pairs`` raise.
+    Without ``app.judgements``: ``collect.html`` and ``pairs.parquet`` beside the page. With files, or with
+    ``app.simulated`` judges: ``agreement.parquet``. ``latents.parquet`` holds the scores. Raises what
+    ``read_judgements``, ``latent_scores`` and ``draw_pairs`` raise.
     """
-    app, split, seed = cfg.app, cfg.split, int(cfg.seed)
-    opened = {one.name: one for one in all_opened}
-    if app.judgements is not None and app.simulated:
+    options, split, seed = cfg.app, cfg.split, int(cfg.seed)
+    opened = {one.name: one for one in runs}
+    if options.judgements is not None and options.simulated:
         raise ValueError("Both app.judgements and app.simulated are set; people and made-up judges are not mixed.")
-    files = _files(app.judgements)
+    files = _files(options.judgements)
     d_sae = {name: one.sae.d_sae for name, one in opened.items()}
     judgements = read_judgements(files, d_sae) if files else None  # before anything slow
-    judge = Similarity(None if app.judge is None else OmegaConf.to_container(app.judge, resolve=False))  # type: ignore[arg-type]
-    scores = pd.concat([latent_scores(one, split, judge, app.images) for one in all_opened], ignore_index=True)
-    folder = shared_results(all_opened, "agreement", cfg.paths.runs)
-    folder.mkdir(parents=True, exist_ok=True)
-    scores.to_parquet(folder / LATENTS)
-
+    judge = Similarity(None if options.judge is None else OmegaConf.to_container(options.judge, resolve=False))  # type: ignore[arg-type]
+    scores = pd.concat([latent_scores(one, split, judge, options.images) for one in runs], ignore_index=True)
+    tables, texts = {LATENTS: scores}, {}
     context: dict[str, Any] = {"collected": False}
     if judgements is None:
-        pairs = draw_pairs(scores, app.pairs, app.strata, app.images, seed)
-        pairs.to_parquet(folder / PAIRS)
-        write_collecting_page(study_of(pairs, opened, split, app.images), folder)
+        pairs = draw_pairs(scores, options.pairs, options.strata, options.images, seed)
+        tables[PAIRS] = pairs
+        texts[COLLECT] = collecting_page(study_of(pairs, opened, split, options.images))
         context |= {"pairs": len(pairs), "least": pairs["difference"].min(), "most": pairs["difference"].max()}
-        if app.simulated:
-            simulated_judgements(pairs, scores, app.simulated, seed).to_csv(folder / MADE_UP, index=False)
-            judgements = read_judgements([folder / MADE_UP], d_sae)
+        if options.simulated:
+            judgements = simulated_judgements(pairs, scores, options.simulated, seed)
+            texts[MADE_UP] = judgements.to_csv(index=False)
     lines: list[Headline] = []
     numbers: dict[str, Any] = {}
     if judgements is not None:
-        table, bins, between = analysed(judgements, scores, list(app.bins))
-        table.to_parquet(folder / TABLE)
+        table, bins, between = analysed(judgements, scores, list(options.bins))
+        tables[TABLE] = table
         made_up = judgements["judge"].str.startswith(SIMULATED)
         lines = headlines(table, "simulated judges" if made_up.any() else "people")
         numbers = {"agreement": _plain(table), "by_difference": _plain(bins), "raters": _plain(between)}
@@ -71,11 +70,10 @@ def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result:
             "figure": bins_figure(bins), "titles": SCORES, "simulated": int(made_up.any()),
             "unsure": float((judgements["choice"] == "unsure").mean()), "n": len(judgements),
         }  # fmt: skip
-    about = all_opened[0].label if len(all_opened) == 1 else f"{len(all_opened)} runs"
-    asked = OmegaConf.to_container(app, resolve=False)
-    settings = {str(key): value for key, value in dict(asked).items() if key != "judge"}  # type: ignore[arg-type]
-    settings |= {"runs": list(opened), "split": split, "seed": seed}
-    return leave(Result("agreement", "Agreement with people", folder, lines), about, settings, context, numbers)
+    numbers["runs"] = list(opened)
+    return Result(
+        "Agreement with people", lines, tables=tables, texts=texts, numbers=numbers, context=context
+    )  # fmt: skip
 
 
 def analysed(

@@ -13,7 +13,6 @@ from PIL import Image
 
 from sae_lightning.evaluation.by_latent import dominant, scored_latents, top_images
 from sae_lightning.evaluation.similarity import Judge, Similarity
-from sae_lightning.files import write_text
 from sae_lightning.metrics import MonoScore, MSScore
 from sae_lightning.rendering.page import render
 from sae_lightning.rendering.pictures import GAP, data_uri, thumbnail
@@ -110,11 +109,9 @@ def study_of(pairs: pd.DataFrame, opened: Mapping[str, Opened], split: str, n_im
     return {"id": identity, "columns": ["pair", *COLUMNS, "seconds"], "sheets": sheets, "pairs": shown}
 
 
-def write_collecting_page(study: Mapping[str, Any], folder: Path) -> Path:
-    """``collect.html`` in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / COLLECT, render("apps/agreement_collect.html", {"study": study}))
-    return folder / COLLECT
+def collecting_page(study: Mapping[str, Any]) -> str:
+    """The page's HTML."""
+    return render("apps/agreement_collect.html", {"study": study})
 
 
 CANDIDATES = 50_000  # pairs that are drawn from

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from sae_lightning.apps.app import leave
+from sae_lightning.apps.app import app
 from sae_lightning.apps.bias import page
 from sae_lightning.apps.bias.dose import dose, pushes, typical
 from sae_lightning.apps.bias.planted import Check, check, mark, versions
@@ -27,7 +27,7 @@ from sae_lightning.rendering.pictures import strip, thumbnail
 from sae_lightning.runs.results import Headline, Result
 from sae_lightning.runs.run import Opened
 
-APP, TABLE = "bias", "bias.parquet"
+TABLE = "bias.parquet"
 TOP = 8  # images in a latent's strip
 RANDOM = 50  # latents that the drawn ones are compared with
 
@@ -50,13 +50,14 @@ class Shown(NamedTuple):
         return strip([thumbnail(data[i]) for i in data.index_of([ids[self.rows[i]] for i in images]).tolist()])
 
 
-def run(opened: Opened, cfg: DictConfig) -> Result:
-    """Explain the classifier of ``cfg.app``'s task on images of ``cfg.split``; leaves a page and two parquet files.
+@app("bias")
+def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
+    """Explain the classifier of ``cfg.app``'s task on images of ``cfg.split``.
 
     ValueError for features of captions, for the split that the classifier is trained on, and for a task that does not
     fit the data; DataError for an attribute that is not there.
     """
-    app = cfg.app
+    (opened,), options = runs, cfg.app
     if opened.made["features"] == "text":
         raise ValueError(
             f"{opened.name} was trained on captions, but a classifier of images is explained; train on "
@@ -64,38 +65,36 @@ def run(opened: Opened, cfg: DictConfig) -> Result:
         )
     if cfg.split == "train":
         raise ValueError("The classifier is trained on the split train, so it is explained on another; set split=test.")
-    task, held = _task(opened, cfg.split, app)
-    _, fitted = _task(opened, "train", app)
+    task, held = _task(opened, cfg.split, options)
+    _, fitted = _task(opened, "train", options)
     images = whole_images(opened.sae, batches(opened.store(cfg.split), held.rows))
     found = study(
-        opened.features("train")[fitted.rows], fitted.truth, images, held.truth, opened.sae, app.strength, cfg.seed
+        opened.features("train")[fitted.rows], fitted.truth, images, held.truth, opened.sae, options.strength, cfg.seed
     )
     planted, why_not = _planted(opened, cfg, fitted, held)
     shown = _shown(opened, cfg.split, held.rows)
-    folder = opened.results(APP)
-    folder.mkdir(parents=True, exist_ok=True)
-    named(found.table, shown.names).to_parquet(folder / TABLE, index=False)
-    chosen = _chosen(app, found)
-    base = found.logits if app.keep_error else found.classifier.logits(images.decoded)
-    headlines, numbers = _headlines(found, images, base, chosen, planted, app.plant.attribute, cfg.seed)
+    tables = {TABLE: named(found.table, shown.names)}
+    chosen = _chosen(options, found)
+    base = found.logits if options.keep_error else found.classifier.logits(images.decoded)
+    headlines, numbers = _headlines(found, images, base, chosen, planted, options.plant.attribute, cfg.seed)
     if planted is not None:
-        named(_both(planted), shown.names).to_parquet(folder / "planted.parquet", index=False)
+        tables["planted.parquet"] = named(_both(planted), shown.names)
     context = {
         "task": task, "study": found, "n": len(held.truth), "n_train": len(fitted.truth), "split": cfg.split,
-        "latents": [_latent(found, images, base, int(i), app.reach, task, shown) for i in chosen],
-        "rows": _rows(found, images, shown, app.rows), "examples": _examples(base, held.truth, shown),
-        "plant": app.plant, "why_not": why_not, "check": _check(planted, opened, cfg, held, shown),
+        "latents": [_latent(found, images, base, int(i), options.reach, task, shown) for i in chosen],
+        "rows": _rows(found, images, shown, options.rows), "examples": _examples(base, held.truth, shown),
+        "plant": options.plant, "why_not": why_not, "check": _check(planted, opened, cfg, held, shown),
         "columns": (("auc", "predicted"), ("truth", "true"), ("errors", "errors"), ("excess", "excess")),
     }  # fmt: skip
     title = f"Bias of a classifier: {task.title[0]} against {task.title[1]}"
-    return leave(Result(APP, title, folder, headlines), opened.label, plain(app), context, numbers)
+    return Result(title, headlines, tables=tables, numbers=numbers, context=context)
 
 
-def _task(opened: Opened, split: str, app: DictConfig) -> tuple[Task, Members]:
-    labels, classes, siblings = labelled(opened, split, app.attribute)
-    task = task_of(classes, siblings, app.positive, app.negative)
-    if app.attribute is not None and app.positive is None:
-        task = task._replace(title=(app.attribute, f"not {app.attribute}"))
+def _task(opened: Opened, split: str, options: DictConfig) -> tuple[Task, Members]:
+    labels, classes, siblings = labelled(opened, split, options.attribute)
+    task = task_of(classes, siblings, options.positive, options.negative)
+    if options.attribute is not None and options.positive is None:
+        task = task._replace(title=(options.attribute, f"not {options.attribute}"))
     return task, members(labels, classes, task)
 
 
@@ -124,15 +123,15 @@ def _shown(opened: Opened, split: str, rows: np.ndarray) -> Shown:
         return Shown(opened, split, rows, [""] * opened.sae.d_sae, False)
 
 
-def _chosen(app: DictConfig, found: Study) -> np.ndarray:
+def _chosen(options: DictConfig, found: Study) -> np.ndarray:
     """The latents to draw; ValueError for one that is silent on the held-out images or does not exist."""
-    if app.latents is None:
-        return found.associated(app.each)
+    if options.latents is None:
+        return found.associated(options.each)
     fires = found.table["images"].to_numpy()
-    wrong = [i for i in app.latents if not 0 <= i < len(fires) or not fires[i]]
+    wrong = [i for i in options.latents if not 0 <= i < len(fires) or not fires[i]]
     if wrong:
         raise ValueError(f"app.latents={wrong} are silent on all images of the task, or none of {len(fires)} latents.")
-    return np.asarray(app.latents, dtype=np.int64)
+    return np.asarray(options.latents, dtype=np.int64)
 
 
 def named(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:

@@ -14,6 +14,7 @@ import uvicorn
 from omegaconf import DictConfig
 from starlette.applications import Starlette
 
+from sae_lightning.apps.app import app
 from sae_lightning.apps.explorer.run_view import OpenRuns
 from sae_lightning.apps.explorer.server import Explorer, make_app
 from sae_lightning.apps.explorer.views import Captioner
@@ -24,7 +25,8 @@ HOST = "127.0.0.1"
 LEAVING = 3  # seconds that requests under way get at the end
 
 
-def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result | None:
+@app("explorer", together=True)
+def run(runs: Sequence[Opened], cfg: DictConfig) -> Result | None:
     """Serve the page over all runs until Ctrl+C; leaves nothing behind.
 
     The first run is opened before, the others when the page asks for them. ValueError for any host but 127.0.0.1, and
@@ -32,7 +34,7 @@ def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result | None:
     """
     listening = listen(cfg.app.get("host", HOST), int(cfg.app.port))
     try:
-        app = application(all_opened, cfg)
+        page = application(runs, cfg)
         address = f"http://{HOST}:{listening.getsockname()[1]}/"
         print(f"The explorer is at {address} and ends with Ctrl+C.", flush=True)
         prefix = os.environ.get("JUPYTERHUB_SERVICE_PREFIX")
@@ -41,23 +43,22 @@ def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result | None:
             print(f"Through this notebook hub it is at {hub}, with the hub's name in app.hosts.", flush=True)
         if cfg.app.browser:
             Timer(0.5, webbrowser.open, [address]).start()
-        serve(app, listening)
+        serve(page, listening)
     finally:
         listening.close()
     return None
 
 
-def application(all_opened: Sequence[Opened], cfg: DictConfig) -> Starlette:
+def application(runs: Sequence[Opened], cfg: DictConfig) -> Starlette:
     """The page's application, with the first run opened."""
     device = _device(cfg.get("device") or "cpu")
-    runs = OpenRuns(all_opened, cfg.split, device)
-    runs[0]
-    app = cfg.app
+    open_runs, options = OpenRuns(runs, cfg.split, device), cfg.app
+    open_runs[0]
     explorer = Explorer(
-        runs, Captioner(app.get("vlm"), device), int(app.images_per_band), int(app.latents), int(app.neighbours),
-        int(app.upload_mb * 2**20),
+        open_runs, Captioner(options.get("vlm"), device), int(options.images_per_band), int(options.latents),
+        int(options.neighbours), int(options.upload_mb * 2**20),
     )  # fmt: skip
-    return make_app(explorer, [str(host) for host in app.get("hosts") or ()])
+    return make_app(explorer, [str(host) for host in options.get("hosts") or ()])
 
 
 def listen(host: str, port: int) -> socket.socket:

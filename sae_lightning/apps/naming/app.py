@@ -19,7 +19,7 @@ import torch
 from omegaconf import DictConfig
 from scipy.sparse import csr_matrix
 
-from sae_lightning.apps.app import leave
+from sae_lightning.apps.app import app
 from sae_lightning.apps.names import TABLE, label_names
 from sae_lightning.apps.naming.match import (  # fmt: skip
     COLUMNS,
@@ -48,7 +48,6 @@ from sae_lightning.apps.naming.vocabulary import (  # fmt: skip
 )
 from sae_lightning.apps.statistics import share_interval
 from sae_lightning.evaluation.by_latent import dominant, top_images
-from sae_lightning.features.source import plain
 from sae_lightning.registry import one_of
 from sae_lightning.runs.results import Headline, Result
 from sae_lightning.runs.run import Opened
@@ -57,8 +56,10 @@ RANDOM = 1000  # directions beside which held-out precision is put
 LEAST = 5  # latents with both names, from which their agreement is a headline
 
 
-def run(opened: Opened, cfg: DictConfig) -> Result:
-    """Name the latents of one run; ValueError with a sentence for options that do not fit it."""
+@app("naming")
+def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
+    """Name the latents of a run; ValueError with a sentence for options that do not fit it."""
+    (opened,) = runs
     options = cfg.app
     one_of(options.named, CONDITIONS, "app.named")
     method = chosen_method(opened, options.method)
@@ -71,17 +72,15 @@ def run(opened: Opened, cfg: DictConfig) -> Result:
     table["shown"] = shown_names(table, classes, options)
     by_chance = labels_by_chance(opened, options, cfg.seed)
     checks = checked(opened, table, text, cfg)
-    folder = opened.results("naming")
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(folder / TABLE, index=False)
-    result = Result("naming", "What the latents stand for", folder, headlines(table, text, checks, by_chance, options))
-    context = page_context(opened, table, text, checks, cfg)
     numbers = (
         {"method": method, "labels_by_chance": by_chance}
         | _numbers(text, options)
         | {name: asdict(each) for name, each in checks.items()}
     )
-    return leave(result, opened.label, plain(options) | {"split": cfg.split, "seed": cfg.seed}, context, numbers)
+    return Result(
+        "What the latents stand for", headlines(table, text, checks, by_chance, options), tables={TABLE: table},
+        numbers=numbers, context=page_context(opened, table, text, checks, cfg),
+    )  # fmt: skip
 
 
 def label_table(opened: Opened, options: DictConfig) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, ListConfig
 
-from sae_lightning.apps.app import leave
+from sae_lightning.apps.app import app
 from sae_lightning.apps.names import names_of
 from sae_lightning.apps.search.dose import (
     LATENT,
@@ -34,7 +34,6 @@ from sae_lightning.apps.search.neighbours import (
 from sae_lightning.apps.search.page import dose_figure, precision_figure, shown_neighbours, shown_turned
 from sae_lightning.apps.statistics import mean_interval
 from sae_lightning.evaluation.by_latent import dominant
-from sae_lightning.features.source import plain
 from sae_lightning.registry import one_of
 from sae_lightning.rendering.pictures import data_uri, thumbnail
 from sae_lightning.runs.results import Headline, Result
@@ -44,60 +43,59 @@ PRECISION, DOSE, SHOWN = "precision.parquet", "dose.parquet", "neighbours.parque
 UNITS = ("spread", "code")
 
 
-def run(opened: Opened, cfg: DictConfig) -> Result:
-    """Search one run's images; leaves a page, ``app.json`` and three tables in ``RUN/apps/search``.
+@app("search")
+def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
+    """Search a run's images.
 
-    ``precision.parquet`` (method, k), ``dose.parquet`` (latent, arm, dose) and ``neighbours.parquet`` of the queries
-    shown. ValueError for an SAE of text features, and with a sentence for options that do not fit.
+    Tables: ``precision`` (method, k), ``dose`` (latent, arm, dose) and ``neighbours`` of the queries shown. ValueError
+    for an SAE of text features, and with a sentence for options that do not fit.
     """
+    (opened,) = runs
     if opened.made["features"] == "text":
         raise ValueError(f"{opened.name} was trained on captions; search needs a run on features of images.")
-    app, split, seed = cfg.app, cfg.split, int(cfg.seed)
+    options, split, seed = cfg.app, cfg.split, int(cfg.seed)
     images, features, codes = opened.images(split), opened.features(split), opened.codes(split)
     names, n_classes = names_of(opened), len(images.class_names)
-    queries = queries_of(opened, split, app.queries, app.shown, seed)
+    queries = queries_of(opened, split, options.queries, options.shown, seed)
     of_train = opened.images("train").labels
     label, purity, _ = dominant(opened.codes("train"), of_train, n_classes)
     called = captions(names, label, purity, images.class_names)
     by_class = class_latents(opened.codes("train"), of_train, n_classes, 1)
-    chosen = turned_latents(queries, app.turn.latents, names, by_class, seed)
+    chosen = turned_latents(queries, options.turn.latents, names, by_class, seed)
 
-    to, units = magnitudes(opened, list(app.turn.to), app.turn.unit)
+    to, units = magnitudes(opened, list(options.turn.to), options.turn.unit)
     shown, rows = [], []
     for query, latents in zip(queries, chosen, strict=True):
-        methods, table = shown_neighbours(query, features, codes, images, called, app.neighbours, app.shared)
+        methods, table = shown_neighbours(query, features, codes, images, called, options.neighbours, options.shared)
         rows += table
         turns = []
         for latent in latents:
-            turns.append(shown_turned(opened.sae, query, latent, to, units, features, images, called, app.neighbours,
-                                      app.turn.keep_error))  # fmt: skip
+            turns.append(shown_turned(opened.sae, query, latent, to, units, features, images, called,
+                                      options.neighbours, options.turn.keep_error))  # fmt: skip
         shown.append({"query": query, "image": _uri(query), "methods": methods, "turns": turns})
 
-    scored = np.sort(np.random.default_rng(seed).permutation(len(images))[: app.scored])
+    scored = np.sort(np.random.default_rng(seed).permutation(len(images))[: options.scored])
     table, found = precisions(spaces(features, codes, opened.features("train").mean(0), seed), images.labels, scored)
     explained = {
-        method: agreement_of_shared(codes, found[method], scored, images.labels, label, by, app.shared, seed)
+        method: agreement_of_shared(codes, found[method], scored, images.labels, label, by, options.shared, seed)
         for method, by in ((MANHATTAN, "manhattan"), (COSINE, "cosine"))
     }
-    doses = dose_table(opened, split, app.dose.latents, app.dose.images, list(app.dose.to), app.dose.neighbours, seed)
+    doses = dose_table(
+        opened, split, options.dose.latents, options.dose.images, list(options.dose.to), options.dose.neighbours, seed
+    )
     means = dose_means(doses) if len(doses) else pd.DataFrame(columns=["of", "arm", "dose", "share", "low", "high"])
 
-    folder = opened.results("search")
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(folder / PRECISION)
-    doses.to_parquet(folder / DOSE)
-    pd.DataFrame(rows).to_parquet(folder / SHOWN)
-    lines = [*_of_precision(table), *_of_shared(explained), *_of_dose(means, doses, app.dose.neighbours)]
-    result = Result("search", "Similarity search", folder, lines)
+    lines = [*_of_precision(table), *_of_shared(explained), *_of_dose(means, doses, options.dose.neighbours)]
     context = {
         "queries": shown, "precision": table.to_dict("records"), "ks": KS, "figure": precision_figure(table),
-        "dose": dose_figure(means, app.dose.neighbours) if len(doses) else "", "scored": len(scored),
+        "dose": dose_figure(means, options.dose.neighbours) if len(doses) else "", "scored": len(scored),
         "gallery": len(images), "n_latents": doses["latent"].nunique() if len(doses) else 0,
-        "keep_error": app.turn.keep_error, "images": app.dose.images, "tokens": opened.made["features"] == "patch",
+        "keep_error": options.turn.keep_error, "images": options.dose.images,
+        "tokens": opened.made["features"] == "patch",
     }  # fmt: skip
     numbers = {"precision": table.to_dict("records"), "dose": means.to_dict("records")}
-    settings = plain(app) | {"split": split, "seed": seed}
-    return leave(result, opened.label, settings, context, numbers)
+    tables = {PRECISION: table, DOSE: doses, SHOWN: pd.DataFrame(rows)}
+    return Result("Similarity search", lines, tables=tables, numbers=numbers, context=context)
 
 
 def turned_latents(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm.auto import tqdm
 
-from sae_lightning.apps.app import leave
+from sae_lightning.apps.app import app
 from sae_lightning.apps.stability.activations import SAME_START, View, views_of
 from sae_lightning.apps.stability.page import context
 from sae_lightning.apps.stability.pairs import (
@@ -23,7 +22,7 @@ from sae_lightning.apps.stability.pairs import (
 )
 from sae_lightning.apps.stability.universal import set_name, sets_of, universal
 from sae_lightning.runs.results import Headline, Result
-from sae_lightning.runs.run import Opened, shared_results
+from sae_lightning.runs.run import Opened
 
 PAIRS, MATCHES, UNIVERSAL = "pairs.parquet", "matches.parquet", "universal.parquet"
 WORDS = {
@@ -33,19 +32,19 @@ WORDS = {
 }  # fmt: skip
 
 
-def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result:
+@app("stability", together=True)
+def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
     """Match the latents of every two of the runs, and find those that all their backbones share.
 
     Runs on the same features are matched by their directions (decoder and encoder, with a random dictionary for a
-    null), and all runs by their activations on shared images, on ``app.fit``, then measured on ``split``. Leaves
-    ``pairs.parquet`` (a row a pair and kind), ``matches.parquet`` (a row a pair of latents), ``universal.parquet`` and
-    a page in ``apps/stability`` beside the runs. ValueError for a single run, equal splits, or runs without common
-    images.
+    null), and all runs by their activations on shared images, on ``app.fit``, then measured on ``split``. Tables:
+    ``pairs`` (a row a pair and kind), ``matches`` (a row a pair of latents), ``universal``. ValueError for a single
+    run, equal splits, or runs without common images.
     """
     options = cfg.app
-    if len(all_opened) < 2:
+    if len(runs) < 2:
         raise ValueError(
-            f"Stability compares runs, and only {all_opened[0].name} was given; give several (run='batchtopk-*')."
+            f"Stability compares runs, and only {runs[0].name} was given; give several (run='batchtopk-*')."
         )
     if options.fit == cfg.split:
         raise ValueError(
@@ -54,7 +53,7 @@ def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result:
         )
     rng = np.random.default_rng(cfg.seed)
     views, ids = views_of(
-        all_opened, options.fit, cfg.split, options.images, options.min_images, options.latents, rng
+        runs, options.fit, cfg.split, options.images, options.min_images, options.latents, rng
     )  # fmt: skip
     pairs, matches, in_all = matched(views, options.pairs, options.candidates, rng)
     sets, tables = sets_of(views), []
@@ -63,25 +62,19 @@ def run(all_opened: Sequence[Opened], cfg: DictConfig) -> Result:
         table, numbers = universal(of, options.universal.latents, options.universal.shuffles, rng)
         tables.append(long_form(table, of, number))
         found.append((of, table, numbers))
-    folder = shared_results(all_opened, "stability", cfg.paths.runs)
-    folder.mkdir(parents=True, exist_ok=True)
-    pairs.to_parquet(folder / PAIRS, index=False)
-    matches.to_parquet(folder / MATCHES, index=False)
-    (pd.concat(tables, ignore_index=True) if tables else long_form(pd.DataFrame(), [], 0)).to_parquet(
-        folder / UNIVERSAL, index=False
-    )  # fmt: skip
+    in_sets = pd.concat(tables, ignore_index=True) if tables else long_form(pd.DataFrame(), [], 0)
     headlines = [*pair_headlines(pairs), *(line for each in found for line in universal_headlines(*each))]
-    result = Result("stability", "Stability of latents", folder, headlines)
     shown = context(views, pairs, matches, found, ids, options, cfg.split, in_all)
     about = f"{len(views)} runs on {views[0].opened.store(options.fit).data}"
-    chosen: dict[str, Any] = OmegaConf.to_container(options, resolve=True)  # type: ignore[assignment]
-    settings = {**chosen, "split": cfg.split, "seed": cfg.seed}
     numbers = {
         "runs": [view.name for view in views], "pairs": len(pairs[["run_a", "run_b"]].drop_duplicates()),
         "pairs_in_all": in_all, "images": {split: len(each) for split, each in ids.items()},
         "universal": [{"runs": [view.name for view in of], **numbers} for of, _, numbers in found],
     }  # fmt: skip
-    return leave(result, about, settings, shown, numbers)
+    return Result(
+        "Stability of latents", headlines, tables={PAIRS: pairs, MATCHES: matches, UNIVERSAL: in_sets},
+        numbers=numbers, about=about, context=shown,
+    )  # fmt: skip
 
 
 def matched(

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from sae_lightning.apps.app import leave
+from sae_lightning.apps.app import app
 from sae_lightning.apps.names import names_of
 from sae_lightning.apps.steering.latents import SteeredLatent, choose, diffmean
 from sae_lightning.apps.steering.page import page_context
@@ -34,7 +34,6 @@ from sae_lightning.apps.steering.trials import (
 from sae_lightning.backbones.backbone import Backbone
 from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.backbones.settings import SIZES
-from sae_lightning.features.source import plain
 from sae_lightning.runs.results import Result
 from sae_lightning.runs.run import Opened
 from sae_lightning.vlms import load_vlm
@@ -45,13 +44,14 @@ TRIED = 4  # pictures that tell whether the model's tower is the run's encoder
 EXAMPLES = 3  # pictures a latent and goal on the page
 
 
-def run(opened: Opened, cfg: DictConfig) -> Result:
+@app("steering")
+def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
     """Turn the purest latents of a run up and down, beside random ones and DiffMean.
 
     Latents are chosen on train, each method's strength on val; the figures are those of ``cfg.split``. ValueError for
     a run whose encoder, layer or features are not those of the model's vision tower, and for pictures without classes.
     """
-    options = cfg.app
+    (opened,), options = runs, cfg.app
     vlm = load_vlm(options.vlm, cfg.device)
     train, val, shown = (opened.images(split) for split in ("train", "val", cfg.split))
     if len(train.class_names) < 2:
@@ -76,12 +76,11 @@ def run(opened: Opened, cfg: DictConfig) -> Result:
     on_test = judging.add(trials(steered, turned, pools["test"], means, best, options.tested), turned)
     table = by_latent(on_test)
 
-    folder = opened.results("steering")
-    folder.mkdir(parents=True, exist_ok=True)
     both = [part.assign(split=split) for part, split in ((curves, "val"), (table, cfg.split))]
-    pd.concat(both, ignore_index=True).assign(mode="set").to_parquet(folder / TABLE)
     captions = [part.assign(split=split) for part, split in ((on_val, "val"), (on_test, cfg.split))]
-    pd.concat(captions, ignore_index=True).to_parquet(folder / CAPTIONS)
+    tables = {
+        TABLE: pd.concat(both, ignore_index=True).assign(mode="set"), CAPTIONS: pd.concat(captions, ignore_index=True)
+    }  # fmt: skip
 
     cost = reconstruction_cost(steered, pools["test"])
     names = names_of(opened)
@@ -89,14 +88,15 @@ def run(opened: Opened, cfg: DictConfig) -> Result:
         turned, [names[t.latent] for t in turned], train, curves, table, best, cost, options,
         examples(steered, turned[: options.shown], pools["test"], options), vlm.title, judging.backbone.title, shown,
     )  # fmt: skip
-    result = Result("steering", "Steering a vision-language model", folder, headlines(table, best, options.top_k))
-    settings = {k: v for k, v in plain(options).items() if k not in ("vlm", "judge", "name")}
     numbers = {
         "vlm": vlm.title, "judge": judging.backbone.title, "layer": layer, "cost": cost,
         "captions": len(on_val) + len(on_test),
         "best": [{"goal": goal, "method": method, "alpha": a[0]} for (goal, method), a in best.items()],
     }  # fmt: skip
-    return leave(result, opened.label, settings, context, numbers)
+    return Result(
+        "Steering a vision-language model", headlines(table, best, options.top_k), tables=tables, numbers=numbers,
+        context=context,
+    )  # fmt: skip
 
 
 class Judge:
