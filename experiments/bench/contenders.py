@@ -54,10 +54,10 @@ def ours(variant: str, mono: Callable[[SparseCodes, Tensor], Tensor] | None = No
             if mono is not None and id(x) not in raw:
                 raw[id(x)] = x.half()  # what a store gives
             if not started:
-                sae.start_at(x, k)  # type: ignore[operator]
+                sae.start(sae.inputs(x)[0], k)
                 started = True
             with autocast(device, precision):
-                run = sae.run(sae.normalizer.normalize(x))
+                run = sae.forward_pass(sae.inputs(x)[0])
                 loss = total_loss(loss_terms(sae, run, weights, {"aux": {"dead_after": 10_000_000}}), weights)
                 if mono is not None:
                     loss = loss + 0.1 * mono(run.codes, raw[id(x)])

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 
 from sae_lightning.evaluation.evaluated import Evaluated
 from sae_lightning.evaluation.job import PARTIAL, Job, Settings
-from sae_lightning.evaluation.parts import sparse_codes
 from sae_lightning.evaluation.scoring_pass import Gather, batches, stream
 from sae_lightning.evaluation.similarity import Judge
 from sae_lightning.metrics import Moran, absorption, decoder_cosine, preservation, probes
@@ -34,6 +33,7 @@ from sae_lightning.metrics.retrieval import image_recall
 from sae_lightning.metrics.segmentation import Probing, segmentation
 from sae_lightning.metrics.sparse_probing import sparse_probing
 from sae_lightning.runs.run import finished_runs
+from sae_lightning.saes import SparseCodes
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 Found = dict[tuple[str, str], float]  # (metric, how) → value; how "" is ours
@@ -131,7 +131,7 @@ def monosemanticity_choices(run: Evaluated) -> Iterator[tuple[str, str, float]]:
 def alignment_choices(run: Evaluated) -> Iterator[tuple[str, str, float]]:
     """CKNNA and the decoder's orthogonality."""
     images = run.images(MAIN)
-    features, codes = torch.from_numpy(images.raw), sparse_codes(images.codes)
+    features, codes = torch.from_numpy(images.raw), SparseCodes.of_csr(images.codes)
     yield "CKNNA", "", cknna(features, codes)
     yield "CKNNA", "products of samples that are not normalised (MSAE's code)", cknna(features, codes, normalize=False)
     yield (

@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
 from sae_lightning.saes import SAE
-from sae_lightning.saes.codes import SparseCodes, as_csr
+from sae_lightning.saes.codes import SparseCodes
 
 
 class WholeImages(NamedTuple):
@@ -65,7 +65,7 @@ def whole_images(sae: SAE, batches: Iterable[Tensor]) -> WholeImages:
         scaled = SparseCodes(codes.latents, codes.values * scale[codes.rows(), 0], codes.offsets, codes.d_sae)
         parts.append(WholeImages(
             batch.double().mean(1).numpy(), sae.decode(codes).double().reshape(batch.shape).mean(1).numpy(),
-            as_csr(lists.pool(tokens)), as_csr(scaled.pool(tokens, "mean")),
+            lists.pool(tokens).csr(), scaled.pool(tokens, "mean").csr(),
             scale.double().reshape(images, tokens).mean(1).numpy(),
         ))  # fmt: skip
     if not parts:

@@ -14,7 +14,6 @@ from sae_lightning.kernels import native
 from sae_lightning.kernels.portable import offsets_of
 from sae_lightning.metrics import MonoScore
 from sae_lightning.saes import SparseCodes
-from sae_lightning.saes.codes import as_codes
 
 
 class TopImages:
@@ -266,5 +265,5 @@ def scored_latents(metric: MonoScore, codes: csr_matrix, embeddings: Callable[[s
     """
     for start in range(0, codes.shape[0], BATCH):
         some = slice(start, min(start + BATCH, codes.shape[0]))
-        metric.update(as_codes(codes[some]), embeddings(some))
+        metric.update(SparseCodes.of_csr(codes[some]), embeddings(some))
     return np.where(metric.scored().numpy(), metric.scores().numpy(), np.nan)

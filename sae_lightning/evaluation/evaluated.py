@@ -144,9 +144,8 @@ class Evaluated:
         with torch.no_grad():
             codes = self.sae.encode(features)
             raw, rebuilt = (self.frame.normalize(x).numpy() for x in (features, self.sae.decode(codes)))
-        rows = (codes.values.numpy(), codes.latents.numpy(), codes.offsets.numpy())
         ids = np.unique(np.asarray(store.captions, dtype=object)[places], return_inverse=True)[1]
-        return ImageFeatures(raw, rebuilt, csr_matrix(rows, (len(raw), self.sae.d_sae)), ids, [])
+        return ImageFeatures(raw, rebuilt, codes.csr(), ids, [])
 
     def images(self, name: str) -> ImageFeatures:
         """What the pass ``name`` gathered of whole images."""

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
 from sae_lightning.evaluation.evaluated import Evaluated
@@ -210,7 +209,7 @@ def cknna(run: Evaluated, options: Options) -> list[Score]:
         return [Score("cknna_left_out", 1, why=f"{n} images have no {k} neighbours each")]
     chosen = np.sort(np.random.default_rng(options["seed"]).permutation(n)[: options["samples"]])
     near = run.shared(f"neighbours {options}", lambda: neighbours(torch.from_numpy(images.raw[chosen]), k))
-    rebuilt, codes = torch.from_numpy(images.reconstruction[chosen]), sparse_codes(images.codes[chosen])
+    rebuilt, codes = torch.from_numpy(images.reconstruction[chosen]), SparseCodes.of_csr(images.codes[chosen])
     return [
         Score("cknna", alignment(near, neighbours(codes, k))),
         Score("cknna_reconstruction", alignment(near, neighbours(rebuilt, k))),
@@ -246,12 +245,6 @@ def segmentation(name: str, run: Evaluated, options: Options) -> list[Score]:
     sets, probing = run.masked(name), Probing(**{k: v for k, v in options.items() if k != "data"})
     raw = run.shared(f"segmentation {name} {probing}", lambda: segment_raw(run.frame, sets, probing))
     return segment(run.sae, sets, probing, raw, name, run.frame)
-
-
-def sparse_codes(codes: csr_matrix) -> SparseCodes:
-    """Rows of a scipy matrix as codes."""
-    latents, values, offsets = (torch.from_numpy(x) for x in (codes.indices, codes.data, codes.indptr))
-    return SparseCodes(latents.long(), values, offsets.long(), codes.shape[1])
 
 
 def of_dict(found: Mapping[str, Any]) -> list[Score]:

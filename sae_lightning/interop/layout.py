@@ -23,32 +23,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_lightning.saes import SAE, VARIANTS, BatchTopK, Normalizer
+from sae_lightning.saes import SAE, VARIANTS, Normalizer
 from sae_lightning.saes.artefact import unwrapped
-from sae_lightning.saes.batchtopk import NOT_OURS
 from sae_lightning.saes.matryoshka import prefix_ends
 
 Weights = dict[str, Tensor]
 
 
 def inference_variant(sae: SAE, supported: Collection[str], package: str, batch_k: bool = False) -> str:
-    """The variant whose inference this SAE's is, often its own.
+    """The variant whose inference this SAE's is, often its own (``SAE.inference_forms``).
 
-    A ``matryoshka_topk`` infers as ``topk``, a ``topk`` with ``inference="relu"`` and an ``msae`` as ``relu``, and one
-    with k a batch as a ``jumprelu`` of one threshold, unless the package counts so too (``batch_k``). Raises
-    ValueError when the package has no layout for the variant.
+    One with k a batch infers as a ``jumprelu`` of one threshold, unless the package counts so too (``batch_k``).
+    Raises ValueError when the package has no layout for the variant.
     """
-    settings = sae.settings()
-    if settings.get("soft_cap") is not None:
-        raise ValueError(f"{package} has no layout for codes with a soft_cap; an MSAE without one can be exported.")
-    variant = {"matryoshka_topk": "topk", "msae": "relu"}.get(sae.variant, sae.variant)
-    if settings.get("inference") == "relu":
-        variant = "relu"
-    elif settings.get("k_per") == "batch" and not batch_k:
-        variant = "jumprelu"
-    if variant not in supported:
+    forms = sae.inference_forms()
+    if sae.settings().get("k_per") == "batch" and not batch_k:
+        forms = forms[1:]
+    if not forms:
+        raise ValueError(f"{package} has no layout for the codes of this '{sae.variant}' SAE ({sae.settings()}).")
+    variant = next((form for form in forms if form in supported), None)
+    if variant is None:
         raise ValueError(
-            f"{package} has no layout for a '{variant}' SAE; it can take these variants: {', '.join(supported)}."
+            f"{package} has no layout for a '{forms[0]}' SAE; it can take these variants: {', '.join(supported)}."
         )
     return variant
 
@@ -71,13 +67,11 @@ def fold(sae: SAE, unit_norm: bool = False) -> Weights:
     weights = {"W_enc": state["W_enc"] / std, "b_enc": state["b_enc"]}
     weights |= {"W_dec": state["W_dec"] * std, "b_dec": mean + std * state["b_pre"]}
     weights |= {name: state[name] for name in ("b_gate", "r_mag") if name in state}
-    if "log_threshold" in state:
-        weights["threshold"] = state["log_threshold"].float().exp().double()
-    elif isinstance(sae, BatchTopK):
-        threshold = sae.inference_threshold().detach().cpu().double()
-        if not bool(threshold.isfinite()):
+    cuts = sae.cuts()
+    if cuts is not None:
+        weights["threshold"] = cuts.detach().cpu().double()
+        if not bool(weights["threshold"].isfinite().all()):
             raise ValueError("This SAE has no threshold for inference yet; train it or call calibrate first.")
-        weights["threshold"] = threshold.repeat(sae.d_sae)
     return weights
 
 
@@ -129,12 +123,9 @@ def build(variant: str, weights: Weights, normalizer: Normalizer | None = None, 
     sae = VARIANTS[variant](d_in, d_sae, normalizer=normalizer, **settings)
     state = sae.state_dict() | {name: weights[name] for name in ("W_enc", "b_enc", "W_dec")}
     state |= {name: weights[name] for name in ("b_gate", "r_mag") if name in weights} | {"b_pre": weights["b_dec"]}
-    if "log_threshold" in state:
-        # the smallest positive float for a threshold of zero: its logarithm stays finite
-        state["log_threshold"] = weights["threshold"].clamp_min(torch.finfo(torch.float32).tiny).log()
-    elif "threshold" in state:
-        state |= {"threshold": weights["threshold"][0].clamp_min(0), "average": torch.tensor(NOT_OURS)}
     sae.load_state_dict(state)
+    if "threshold" in weights:
+        sae.set_cuts(weights["threshold"])
     return sae.eval()
 
 

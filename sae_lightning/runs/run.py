@@ -26,7 +26,6 @@ from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import file_sha256, whole
 from sae_lightning.saes import SAE
 from sae_lightning.saes.artefact import read_cfg
-from sae_lightning.saes.codes import as_csr
 
 TOKENS = 8192  # encoded at once
 
@@ -122,7 +121,7 @@ class Opened:
     @torch.no_grad()
     def encode(self, features: Tensor) -> csr_matrix:
         """Codes [n, d_sae] of images from their raw features [n, P, d_in], pooled by maximum."""
-        return as_csr(self.sae.encode(features.float()).pool(features.shape[1]))
+        return self.sae.encode(features.float()).pool(features.shape[1]).csr()
 
     def picture_features(self, image: Image.Image, device: str = "cpu") -> Tensor:
         """Raw features [1, P, d_in] float32 of any RGB picture, of the kind that the SAE was trained on."""

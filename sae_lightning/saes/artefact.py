@@ -7,15 +7,19 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lightning.files import write_json, write_tensors
-from sae_lightning.saes.sae import SAE
+from sae_lightning.registry import Registry
+
+VARIANTS: Registry[Any] = Registry("sae.name")  # classes of SAEs by their ``variant``
+
+FILES = ("sae.safetensors", "cfg.json")
 
 SCHEMA = 3  # 1 had W_enc as [d_in, d_sae]; 1 and 2 called the input norm "rms" by the name "unit"
 
@@ -24,6 +28,10 @@ WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_
 
 class ArtefactError(ValueError):
     """A folder that does not hold a complete SAE artefact."""
+
+
+class HubError(RuntimeError):
+    """The model hub cannot be reached, or it refuses."""
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -47,17 +55,6 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-def save(sae: SAE, folder: Path, record: dict[str, Any]) -> None:
-    """Write the weights, then ``cfg.json`` with what rebuilds the SAE and with ``record``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = dict(sae.state_dict())
-    if sae.tied:
-        del tensors["W_enc"]
-    write_tensors(folder / "sae.safetensors", tensors, {"variant": sae.variant})
-    made = {"schema": SCHEMA, "variant": sae.variant, "d_in": sae.d_in, "d_sae": sae.d_sae, "sae": sae.settings()}
-    write_json(folder / "cfg.json", made | record)
-
-
 def read_cfg(folder: Path) -> dict[str, Any]:
     """``cfg.json`` of an artefact or run folder."""
     path = folder / "cfg.json"
@@ -68,43 +65,6 @@ def read_cfg(folder: Path) -> dict[str, Any]:
         raise ArtefactError(f"{path} has schema {cfg.get('schema')}; this version reads schemas 1 to {SCHEMA}.")
     return cfg
 
-
-def load(folder: Path) -> SAE:
-    """Rebuild the SAE saved in ``folder``, on the CPU, in evaluation mode."""
-    from sae_lightning.saes import VARIANTS
-
-    cfg = read_cfg(folder)
-    lacking = {"variant", "d_in", "d_sae", "sae"} - set(cfg)
-    if lacking:
-        raise ArtefactError(f"{folder / 'cfg.json'} lacks {', '.join(sorted(lacking))}; it is no SAE of this package.")
-    if cfg["variant"] not in VARIANTS:
-        raise ArtefactError(f"{folder} holds a '{cfg['variant']}' SAE; known variants: {', '.join(sorted(VARIANTS))}.")
-    weights = folder / "sae.safetensors"
-    if not weights.is_file():
-        raise ArtefactError(f"There is no sae.safetensors in {folder}; the run did not finish.")
-    try:
-        tensors = unwrapped(load_file(weights))
-    except SafetensorError as error:
-        raise ArtefactError(f"{weights} cannot be read ({error}); it is truncated or not safetensors.") from error
-    settings = dict(cfg["sae"])
-    if cfg["schema"] < 3 and settings.get("input_norm") == "unit":
-        settings["input_norm"] = "rms"
-    sae = VARIANTS[cfg["variant"]](cfg["d_in"], cfg["d_sae"], **settings)
-    if cfg["schema"] == 1:
-        if "W_enc" not in tensors:
-            raise ArtefactError(f"{weights} does not fit its cfg.json: it has no W_enc.")
-        tensors["W_enc"] = tensors["W_enc"].T.contiguous()
-    tensors = {name: torch.tensor(value) for name, value in sae.later_buffers.items()} | tensors
-    if sae.tied and "W_dec" in tensors:
-        tensors["W_enc"] = tensors["W_dec"]
-    try:
-        sae.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ArtefactError(f"{weights} does not fit its cfg.json: {error}") from error
-    return sae.eval()
-
-
-FILES = ("sae.safetensors", "cfg.json")
 
 CARD = """# {title}
 
@@ -126,24 +86,6 @@ reconstruction = sae(features)
 """
 
 
-class HubError(RuntimeError):
-    """The model hub cannot be reached, or it refuses."""
-
-
-def from_pretrained(name: str | Path, revision: str | None = None) -> SAE:
-    """The SAE in the folder ``name``, or in the hub's repository of that name, in evaluation mode.
-
-    A repository is "org/name"; what follows is a folder in it, as "org/name/folder" for one SAE of a release.
-    ArtefactError when neither is there or the files do not fit.
-    """
-    folder = Path(name) if Path(name).is_dir() else _download(str(name), revision)
-    if not (folder / "cfg.json").is_file():
-        raise ArtefactError(
-            f"There is no SAE (cfg.json) at '{name}'. Of a release that holds several, name one: '{name}/<folder>'."
-        )
-    return load(folder)
-
-
 def _download(name: str, revision: str | None) -> Path:
     """The folder with the artefact's files of "org/name" or "org/name/folder", in the hub's cache."""
     import huggingface_hub
@@ -160,17 +102,6 @@ def _download(name: str, revision: str | None) -> Path:
             "Check the name, the connection, and for a private repository the login."
         ) from error
     return Path(folder) / inside
-
-
-def push_to_hub(sae: SAE, repo_id: str, private: bool = False, record: dict[str, Any] | None = None) -> str:
-    """Upload ``sae`` with its card to the hub's repository ``repo_id``; returns the commit's address.
-
-    ``record`` is added to ``cfg.json`` (backbone, layer, data, scores …). HubError as in ``upload``.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        sae.save(folder, **(record or {}))
-        write_card(Path(folder), repo_id)
-        return upload(Path(folder), repo_id, f"Add a {sae.variant} SAE", private)
 
 
 def upload(folder: Path, repo_id: str, message: str, private: bool = False, only: list[str] | None = None) -> str:
@@ -240,3 +171,92 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ArtefactError(
             f"{path} cannot be read ({error}); make it anew: python evaluate.py runs={path.parent.name}."
         ) from error
+
+
+class Artefact(nn.Module):
+    """What is saved and loaded: the part of ``SAE`` that knows files and the model hub."""
+
+    variant: ClassVar[str]
+    later_buffers: ClassVar[dict[str, float]] = {}  # scalars that older artefacts lack, with what they are taken for
+    d_in: int
+    d_sae: int
+    tied: bool
+
+    def settings(self) -> dict[str, object]:
+        """Constructor arguments besides d_in, d_sae and the normaliser, as plain values."""
+        raise NotImplementedError
+
+    def save(self, folder: str | Path, **record: object) -> None:
+        """Write ``sae.safetensors``, then ``cfg.json`` with what rebuilds the SAE and the ``record``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = dict(self.state_dict())
+        if self.tied:
+            del tensors["W_enc"]
+        write_tensors(folder / FILES[0], tensors, {"variant": self.variant})
+        made = {"variant": self.variant, "d_in": self.d_in, "d_sae": self.d_sae, "sae": self.settings()}
+        write_json(folder / FILES[1], {"schema": SCHEMA} | made | record)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """The SAE in ``folder``, on the CPU in evaluation mode; ArtefactError: what is missing or does not fit."""
+        folder = Path(folder)
+        cfg = read_cfg(folder)
+        lacking = {"variant", "d_in", "d_sae", "sae"} - set(cfg)
+        if lacking:
+            raise ArtefactError(
+                f"{folder / 'cfg.json'} lacks {', '.join(sorted(lacking))}; it is no SAE of this package."
+            )
+        try:
+            made = VARIANTS[cfg["variant"]]
+        except ValueError as error:
+            raise ArtefactError(
+                f"{folder} holds a '{cfg['variant']}' SAE; known variants: {', '.join(sorted(VARIANTS))}."
+            ) from error
+        weights = folder / "sae.safetensors"
+        if not weights.is_file():
+            raise ArtefactError(f"There is no sae.safetensors in {folder}; the run did not finish.")
+        try:
+            tensors = unwrapped(load_file(weights))
+        except SafetensorError as error:
+            raise ArtefactError(f"{weights} cannot be read ({error}); it is truncated or not safetensors.") from error
+        settings = dict(cfg["sae"])
+        if cfg["schema"] < 3 and settings.get("input_norm") == "unit":
+            settings["input_norm"] = "rms"
+        sae = made(cfg["d_in"], cfg["d_sae"], **settings)
+        if cfg["schema"] == 1:
+            if "W_enc" not in tensors:
+                raise ArtefactError(f"{weights} does not fit its cfg.json: it has no W_enc.")
+            tensors["W_enc"] = tensors["W_enc"].T.contiguous()
+        tensors = {name: torch.tensor(value) for name, value in sae.later_buffers.items()} | tensors
+        if sae.tied and "W_dec" in tensors:
+            tensors["W_enc"] = tensors["W_dec"]
+        try:
+            sae.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ArtefactError(f"{weights} does not fit its cfg.json: {error}") from error
+        return sae.eval()
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Self:
+        """The SAE in the folder ``name``, or in the hub's repository of that name, in evaluation mode.
+
+        A repository is "org/name"; what follows is a folder in it, as "org/name/folder" for one SAE of a release.
+        ArtefactError when neither is there or the files do not fit.
+        """
+        folder = Path(name) if Path(name).is_dir() else _download(str(name), revision)
+        if not (folder / FILES[1]).is_file():
+            raise ArtefactError(
+                f"There is no SAE (cfg.json) at '{name}'. Of a release that holds several, name one: '{name}/<folder>'."
+            )
+        return cls.load(folder)
+
+    def push_to_hub(self, repo_id: str, private: bool = False, **record: object) -> str:
+        """Upload the SAE with its card to the hub's repository ``repo_id``; returns the commit's address.
+
+        ``record`` is added to ``cfg.json`` (backbone, layer, data, scores …). HubError as in ``upload``.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder, **record)
+            write_card(Path(folder), repo_id)
+            return upload(Path(folder), repo_id, f"Add a {self.variant} SAE", private)

@@ -15,7 +15,7 @@ from sae_lightning.kernels import selection
 from sae_lightning.kernels.selection import kth_largest_of_all, kth_largest_over_ranks, kth_positive_over_ranks
 from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import SparseCodes
-from sae_lightning.saes.sae import SAE, input_norm
+from sae_lightning.saes.sae import SAE
 
 INFINITE = float("inf")
 NOT_OURS = -1.0  # no threshold of training's
@@ -59,6 +59,27 @@ class BatchTopK(SAE):
     def settings(self) -> dict[str, object]:
         chosen: dict[str, object] = {"k": self.k}
         return chosen | ({"k_per": "batch"} if self.k_per == "batch" else {}) | super().settings()
+
+    def logged(self) -> dict[str, Tensor]:
+        return {"threshold": self.threshold}
+
+    def inference_forms(self) -> tuple[str, ...]:
+        return (self.variant, "jumprelu")
+
+    def cuts(self) -> Tensor:
+        return self.inference_threshold().repeat(self.d_sae)
+
+    def set_cuts(self, cuts: Tensor) -> None:
+        self._set(cuts[0].clamp_min(0))
+
+    def finish(self, batches: Iterable[Tensor], n_samples: int, how: str) -> None:
+        """Set the threshold: on held-out data (ViSAEBench Table 1), or as training's cuts leave it."""
+        if how == "running_average":
+            self.use_average()
+        elif how == "running_minimum":
+            self.use_lowest()
+        else:
+            self.calibrate(batches, n_samples)
 
     def code(self, x: Tensor) -> SparseCodes:
         if self.training:
@@ -128,8 +149,7 @@ class BatchTopK(SAE):
         """This rank's largest pre-activations above ``floor``, at most ``budget``, and all ranks' samples."""
         kept, seen = self.W_enc.new_empty(0), 0
         for features in batches:
-            x = self.normalizer.normalize(features.reshape(-1, self.d_in).to(self.W_enc.device))
-            x, _ = input_norm(self.input_norm, x)
+            x, _ = self.inputs(features.to(self.W_enc.device))
             seen += len(x)
             kept = torch.cat([kept, selection.above(x - self.b_pre, self.W_enc, self.b_enc, floor)[1]])
             if len(kept) > budget:

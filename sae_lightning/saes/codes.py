@@ -114,6 +114,18 @@ class SparseCodes:
             values = nothing.index_add(0, place, self.values) / each
         return SparseCodes(latents, values, offsets, self.d_sae)
 
+    def csr(self) -> csr_matrix:
+        """The same as SciPy holds it, [N, d_sae] float32."""
+        rows = (self.values.float().numpy(), self.latents.numpy(), self.offsets.numpy())
+        return csr_matrix(rows, (self.n_samples, self.d_sae))
+
+    @staticmethod
+    def of_csr(matrix: csr_matrix) -> SparseCodes:
+        """The rows of ``matrix`` [N, d_sae], float32."""
+        rows = matrix.sorted_indices()
+        latents, offsets = (torch.from_numpy(index.astype(np.int64)) for index in (rows.indices, rows.indptr))
+        return SparseCodes(latents, torch.from_numpy(rows.data.astype(np.float32)), offsets, matrix.shape[1])
+
     @staticmethod
     def select(pre_acts: Tensor, active: Tensor) -> SparseCodes:
         """The entries of dense ``pre_acts`` [N, d_sae] where the mask ``active`` holds, differentiable in them."""
@@ -171,16 +183,3 @@ class DenseCodes(SparseCodes):
     def map(self, function: Callable[[Tensor, Tensor | slice], Tensor]) -> SparseCodes:
         values = torch.relu(function(self.dense, slice(None)))
         return DenseCodes(torch.where(self.dense.detach() > 0, values, 0), self.frame)
-
-
-def as_csr(codes: SparseCodes) -> csr_matrix:
-    """Codes [n, d_sae] as SciPy holds them, float32."""
-    rows = (codes.values.float().numpy(), codes.latents.numpy(), codes.offsets.numpy())
-    return csr_matrix(rows, (codes.n_samples, codes.d_sae))
-
-
-def as_codes(matrix: csr_matrix) -> SparseCodes:
-    """``matrix`` [n, d_sae] as SparseCodes, float32, which metrics take."""
-    rows = matrix.sorted_indices()
-    latents, offsets = (torch.from_numpy(index.astype(np.int64)) for index in (rows.indices, rows.indptr))
-    return SparseCodes(latents, torch.from_numpy(rows.data.astype(np.float32)), offsets, matrix.shape[1])

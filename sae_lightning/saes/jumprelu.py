@@ -13,7 +13,7 @@ from sae_lightning.kernels import selection
 from sae_lightning.kernels.selection import kth_largest_over_ranks
 from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import SparseCodes
-from sae_lightning.saes.sae import PROBE, SAE, Pass, input_norm
+from sae_lightning.saes.sae import PROBE, SAE, ForwardOutput
 
 REACH = {"rectangle": 0.5, "gaussian": 6.5, "silverman": 30.0}  # bandwidths beyond which a kernel is below 1e-9
 
@@ -67,7 +67,7 @@ class JumpReLU(SAE):
     ``log_threshold`` [d_sae] learns from the entries near θ, weighted by ``kernel_name`` ("rectangle", "gaussian" or
     "silverman", the kernel of ViSAEBench's appendix) of width ``bandwidth``; "silverman" as a bandwidth takes his
     rule 1.06 σ N^(-1/5) with the deviation σ of the batch's pre-activations. ``threshold`` is θ at the start;
-    ``start_at`` sets it from data. The term ``sparsity`` is L0.
+    ``start`` sets it from data. The term ``sparsity`` is L0.
 
     Raises ValueError for unknown kernels or a bandwidth or threshold that is not positive.
     """
@@ -96,19 +96,35 @@ class JumpReLU(SAE):
         chosen = {"bandwidth": self.bandwidth, "kernel_name": self.kernel_name, "threshold": self.threshold_start}
         return chosen | super().settings()
 
+    def latent_parameters(self) -> dict[str, float | None]:
+        return {"b_enc": 0.0, "log_threshold": None}
+
+    def steered(self, control: float, off: float) -> float:
+        """Answers five times as hard, and may turn negative: the straight-through gradient then lowers thresholds,
+        which little else does for a latent that has fallen silent.
+        """
+        return control + 5 * off
+
+    def cuts(self) -> Tensor:
+        return self.log_threshold.detach().exp()
+
+    @torch.no_grad()
+    def set_cuts(self, cuts: Tensor) -> None:
+        # the smallest positive float for a threshold of zero: its logarithm stays finite
+        self.log_threshold.copy_(cuts.clamp_min(torch.finfo(torch.float32).tiny).log())
+
     def code(self, x: Tensor) -> SparseCodes:
         if not self.training:
-            cuts = self.log_threshold.detach().exp()
-            return self.with_gradient(x, selection.above(x - self.b_pre, self.W_enc, self.b_enc, cuts))
+            return self.with_gradient(x, selection.above(x - self.b_pre, self.W_enc, self.b_enc, self.cuts()))
         return self._training_codes(x)[0]
 
-    def reconstruct(self, x: Tensor) -> Pass:
+    def forward_pass(self, x: Tensor) -> ForwardOutput:
         if not self.training:
-            return super().reconstruct(x)
+            return super().forward_pass(x)
         codes, near, values = self._training_codes(x)
         # entries just below their threshold are 0, but their gradient is half of the threshold's
         whole = SparseCodes(near.latents, values, near.offsets, self.d_sae)
-        return Pass(x, codes, whole.decode(self.W_dec, self.b_pre), extra={"near": near})
+        return ForwardOutput(x, codes, whole.decode(self.W_dec, self.b_pre), extra={"near": near})
 
     def _training_codes(self, x: Tensor) -> tuple[SparseCodes, SparseCodes, Tensor]:
         """The codes, the positive entries that are active or in the kernel's reach, and their values after JumpReLU.
@@ -116,17 +132,17 @@ class JumpReLU(SAE):
         The second's own ``values`` are pre-activations.
         """
         width = self._width(x)
-        cuts = (self.log_threshold.detach().exp() - REACH[self.kernel_name] * width).clamp_min(0)
+        cuts = (self.cuts() - REACH[self.kernel_name] * width).clamp_min(0)
         near = self.with_gradient(x, selection.above(x - self.b_pre, self.W_enc, self.b_enc, cuts))
         theta = self.log_threshold.exp()[near.latents]
         values = _Jump.apply(near.values, theta, self.kernel_name, width)
         return near.where(near.values.detach() > theta.detach(), values), near, values
 
-    def sparsity(self, run: Pass, decoder_norms: bool = True) -> Tensor:
+    def sparsity(self, output: ForwardOutput, decoder_norms: bool = True) -> Tensor:
         """L0 of the batch, summed over samples, with the straight-through gradient for the thresholds."""
-        near = run.extra.get("near", run.codes)
+        near = output.extra.get("near", output.codes)
         theta = self.log_threshold.exp()[near.latents]
-        return _Step.apply(near.values, theta, self.kernel_name, self._width(run.x)).sum()
+        return _Step.apply(near.values, theta, self.kernel_name, self._width(output.x)).sum()
 
     @torch.no_grad()
     def _width(self, x: Tensor) -> float:
@@ -136,12 +152,13 @@ class JumpReLU(SAE):
         return float(1.06 * sigma * len(x) ** -0.2)
 
     @torch.no_grad()
-    def start_at(self, x: Tensor, l0: float) -> None:
-        """Set all thresholds to the value that leaves ``l0`` active latents a sample on normalised ``x`` [N, d_in].
+    def start(self, x: Tensor, l0: float | None) -> None:
+        """Set all thresholds to the value that leaves ``l0`` active latents a sample on ``x`` [N, d_in].
 
         Under DDP ``x`` is a rank's part, and the value is that for the parts of all ranks.
         """
-        x, _ = input_norm(self.input_norm, x)
+        if not l0:
+            return
         budget = min(max(1, round(l0 * len(x) * world_size())), len(x) * self.d_sae)
         values = selection.largest(x - self.b_pre, self.W_enc, self.b_enc, budget)[1]
         cut = kth_largest_over_ranks(values, budget)

@@ -7,7 +7,7 @@ errors a dimension are d_in times smaller than with ``rms``, against which weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,70 +15,59 @@ from torch import Tensor
 
 from sae_lightning.distributed.ranks import mean_over_ranks
 from sae_lightning.kernels import level_errors
+from sae_lightning.saes.artefact import VARIANTS
 from sae_lightning.saes.codes import SparseCodes
-from sae_lightning.saes.gated import Gated
-from sae_lightning.saes.sae import SAE, Pass
+from sae_lightning.saes.sae import SAE, TERMS, ForwardOutput
 from sae_lightning.saes.topk import topk_codes
 
-LossTerm = Callable[..., Tensor]
 
-
-def reconstruction(sae: SAE, run: Pass, relative: bool = False) -> Tensor:
+def reconstruction(sae: SAE, output: ForwardOutput, relative: bool = False) -> Tensor:
     """Mean squared error over samples and dimensions; in normalised space about the FVU.
 
     ``relative``: mean over samples of each one's squared error divided by its squared norm.
     """
     if relative:
-        squares = run.x.square().sum(1).clamp_min(1e-12)
-        return ((run.reconstruction - run.x).square().sum(1) / squares).mean()
-    return F.mse_loss(run.reconstruction, run.x)
+        squares = output.x.square().sum(1).clamp_min(1e-12)
+        return ((output.reconstruction - output.x).square().sum(1) / squares).mean()
+    return F.mse_loss(output.reconstruction, output.x)
 
 
-def absolute(sae: SAE, run: Pass) -> Tensor:
+def absolute(sae: SAE, output: ForwardOutput) -> Tensor:
     """Mean absolute error over samples and dimensions: with ``reconstruction`` the L1 + L2 loss."""
-    return F.l1_loss(run.reconstruction, run.x)
+    return F.l1_loss(output.reconstruction, output.x)
 
 
-def cosine(sae: SAE, run: Pass) -> Tensor:
+def cosine(sae: SAE, output: ForwardOutput) -> Tensor:
     """1 - cosine of sample and reconstruction, mean over samples."""
-    return 1 - F.cosine_similarity(run.reconstruction, run.x, dim=1).mean()
+    return 1 - F.cosine_similarity(output.reconstruction, output.x, dim=1).mean()
 
 
-def nested(sae: SAE, run: Pass, relative: bool = False) -> Tensor:
+def nested(sae: SAE, output: ForwardOutput, relative: bool = False) -> Tensor:
     """Weighted mean over levels of their squared errors, a mean over samples and dimensions [MSAE §3.2].
 
     ``relative``: each sample's error divided by its mean square, as in ``reconstruction`` (the NMSE of MSAE's own
-    training). ValueError for a variant without levels.
+    training). For variants with ``levels``.
     """
-    if run.levels is None or run.level_weights is None:
-        raise ValueError(
-            f"sae.name={sae.variant} has no nested levels; set loss.nested=0, or choose matryoshka or msae."
-        )
-    levels, x = run.levels, run.x
+    assert output.levels is not None and output.level_weights is not None  # noqa: PT018
+    levels, x = output.levels, output.x
     if relative:
         scale = x.square().mean(1, keepdim=True).clamp_min(1e-12).rsqrt()
         levels, x = levels * scale.unsqueeze(2), x * scale
-    return level_errors(levels, x) @ run.level_weights
+    return level_errors(levels, x) @ output.level_weights
 
 
-def sparsity(sae: SAE, run: Pass, decoder_norms: bool = True, per_dimension: bool = True) -> Tensor:
+def sparsity(sae: SAE, output: ForwardOutput, decoder_norms: bool = True, per_dimension: bool = True) -> Tensor:
     """What the variant penalises (L1 of the codes or of the gate, L0 for jumprelu): its sum over latents, a mean over
     samples, divided by d_in as the reconstruction's error is.
 
     ``per_dimension=False``: not divided, as in the papers that fix its weight.
     """
-    return sae.sparsity(run, decoder_norms) / (run.codes.n_samples * (sae.d_in if per_dimension else 1))
+    return sae.sparsity(output, decoder_norms) / (output.codes.n_samples * (sae.d_in if per_dimension else 1))
 
 
-def gate(sae: SAE, run: Pass) -> Tensor:
-    """Mean squared error of the gate's own reconstruction through the frozen decoder [Gated SAEs §3.2.1]."""
-    if not isinstance(sae, Gated):
-        raise ValueError(f"sae.name={sae.variant} has no gate; set loss.gate=0, or choose gated.")
-    rebuilt = run.extra["gate"].decode(sae.W_dec.detach(), sae.b_pre.detach())
-    return F.mse_loss(rebuilt, run.x)
-
-
-def aux(sae: SAE, run: Pass, k_aux: int | None = None, dead_after: int = 100_000, relative: bool = True) -> Tensor:
+def aux(
+    sae: SAE, output: ForwardOutput, k_aux: int | None = None, dead_after: int = 100_000, relative: bool = True
+) -> Tensor:
     """AuxK [Gao et al. 2024, §A.2]: the error reconstructed by the ``k_aux`` largest dead latents a sample.
 
     A latent is dead when it has not fired for ``dead_after`` tokens. ``k_aux`` defaults to d_in / 2, and shrinks with
@@ -89,45 +78,44 @@ def aux(sae: SAE, run: Pass, k_aux: int | None = None, dead_after: int = 100_000
     """
     dead = (sae.tokens_since_fired >= dead_after).nonzero().squeeze(1)
     if len(dead) == 0:
-        return run.x.new_zeros(())
-    error = (run.x - run.reconstruction).detach()
-    codes = topk_codes(sae.pre_acts(run.x, dead), min(k_aux or max(1, sae.d_in // 2), len(dead)))
+        return output.x.new_zeros(())
+    error = (output.x - output.reconstruction).detach()
+    codes = topk_codes(sae.pre_acts(output.x, dead), min(k_aux or max(1, sae.d_in // 2), len(dead)))
     whole = SparseCodes(dead[codes.latents], codes.values, codes.offsets, sae.d_sae)
     rebuilt = whole.decode(sae.W_dec)
     found = (rebuilt - error).square().mean()
     return found / mean_over_ranks(error.square().mean()).clamp_min(1e-12) if relative else found
 
 
-def orthogonality(sae: SAE, run: Pass) -> Tensor:
+def orthogonality(sae: SAE, output: ForwardOutput) -> Tensor:
     """Mean squared cosine of different decoder rows, from the [d_in, d_in] Gram matrix: O(d_sae · d_in²)."""
     W = F.normalize(sae.W_dec, dim=1)
     squares = (W.T @ W).square().sum() - sae.d_sae
     return squares / max(1, sae.d_sae * (sae.d_sae - 1))
 
 
-TERMS: dict[str, LossTerm] = {
-    "reconstruction": reconstruction, "absolute": absolute, "cosine": cosine, "nested": nested,
-    "sparsity": sparsity, "gate": gate, "aux": aux, "orthogonality": orthogonality,
-}  # fmt: skip
+for term in (reconstruction, absolute, cosine, sparsity, aux, orthogonality):
+    TERMS.add(term.__name__, term)
 
 
-def check_terms(weights: dict[str, float]) -> None:
-    """ValueError for a name that is no loss term."""
-    unknown = set(weights) - set(TERMS)
-    if unknown:
-        raise ValueError(f"Unknown loss term {sorted(unknown)}; known terms: {', '.join(sorted(TERMS))}.")
+def check_terms(sae: SAE | type[SAE], weights: Mapping[str, float]) -> None:
+    """ValueError for a name that is no loss term, or with a weight a term that this variant does not have."""
+    for name, weight in weights.items():
+        TERMS[name]
+        having = [variant for variant, cls in VARIANTS.items() if name in cls.losses]
+        if weight and having and name not in sae.losses:
+            raise ValueError(
+                f"sae.name={sae.variant} has no loss term {name}; set loss.{name}=0, or choose {' or '.join(having)}."
+            )
 
 
 def loss_terms(
-    sae: SAE, run: Pass, weights: dict[str, float], options: dict[str, dict] | None = None
+    sae: SAE, output: ForwardOutput, weights: dict[str, float], options: dict[str, dict] | None = None
 ) -> dict[str, Tensor]:
-    """The terms that ``weights`` names with a weight other than 0, unweighted, by name.
-
-    Raises ValueError for a name that is no loss term.
-    """
-    check_terms(weights)
+    """The terms that ``weights`` names with a weight other than 0, unweighted, by name; ValueError as above."""
+    check_terms(sae, weights)
     options = options or {}
-    return {name: TERMS[name](sae, run, **options.get(name, {})) for name, weight in weights.items() if weight}
+    return {name: TERMS[name](sae, output, **options.get(name, {})) for name, weight in weights.items() if weight}
 
 
 def total_loss(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from sae_lightning.kernels import nested_decode
 from sae_lightning.kernels.products import grouped
 from sae_lightning.saes.batchtopk import BatchTopK
-from sae_lightning.saes.sae import SAE, Pass
+from sae_lightning.saes.losses import nested
+from sae_lightning.saes.sae import SAE, ForwardOutput, LossTerm
 from sae_lightning.saes.topk import TopK
 
 FRACTIONS = (0.0625, 0.1875, 0.4375, 1.0)
@@ -30,6 +31,7 @@ def prefix_ends(d_sae: int, fractions: tuple[float, ...]) -> list[int]:
 class _Prefixes(SAE):
     """Adds nested prefix groups to the variant it is mixed with."""
 
+    losses: ClassVar[dict[str, LossTerm]] = {"nested": nested}
     sampled: int
     fractions: tuple[float, ...]
     draws: Tensor
@@ -63,7 +65,7 @@ class _Prefixes(SAE):
         drawn = torch.multinomial(lengths, min(self.sampled, self.d_sae) - 1, generator=generator) + 1
         return torch.cat([drawn.unique(), torch.tensor([self.d_sae])]).to(self.W_dec.device)
 
-    def reconstruct(self, x: Tensor) -> Pass:
+    def forward_pass(self, x: Tensor) -> ForwardOutput:
         codes = self.code(x)
         ends = self.prefixes()
         if self.training:
@@ -72,7 +74,7 @@ class _Prefixes(SAE):
         entries = grouped(codes.latents, codes.values, codes.offsets, group, len(ends))
         levels = nested_decode(*entries, self.W_dec, self.b_pre, len(ends))
         weights = torch.full((len(ends),), 1 / len(ends), device=x.device, dtype=x.dtype)
-        return Pass(x, codes, levels[:, -1], levels, weights)
+        return ForwardOutput(x, codes, levels[:, -1], levels, weights)
 
 
 class Matryoshka(_Prefixes, BatchTopK):

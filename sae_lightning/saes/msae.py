@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from sae_lightning.kernels import nested_decode, selection
 from sae_lightning.kernels.products import grouped, rank_groups
 from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import SparseCodes
-from sae_lightning.saes.sae import SAE, Pass
+from sae_lightning.saes.losses import nested
+from sae_lightning.saes.sae import SAE, ForwardOutput, LossTerm
 
 
 def powers_of_two(first: int, d_sae: int) -> list[int]:
@@ -35,6 +36,7 @@ class MSAE(SAE):
     """
 
     variant = "msae"
+    losses: ClassVar[dict[str, LossTerm]] = {"nested": nested}
     k: int
     ks: Tensor
     level_weights: Tensor
@@ -68,6 +70,9 @@ class MSAE(SAE):
         chosen = {"k": self.k, "ks": given, "weighting": self.weighting, "soft_cap": self.soft_cap}
         return chosen | super().settings()
 
+    def inference_forms(self) -> tuple[str, ...]:
+        return ("relu",) if self.soft_cap is None else ()
+
     def code(self, x: Tensor) -> SparseCodes:
         most = int(self.ks[-1])
         if self.training and most < self.d_sae:
@@ -77,10 +82,10 @@ class MSAE(SAE):
         cap = self.soft_cap
         return codes if cap is None else codes.map(lambda values, _: cap * torch.tanh(values / cap))
 
-    def reconstruct(self, x: Tensor) -> Pass:
+    def forward_pass(self, x: Tensor) -> ForwardOutput:
         codes = self.code(x)
         h = len(self.ks)
         group = rank_groups(codes.values.detach(), codes.offsets, self.ks)
         entries = grouped(codes.latents, codes.values, codes.offsets, group, h)
         levels = nested_decode(*entries, self.W_dec, self.b_pre, h)
-        return Pass(x, codes, levels[:, -1], levels, self.level_weights.to(x.dtype))
+        return ForwardOutput(x, codes, levels[:, -1], levels, self.level_weights.to(x.dtype))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sae_lightning.kernels import products as kernels
 from sae_lightning.kernels import selection, sparse_pre_acts
-from sae_lightning.registry import one_of
-from sae_lightning.saes.codes import DenseCodes, SparseCodes
+from sae_lightning.registry import Registry, one_of
+from sae_lightning.saes.artefact import VARIANTS, Artefact
+from sae_lightning.saes.codes import DenseCodes, Frame, SparseCodes
 
 
 class Normalizer(nn.Module):
@@ -49,7 +50,7 @@ class Normalizer(nn.Module):
 INPUT_NORMS = ("none", "layer", "rms", "unit")
 
 
-def input_norm(kind: str, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+def input_norm(kind: str, x: Tensor) -> tuple[Tensor, Frame | None]:
     """``x`` [N, d_in] normed by sample, and the (shift, scale) [N, 1] that undo it; None for "none".
 
     "layer": zero mean and unit variance over dimensions [Gao et al. 2024, §A.1]. "rms": L2 norm √d_in, which keeps
@@ -70,8 +71,8 @@ PROBE = 64  # samples that decide it
 
 
 @dataclass
-class Pass:
-    """One training pass over a batch of normalised features ``x`` [N, d_in].
+class ForwardOutput:
+    """One pass over a batch ``x`` [N, d_in] of the encoder's inputs.
 
     ``levels`` [N, h, d_in] are a nested variant's reconstructions, coarse to fine, with ``level_weights``
     [h] that sum to 1; ``extra`` is what a variant's own loss terms need besides.
@@ -85,7 +86,12 @@ class Pass:
     extra: dict[str, SparseCodes] = field(default_factory=dict)
 
 
-class SAE(nn.Module):
+LossTerm = Callable[..., Tensor]  # (sae, output, **options) -> scalar
+
+TERMS: Registry[LossTerm] = Registry("loss term")  # all of them: those of ``losses.py`` and of single variants
+
+
+class SAE(Artefact):
     """Base of all variants: x̂ = codes · W_dec + b_pre, pre_acts = (x - b_pre) · W_encᵀ + b_enc.
 
     Row i of ``W_enc`` [d_sae, d_in] reads latent i, row i of ``W_dec`` [d_sae, d_in] writes it. The decoder's
@@ -94,15 +100,22 @@ class SAE(nn.Module):
     ``input_norm`` ("none", "layer", "rms", "unit") norms each sample once more before the encoder and gives the norm
     back after the decoder.
 
-    ``encode``, ``decode`` and ``forward`` speak raw features; ``run`` and the losses speak normalised ones.
-    A variant implements ``code``; it lists what makes it, beside d_in and d_sae, in ``settings``.
+    ``encode``, ``decode`` and ``forward`` speak raw features; ``forward_pass`` and the losses speak the encoder's
+    ``inputs``. A variant is a subclass with a name, ``variant``; defining it registers it. It implements ``code``,
+    lists in ``settings`` what makes it beside d_in and d_sae, and overrides what else it does in its own way.
     """
 
-    variant: str
     tokens_since_fired: Tensor
     k: float | None = None  # active latents a sample, for variants that choose them so
-    k_now: float  # what training uses, if it anneals k
-    later_buffers: ClassVar[dict[str, float]] = {}  # scalars that older artefacts lack, with what they are taken for
+    k_now: float  # what training uses, where it anneals k
+    losses: ClassVar[dict[str, LossTerm]] = {}  # terms that this variant alone has
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "variant" in vars(cls):
+            for name, term in cls.losses.items():
+                TERMS.add(name, term)
+            VARIANTS.add(cls.variant, cls)
 
     def __init__(
         self,
@@ -134,36 +147,74 @@ class SAE(nn.Module):
 
     # --- what a variant defines -------------------------------------------------------------------
     def code(self, x: Tensor) -> SparseCodes:
-        """Codes of normalised features [N, d_in], differentiable; may differ between training and evaluation."""
+        """Codes of the encoder's inputs [N, d_in], differentiable; may differ between training and evaluation."""
         raise NotImplementedError
 
-    def sparsity(self, run: Pass, decoder_norms: bool = True) -> Tensor:
+    def forward_pass(self, x: Tensor) -> ForwardOutput:
+        """Encode and decode the encoder's inputs [N, d_in] (see ``inputs``)."""
+        codes = self.code(x)
+        return ForwardOutput(x, codes, codes.decode(self.W_dec, self.b_pre))
+
+    def sparsity(self, output: ForwardOutput, decoder_norms: bool = True) -> Tensor:
         """What the loss term ``sparsity`` penalises, summed over the batch: the L1 norm of the codes.
 
         With ``decoder_norms`` each latent counts by its decoder row's norm, so that a smaller code with a
         larger row gains nothing.
         """
-        return run.codes.total(self.W_dec.norm(dim=1) if decoder_norms else None)
+        return output.codes.total(self.W_dec.norm(dim=1) if decoder_norms else None)
 
     def settings(self) -> dict[str, object]:
-        """Constructor arguments besides d_in, d_sae and the normaliser, as plain values."""
         options: dict[str, object] = {"tied": True} if self.tied else {}
         return options | ({"input_norm": self.input_norm} if self.input_norm != "none" else {})
 
-    # --- normalised space -------------------------------------------------------------------------
+    def start(self, x: Tensor, l0: float | None) -> None:
+        """Take from inputs ``x`` [N, d_in] what the variant starts from, so that ``l0`` latents a sample are active.
+
+        Called before the first step, with a sample of the store, and at each of the first tenth of all steps, with
+        the rank's part of its batch. ``l0`` is None where nothing asks for a number.
+        """
+
+    def steered(self, control: float, off: float) -> float:
+        """The factor of the weight of ``sparsity`` where ``target_l0`` steers it (``training/module.py``)."""
+        return max(0.0, control + off)
+
+    def latent_parameters(self) -> dict[str, float | None]:
+        """Parameters with a row for each latent, beside W_enc and W_dec, and what a fresh latent's row is.
+
+        None: the mean of the living latents' rows.
+        """
+        return {"b_enc": 0.0}
+
+    def finish(self, batches: Iterable[Tensor], n_samples: int, how: str) -> None:
+        """After training: what evaluation needs, in the way ``how`` (``sae.threshold``).
+
+        ``batches`` are this rank's held-out raw features [n, d_in], of ``n_samples`` tokens over all ranks.
+        """
+
+    def logged(self) -> dict[str, Tensor]:
+        """Scalars to log beside the usual ones."""
+        return {}
+
+    def inference_forms(self) -> tuple[str, ...]:
+        """The variants whose codes in evaluation these are, the nearest first; for other packages' layouts."""
+        return (self.variant,)
+
+    def cuts(self) -> Tensor | None:
+        """What a pre-activation must exceed in evaluation, [d_sae]; None where there is no such value."""
+        return None
+
+    def set_cuts(self, cuts: Tensor) -> None:
+        """Take such values from another package's file."""
+
+    # --- the encoder's inputs -----------------------------------------------------------------------
+    def inputs(self, features: Tensor) -> tuple[Tensor, Frame | None]:
+        """Raw features [..., d_in] as the encoder takes them, [N, d_in], and what undoes ``input_norm``."""
+        return input_norm(self.input_norm, self.normalizer.normalize(features.reshape(-1, self.d_in)))
+
     def pre_acts(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
-        """Pre-activations [N, d_sae] of normalised features [N, d_in], or those of ``latents`` [n] alone."""
+        """Pre-activations [N, d_sae] of the encoder's inputs [N, d_in], or those of ``latents`` [n] alone."""
         W, b = (self.W_enc, self.b_enc) if latents is None else (self.W_enc[latents], self.b_enc[latents])
         return torch.nn.functional.linear(x - self.b_pre, W, b)
-
-    def run(self, x: Tensor) -> Pass:
-        """Encode and decode normalised features [N, d_in]; ``Pass.x`` is them after ``input_norm``."""
-        return self.reconstruct(input_norm(self.input_norm, x)[0])
-
-    def reconstruct(self, x: Tensor) -> Pass:
-        """The pass over features [N, d_in] that ``input_norm`` has been applied to."""
-        codes = self.code(x)
-        return Pass(x, codes, codes.decode(self.W_dec, self.b_pre))
 
     def with_gradient(self, x: Tensor, entries: selection.Entries, bias: Tensor | None = None) -> SparseCodes:
         """Codes of the selected ``entries`` (latents, values, offsets) of the pre-activations of ``x``."""
@@ -190,7 +241,7 @@ class SAE(nn.Module):
                 f"This SAE takes features of {self.d_in} dimensions; it got {features.shape[-1]}. "
                 "Is it from another backbone or layer?"
             )
-        x, frame = input_norm(self.input_norm, self.normalizer.normalize(features.reshape(-1, self.d_in)))
+        x, frame = self.inputs(features)
         nothing = x.new_zeros(0, self.d_sae)
         codes = self.code(x) if len(x) else SparseCodes.select(nothing, nothing > 0)
         codes.frame = frame
@@ -218,33 +269,3 @@ class SAE(nn.Module):
         """Advance the dead-latent counters by ``tokens`` samples; the latents of ``fired`` [d_sae] bool start anew."""
         self.tokens_since_fired += tokens
         self.tokens_since_fired[fired] = 0
-
-    # --- the artefact -----------------------------------------------------------------------------
-    def save(self, folder: str | Path, **record: object) -> None:
-        """Write ``sae.safetensors`` and ``cfg.json`` into ``folder``; ``record`` is added to the latter."""
-        from sae_lightning.saes.artefact import save
-
-        save(self, Path(folder), record)
-
-    @staticmethod
-    def load(folder: str | Path) -> SAE:
-        """The SAE in ``folder``, in evaluation mode; ArtefactError says what is missing or does not fit."""
-        from sae_lightning.saes.artefact import load
-
-        return load(Path(folder))
-
-    @staticmethod
-    def from_pretrained(name: str | Path, revision: str | None = None) -> SAE:
-        """The SAE in a folder or in a repository of the model hub, in evaluation mode.
-
-        "org/name", or "org/name/folder" for one of several.
-        """
-        from sae_lightning.saes.artefact import from_pretrained
-
-        return from_pretrained(name, revision)
-
-    def push_to_hub(self, repo_id: str, private: bool = False, **record: object) -> str:
-        """Upload the SAE with a card; ``record`` is added to its ``cfg.json``. Returns the commit's address."""
-        from sae_lightning.saes.artefact import push_to_hub
-
-        return push_to_hub(self, repo_id, private, record)

@@ -43,6 +43,9 @@ class TopK(SAE):
         chosen: dict[str, object] = {"k": self.k}
         return chosen | ({"inference": "relu"} if self.inference == "relu" else {}) | super().settings()
 
+    def inference_forms(self) -> tuple[str, ...]:
+        return (self.inference,)
+
     def code(self, x: Tensor) -> SparseCodes:
         if not self.training and self.inference == "relu":
             return self.positive(x)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sae_lightning.settings.kinds import registered
+from sae_lightning.settings.table import COMMON, VARIANTS
+
 Combination = tuple[tuple[str, ...], Callable[..., str | None]]
-WHOLE_K = ("topk", "matryoshka_topk", "msae")
 TINY_WIDTH, WIDEST = 128, 16384  # d_in of the bundled encoders; no encoder is wider than the second
 TIMM_WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024}  # of vision transformers by their name
 
@@ -29,8 +31,6 @@ def _k(k: Any, d_sae: Any, expansion: Any, sae: Any, backbone: Any, features: An
         return f"sae.name={name} needs k, the number of active latents a token." if "k" in settings else None
     if not isinstance(used, int | float):
         return None
-    if "k" in settings and name in WHOLE_K and used != int(used):
-        return f"k={used} must be a whole number for sae.name={name}; batchtopk takes fractions."
     if settings.get("k_per") == "batch":
         return None
     d_in = width(backbone, features)
@@ -118,14 +118,13 @@ def _steering(target: Any, sparsity: Any) -> str | None:
 
 
 def _terms(loss: Any, name: Any, callbacks: Any) -> str | None:
-    from sae_lightning.settings.table import VARIANTS
-
     if name not in VARIANTS:
         return None
-    if loss.get("nested") and not str(name).startswith(("matryoshka", "msae")):
-        return f"sae.name={name} has no nested levels; set loss.nested=0, or choose matryoshka or msae."
-    if loss.get("gate") and name != "gated":
-        return f"sae.name={name} has no gate; set loss.gate=0, or choose gated."
+    if any(weight for term, weight in loss.items() if term not in COMMON):  # PyTorch is imported only for these
+        try:
+            registered("sae_lightning.saes.losses:check_terms")(registered("sae_lightning.saes:VARIANTS")[name], loss)
+        except ValueError as error:
+            return str(error)
     if not any(loss.get(term) for term in ("reconstruction", "absolute", "cosine", "nested")) and not callbacks:
         return "No term of the loss asks for a reconstruction; set loss.reconstruction=1, or absolute, cosine, nested."
     return None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 
@@ -106,7 +106,7 @@ def whole(low: int | None = None, high: int | None = None) -> Kind:
 
 
 def choice(*names: str, registry: str | None = None) -> Kind:
-    """One of ``names``, or of the mapping ``module:NAME`` where something has imported that module and added to it."""
+    """One of ``names``, or of the mapping ``module:NAME``, to which other modules add."""
 
     def fits(value: Any) -> bool:
         return str(value) in names or (registry is not None and str(value) in registered(registry))
@@ -114,10 +114,10 @@ def choice(*names: str, registry: str | None = None) -> Kind:
     return Kind(f"one of {', '.join(names)}", fits, names)
 
 
-def registered(registry: str) -> Mapping[str, Any]:
-    """The mapping ``module:NAME``; nothing where the module was not imported, which then nobody has added to."""
+def registered(registry: str) -> Any:
+    """What ``module:NAME`` is; imported only to look for a name that the table does not have."""
     module, _, name = registry.partition(":")
-    return getattr(sys.modules.get(module), name, {})
+    return getattr(import_module(module), name)
 
 
 def either(*kinds: Kind) -> Kind:

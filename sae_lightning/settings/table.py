@@ -80,7 +80,8 @@ EXTRACT: Section = {
 # --- training ---------------------------------------------------------------------------------------
 SAE: Section = {"tied": FLAG, "input_norm": choice("none", "layer", "rms", "unit"), "encoder_norm": number(above=0)}
 K = number(above=0)
-TOPK: Section = {**SAE, "k": K, "inference": choice("topk", "relu")}
+WHOLE = Kind("a whole number of at least 1; sae=batchtopk takes fractions", whole(1).fits)
+TOPK: Section = {**SAE, "k": WHOLE, "inference": choice("topk", "relu")}
 BATCHTOPK: Section = {**SAE, "k": K, "k_per": choice("sample", "batch")}
 PREFIXES: Section = {"fractions": list_of(number(above=0, high=1)), "sampled": whole(0)}
 VARIANTS: dict[str, Rule] = {
@@ -91,7 +92,7 @@ VARIANTS: dict[str, Rule] = {
     },
     "gated": SAE, "matryoshka": {**BATCHTOPK, **PREFIXES}, "matryoshka_topk": {**TOPK, **PREFIXES},
     "msae": {
-        **SAE, "k": K, "ks": Maybe(list_of(whole(1))), "weighting": choice("uniform", "reverse"),
+        **SAE, "k": WHOLE, "ks": Maybe(list_of(whole(1))), "weighting": choice("uniform", "reverse"),
         "soft_cap": Maybe(number(above=0)),
     },
 }  # fmt: skip
@@ -100,7 +101,8 @@ MONOLOSS: Section = {
     "center": FLAG, "pool": choice("max", "mean"),
 }  # fmt: skip
 CALLBACKS = Callbacks({"sae_lightning.training.monoloss.MonoLoss": MONOLOSS})
-LOSSES = ("reconstruction", "absolute", "cosine", "nested", "sparsity", "gate", "aux", "orthogonality")
+COMMON = ("reconstruction", "absolute", "cosine", "sparsity", "aux", "orthogonality")
+LOSSES = (*COMMON, "nested", "gate")  # the last two are of single variants
 LOSS: Rule = Plus(dict.fromkeys(LOSSES, number(0)), "sae_lightning.saes.losses:TERMS")
 LOSS_OPTIONS: Rule = Plus({
     **dict.fromkeys(LOSSES, Maybe({})), "reconstruction": Maybe({"relative": FLAG}),

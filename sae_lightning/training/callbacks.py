@@ -23,8 +23,7 @@ from torch import Tensor
 from sae_lightning.distributed.ranks import world_size
 from sae_lightning.distributed.stopping import FLAG, STEPS, Preempted, _listen, asked, working
 from sae_lightning.files import set_aside, write_text
-from sae_lightning.saes import SAE, JumpReLU
-from sae_lightning.saes.sae import input_norm
+from sae_lightning.saes import SAE
 from sae_lightning.training.data import FeatureDataModule
 
 
@@ -126,7 +125,7 @@ class Resample(L.Callback):
         if step == before or step % self.every or step > self.until * int(trainer.estimated_stepping_batches):
             return
         sae: SAE = module.sae  # type: ignore[assignment]
-        x, _ = input_norm(sae.input_norm, sae.normalizer.normalize(batch.flatten(0, -2)))
+        x, _ = sae.inputs(batch)
         optimizer = trainer.optimizers[0]
         generator = torch.Generator().manual_seed(step)
         count = resample(sae, x, self.dead_after, optimizer, generator)
@@ -145,7 +144,7 @@ class Resample(L.Callback):
 def resample(
     sae: SAE, x: Tensor, dead_after: int, optimizer: torch.optim.Optimizer | None, generator: torch.Generator
 ) -> int:
-    """Reinitialise dead latents of ``sae`` from normalised features ``x`` [N, d_in]; returns how many."""
+    """Reinitialise dead latents of ``sae`` from the encoder's inputs ``x`` [N, d_in]; returns how many."""
     dead = (sae.tokens_since_fired >= dead_after).nonzero().squeeze(1)
     if len(dead) == 0:
         return 0
@@ -163,17 +162,15 @@ def resample(
     if not sae.tied:
         sae.W_enc[dead] = ENCODER_SHARE * norm * directions
     fresh = [(sae.W_dec, dead), (sae.W_enc, dead)]
-    for name in ("b_enc", "b_gate", "r_mag"):
-        if hasattr(sae, name):
-            getattr(sae, name)[dead] = 0
-            fresh.append((getattr(sae, name), dead))
-    if isinstance(sae, JumpReLU) and bool(living.any()):
-        sae.log_threshold[dead] = sae.log_threshold[living].mean()
-        fresh.append((sae.log_threshold, dead))
-    for parameter, rows in fresh if optimizer is not None else []:
-        for value in optimizer.state[parameter].values():  # type: ignore[union-attr]
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value[rows] = 0
+    for name, value in sae.latent_parameters().items():
+        if value is not None or bool(living.any()):
+            rows = sae.get_parameter(name)
+            rows[dead] = rows[living].mean() if value is None else value
+            fresh.append((rows, dead))
+    for parameter, latents in fresh if optimizer is not None else []:
+        for moment in optimizer.state[parameter].values():  # type: ignore[union-attr]
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                moment[latents] = 0
     sae.tokens_since_fired[dead] = 0
     return len(dead)
 

@@ -34,7 +34,7 @@ from sae_lightning.files import held, lend_cache, set_damaged_aside, write_json
 from sae_lightning.runs.identity import callbacks_on, identity, level_of, run_name, short_hash
 from sae_lightning.runs.run import PRODUCTS, is_finished
 from sae_lightning.runs.state import is_a_try, last_checkpoint
-from sae_lightning.saes import VARIANTS, BatchTopK, Normalizer
+from sae_lightning.saes import VARIANTS, Normalizer
 from sae_lightning.settings import check_settings
 from sae_lightning.training.callbacks import History, Resample, StopWhenAsked, Throughput
 from sae_lightning.training.checkpoints import (
@@ -241,20 +241,13 @@ def build_callbacks(cfg: DictConfig, folder: Path) -> list[L.Callback]:
 
 
 def calibrate(cfg: DictConfig, module: SAEModule, store: FeatureStore, device: torch.device) -> None:
-    """Set BatchTopK's inference threshold: on the val split (ViSAEBench Table 1), or as training's cuts leave it.
+    """Let the variant take what evaluation needs from the val split, in the way ``sae.threshold``.
 
     Each rank takes its share of the split, on the ``device`` that it trained on and from which ``fit`` took the module.
     """
-    sae, choice = module.sae, cfg.sae.get("threshold")
-    if not isinstance(sae, BatchTopK):
-        return
-    if choice == "running_average":
-        sae.use_average()
-    elif choice == "running_minimum":
-        sae.use_lowest()
-    else:
-        module.to(device)
-        sae.calibrate(InOrder(store, 8192, rank(), world_size()), store.n_tokens)
+    module.to(device)
+    how = cfg.sae.get("threshold") or "calibrated"
+    module.sae.finish(InOrder(store, 8192, rank(), world_size()), store.n_tokens, how)
 
 
 def record(cfg: DictConfig, folder: Path, stores: dict[str, FeatureStore]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from sae_lightning.distributed.ranks import any_over_ranks, mean_over_ranks, world_size
 from sae_lightning.metrics import L0, Firing, Reconstruction
 from sae_lightning.registry import one_of
-from sae_lightning.saes import SAE, JumpReLU, Pass
+from sae_lightning.saes import SAE, ForwardOutput
 from sae_lightning.saes.losses import TERMS, check_terms, loss_terms, total_loss
 from sae_lightning.training.optimizer import UnitRowAdam, build_optimizer, check_name
 
@@ -82,9 +82,9 @@ class Schedule:
 
 CONTROL = 0.02  # how fast the sparsity weight follows its target: log-weight a step at L0 twice the target
 
-FOLLOW = 0.1  # share of all steps in which JumpReLU's thresholds are set, not learnt
+FOLLOW = 0.1  # share of all steps in which what a variant takes from data (JumpReLU's thresholds) is set, not learnt
 
-Term = Callable[[Pass, Tensor], Tensor]
+Term = Callable[[ForwardOutput, Tensor], Tensor]
 
 Weight = Callable[[int, int], float]
 
@@ -116,7 +116,7 @@ class SAEModule(L.LightningModule):
         center: Tensor | None = None,
     ) -> None:
         super().__init__()
-        check_terms(loss)
+        check_terms(sae, loss)
         self.sae = sae
         self.loss = dict(loss)
         self.loss_options = dict(loss_options or {})
@@ -150,12 +150,12 @@ class SAEModule(L.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         features = batch.flatten(0, -2)  # batches of images [n, P, d_in] are batches of their tokens
         step, steps = self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
-        if self.sae.k is not None and hasattr(self.sae, "k_now"):
+        if self.sae.k is not None:
             self.sae.k_now = self.schedule.k_at(float(self.sae.k), step, steps)
-        x = self.sae.normalizer.normalize(features)
-        if self.target_l0 and isinstance(self.sae, JumpReLU) and step < FOLLOW * steps:
-            self.sae.start_at(x, self.target_l0)
-        run = self.sae.run(x)
+        x, _ = self.sae.inputs(features)
+        if step < FOLLOW * steps:
+            self.sae.start(x, self.target_l0)
+        run = self.sae.forward_pass(x)
         terms = loss_terms(self.sae, run, self.loss, self.loss_options)
         weights = self._weights(step, steps, self._steer(run))
         for name, (term, weight) in self.added.items():
@@ -174,13 +174,12 @@ class SAEModule(L.LightningModule):
             weights["sparsity"] *= self.schedule.sparsity_factor(step, steps) * steering
         return weights
 
-    def _steer(self, run: Pass) -> float:
+    def _steer(self, run: ForwardOutput) -> float:
         """What ``sparsity``'s weight is multiplied by after a pass with L0 active latents a sample.
 
         With off = L0 / target - 1 within ±1, it is control + off, at least 0. ``control`` grows each step by the
         factor exp(0.02 · off) and is saved with the checkpoint: it settles where L0 stays at the target, while the
-        second part answers at once. For JumpReLU it is control + 5 · off and may turn negative: the straight-through
-        gradient then lowers thresholds, which little else does for a latent that has fallen silent.
+        second part answers at once. A variant may answer in its own way (``SAE.steered``).
         """
         if self.target_l0 is None:
             return 1.0
@@ -188,10 +187,9 @@ class SAEModule(L.LightningModule):
         off = float(mean_over_ranks(l0)) / self.target_l0 - 1
         off = max(-1.0, min(1.0, off))
         self.control *= math.exp(CONTROL * off)
-        control = float(self.control)
-        return control + 5 * off if isinstance(self.sae, JumpReLU) else max(0.0, control + off)
+        return self.sae.steered(float(self.control), off)
 
-    def _log_step(self, run: Pass, loss: Tensor, terms: dict[str, Tensor]) -> None:
+    def _log_step(self, run: ForwardOutput, loss: Tensor, terms: dict[str, Tensor]) -> None:
         x, rebuilt = run.x, run.reconstruction.detach()
         fvu = (rebuilt - x).square().sum() / (x - x.mean(0)).square().sum().clamp_min(1e-12)
         record: dict[str, Any] = {
@@ -201,8 +199,7 @@ class SAEModule(L.LightningModule):
             "train/dead_share": (self.sae.tokens_since_fired >= self.dead_after).float().mean(),
         }
         record |= {f"loss/{name}": term.detach() for name, term in terms.items()}
-        if hasattr(self.sae, "threshold"):
-            record["train/threshold"] = self.sae.threshold
+        record |= {f"train/{name}": value for name, value in self.sae.logged().items()}
         if self.target_l0 is not None:
             record["train/sparsity_weight"] = self.loss["sparsity"] * self.control
         # on the device, for NCCL takes nothing else, and in one tensor: one operation of all ranks for all of them

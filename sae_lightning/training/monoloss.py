@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.registry import one_of
-from sae_lightning.saes import Pass
+from sae_lightning.saes import ForwardOutput
 from sae_lightning.saes.codes import POOLS
 from sae_lightning.saes.monoloss import Memory, mono_loss
 from sae_lightning.training.module import SAEModule
@@ -65,7 +65,7 @@ class MonoLoss(L.Callback):
         rise = min(1.0, (step + 1) / max(1.0, self.warmup * steps)) if self.warmup else 1.0
         return self.weight * rise * self.every
 
-    def term(self, run: Pass, batch: Tensor) -> Tensor:
+    def term(self, run: ForwardOutput, batch: Tensor) -> Tensor:
         """MonoLoss of a pass over raw features [B, d_in] or [n, P, d_in]."""
         features: Any = batch
         codes = run.codes

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.registry import one_of
-from sae_lightning.saes import SAE, JumpReLU
-from sae_lightning.saes.sae import input_norm
+from sae_lightning.saes import SAE
 
 SAMPLE = 8192  # tokens
 SEVERE = 10.0  # γ from which outlier dimensions keep most latents from ever firing
@@ -46,26 +45,22 @@ def geometric_median(x: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Te
 
 @torch.no_grad()
 def prepare(sae: SAE, store: FeatureStore, b_pre: str, l0: float | None) -> None:
-    """Set ``b_pre`` (to the data's mean, geometric median, or the origin of raw features) and JumpReLU's thresholds.
+    """Set ``b_pre`` (to the data's mean, geometric median, or raw features' origin) and what the variant starts from.
 
-    ``l0`` is the number of active latents a sample that the thresholds are to start at. ValueError for an
+    ``l0`` is the number of active latents a sample that it is to start at. ValueError for an
     unknown choice.
     """
     one_of(b_pre, B_PRE, "init.b_pre")
-    needs = b_pre == "geometric_median" or (isinstance(sae, JumpReLU) and l0)
-    needs = needs or sae.input_norm != "none"
-    x = sae.normalizer.normalize(sample(store)) if needs else torch.zeros(0)
-    normed, _ = input_norm(sae.input_norm, x) if needs else (x, None)
+    x, _ = sae.inputs(sample(store))
     if b_pre == "geometric_median":
-        sae.b_pre.copy_(geometric_median(normed))
+        sae.b_pre.copy_(geometric_median(x))
     elif b_pre == "zero":
         sae.b_pre.copy_(-sae.normalizer.mean / sae.normalizer.std if sae.input_norm == "none" else 0 * sae.b_pre)
     elif sae.input_norm != "none":
-        sae.b_pre.copy_(normed.mean(0))
+        sae.b_pre.copy_(x.mean(0))
     else:
         sae.b_pre.copy_((store.mean - sae.normalizer.mean) / sae.normalizer.std)
-    if isinstance(sae, JumpReLU) and l0:
-        sae.start_at(x, l0)
+    sae.start(x, l0)
 
 
 @torch.no_grad()
@@ -76,7 +71,7 @@ def dead_at_start(sae: SAE, store: FeatureStore) -> float:
     fired = torch.zeros(sae.d_sae, dtype=torch.bool)
     before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
     for part in sample(store).split(2048):
-        fired |= sae.run(sae.normalizer.normalize(part)).codes.fired()
+        fired |= sae.forward_pass(sae.inputs(part)[0]).codes.fired()
     for name, buffer in sae.named_buffers():
         buffer.copy_(before[name])
     sae.train(was_training)

@@ -10,7 +10,7 @@ from sae_lightning.kernels import native
 from sae_lightning.saes import TopK
 sae = TopK(16, 64, k=4, seed=0)
 x = torch.randn(100, 16, generator=torch.Generator().manual_seed(0))
-run = sae.run(x)
+run = sae.forward_pass(x)
 (run.reconstruction - x).square().mean().backward()
 print(native.available(x), f"{float(sae.W_enc.grad.norm()):.5f}")
 """

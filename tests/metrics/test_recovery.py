@@ -126,7 +126,7 @@ def test_msae_reconstructs_by_levels_as_it_trains():
     x = torch.randn(40, D_IN, generator=torch.Generator().manual_seed(1))
     metric = Recovery(sae, sae.ks.tolist()[:-1])
     metric.update(sae.encode(x), x)
-    residual = (sae.run(x).levels - x[:, None]).square().sum((0, 2))
+    residual = (sae.forward_pass(x).levels - x[:, None]).square().sum((0, 2))
     np.testing.assert_allclose(metric.residual, residual, rtol=1e-5)
 
 

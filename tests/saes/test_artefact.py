@@ -43,7 +43,7 @@ def build(variant: str, **options) -> SAE:
         for p in sae.parameters():
             p += 0.1 * torch.randn(p.shape, generator=generator)
         sae.count_firing(torch.arange(D_SAE) % 2 == 0, 17)
-    sae.train().run(sae.normalizer.normalize(features(seed=5)))
+    sae.train().forward_pass(sae.inputs(features(seed=5))[0])
     return sae
 
 
@@ -60,8 +60,8 @@ def test_a_loaded_sae_is_the_saved_one(variant, options, tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in sae.state_dict().items())
     assert torch.equal(loaded.encode(x).to_dense(), sae.eval().encode(x).to_dense())
     assert torch.equal(loaded(x), sae(x))
-    trained = loaded.train().run(sae.normalizer.normalize(x))
-    again = sae.train().run(sae.normalizer.normalize(x))
+    trained = loaded.train().forward_pass(sae.inputs(x)[0])
+    again = sae.train().forward_pass(sae.inputs(x)[0])
     assert torch.equal(trained.codes.to_dense(), again.codes.to_dense())
     assert trained.levels is None or torch.equal(trained.levels, again.levels)
     assert json.loads((tmp_path / "cfg.json").read_text())["backbone"] == "dinov2 (tiny)"

@@ -23,18 +23,18 @@ def sorted_pre_acts(sae: BatchTopK, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("k", [0.5, 2.25, 3])
 def test_k_may_be_a_fraction_of_a_latent_a_sample(k):
-    assert build(k).train().run(features(40)).codes.nnz == round(40 * k)
+    assert build(k).train().forward_pass(features(40)).codes.nnz == round(40 * k)
 
 
 def test_samples_share_the_budget_unevenly():
-    counts = build().train().run(features()).codes.counts()
+    counts = build().train().forward_pass(features()).codes.counts()
     assert counts.sum() == K * 64
     assert counts.float().std() > 0
 
 
 def test_k_a_batch_does_not_grow_with_the_batch():
     sae = build(90, k_per="batch").train()
-    assert [sae.run(features(n)).codes.nnz for n in (30, 64)] == [90, 90]
+    assert [sae.forward_pass(features(n)).codes.nnz for n in (30, 64)] == [90, 90]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -44,7 +44,7 @@ def test_a_budget_beyond_all_positive_entries_keeps_all_of_them(dtype, k):
     x = features(2).to(dtype)
     pre = dense.pre_acts(sae, x).detach()
     positive = int((pre > 0).sum())
-    assert sae.run(x).codes.nnz == min(k, positive)
+    assert sae.forward_pass(x).codes.nnz == min(k, positive)
     expected = pre[pre > 0].min() if k > positive else sorted_pre_acts(sae, x)[k - 1]
     torch.testing.assert_close(sae.threshold, expected)
 
@@ -52,15 +52,15 @@ def test_a_budget_beyond_all_positive_entries_keeps_all_of_them(dtype, k):
 def test_training_uses_the_annealed_k_and_evaluation_does_not():
     sae = build().train()
     sae.k_now = 9.5
-    assert sae.run(features()).codes.nnz == round(9.5 * 64)
+    assert sae.forward_pass(features()).codes.nnz == round(9.5 * 64)
     sae.calibrate([features()], 64)
-    assert sae.eval().run(features()).codes.nnz == K * 64
+    assert sae.eval().forward_pass(features()).codes.nnz == K * 64
 
 
 def test_a_batch_without_positive_entries_changes_no_threshold():
     sae = build().train()
     sae.b_enc.data -= 100
-    run = sae.run(features())
+    run = sae.forward_pass(features())
     assert run.codes.nnz == 0
     assert float(sae.threshold) == 0
     assert float(sae.lowest) == float("inf")
@@ -76,7 +76,7 @@ def test_training_follows_the_cut_as_running_average_and_minimum():
         x = features(seed=seed) * (1 + seed % 3)
         cuts.append(float(sorted_pre_acts(sae, x)[K * 64 - 1]))
         average = cuts[-1] if seed == 0 else 0.99 * average + 0.01 * cuts[-1]
-        sae.run(x)
+        sae.forward_pass(x)
         assert float(sae.threshold) == pytest.approx(average, rel=1e-5)
         assert float(sae.lowest) == pytest.approx(min(cuts), rel=1e-5)
     assert sae.use_lowest() == pytest.approx(min(cuts), rel=1e-5)
@@ -151,7 +151,7 @@ def trained_by_hand(steps: int, k: float = 8, n: int = 128, k_per: str = "sample
     for _ in range(steps):
         x = batch(n)
         optimizer.zero_grad()
-        (sae.run(x).reconstruction - x).square().mean().backward()
+        (sae.forward_pass(x).reconstruction - x).square().mean().backward()
         optimizer.step()
         sae.normalize_decoder()
     return sae, batch(2000)
@@ -181,7 +181,7 @@ def test_an_sae_that_was_never_trained_keeps_k_and_warns(k, k_per, active):
     if k_per == "sample":
         assert torch.equal(sae.encode(features(40)[:3]).to_dense(), codes.to_dense()[:3])
     else:
-        assert torch.equal(codes.to_dense(), sae.train().run(features(40)).codes.to_dense())
+        assert torch.equal(codes.to_dense(), sae.train().forward_pass(features(40)).codes.to_dense())
 
 
 @pytest.mark.parametrize("how", ["calibrate", "use_lowest", "use_average", "by hand"])
@@ -197,7 +197,7 @@ def test_a_threshold_that_was_set_is_used_as_it_is_until_training_goes_on(how, t
     for each in (sae.eval(), BatchTopK.load(tmp_path)):
         assert float(each.inference_threshold()) == float(sae.threshold)
         assert each.encode(x).nnz == pytest.approx(int((dense.pre_acts(sae, x) > sae.threshold).sum()), abs=1)
-    sae.train().run(x)
+    sae.train().forward_pass(x)
     assert float(sae.inference_threshold()) == float(sae.latest)
 
 

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from sae_lightning.saes import MSAE, VARIANTS, Gated, JumpReLU, Matryoshka, ReLU, TopK
+from sae_lightning.saes.gated import gate
 from sae_lightning.saes.losses import (
     TERMS,
     absolute,
     aux,
     check_terms,
     cosine,
-    gate,
     loss_terms,
     nested,
     orthogonality,
@@ -25,7 +25,7 @@ def make(k: int = 3):
     torch.manual_seed(0)
     sae = TopK(10, 30, k, seed=0)
     x = torch.randn(50, 10)
-    return sae, sae.run(x), x
+    return sae, sae.forward_pass(x), x
 
 
 def test_reconstruction_absolute_and_cosine_are_means_over_the_batch():
@@ -41,7 +41,7 @@ def test_reconstruction_absolute_and_cosine_are_means_over_the_batch():
 def test_sparsity_weights_each_latent_by_its_decoder_norm(weighted):
     sae = ReLU(10, 30, seed=0)
     sae.W_dec.data *= torch.linspace(0.5, 2, 30).unsqueeze(1)
-    run = sae.run(torch.randn(50, 10))
+    run = sae.forward_pass(torch.randn(50, 10))
     norms = sae.W_dec.norm(dim=1) if weighted else torch.ones(30)
     expected = (run.codes.to_dense().abs() * norms).sum(1).mean() / 10
     torch.testing.assert_close(sparsity(sae, run, decoder_norms=weighted), expected)
@@ -50,19 +50,19 @@ def test_sparsity_weights_each_latent_by_its_decoder_norm(weighted):
 def test_sparsity_of_a_jumprelu_is_its_l0_and_of_a_gated_its_gates_l1():
     x = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
     jump = JumpReLU(10, 30, threshold=0.3, bandwidth=0.5, seed=0)
-    run = jump.run(x)
+    run = jump.forward_pass(x)
     torch.testing.assert_close(sparsity(jump, run), (x @ jump.W_enc.T > 0.3).sum() / (50 * 10))
     gated = Gated(10, 30, seed=0)
     gated.b_enc.data += 5
     gated.b_gate.data -= 0.2
-    run = gated.run(x)
+    run = gated.forward_pass(x)
     torch.testing.assert_close(sparsity(gated, run), torch.relu(x @ gated.W_enc.T - 0.2).sum() / (50 * 10))
 
 
 def test_nested_is_the_weighted_mean_of_the_levels_errors():
     x = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
     for sae in (Matryoshka(10, 32, 4, seed=0), MSAE(10, 32, 4, weighting="reverse", seed=0)):
-        run = sae.run(x)
+        run = sae.forward_pass(x)
         errors = [(run.levels[:, level] - x).square().mean() for level in range(run.levels.shape[1])]
         expected = sum(w * e for w, e in zip(run.level_weights, errors, strict=True))
         torch.testing.assert_close(nested(sae, run), expected)
@@ -72,7 +72,7 @@ def test_the_gates_own_reconstruction_does_not_train_the_decoder():
     x = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
     sae = Gated(10, 30, seed=0)
     sae.b_enc.data += 1.0
-    got = gate(sae, sae.run(x))
+    got = gate(sae, sae.forward_pass(x))
     torch.testing.assert_close(got, F.mse_loss(torch.relu(x @ sae.W_enc.T) @ sae.W_dec, x))
     got.backward()
     assert sae.W_dec.grad is None or (sae.W_dec.grad == 0).all()
@@ -84,13 +84,13 @@ def test_the_gates_own_reconstruction_does_not_train_the_decoder():
 @pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"matryoshka", "matryoshka_topk", "msae"}))
 def test_nested_on_a_variant_without_levels_says_what_to_set(variant):
     sae = VARIANTS[variant](10, 30, **({"k": 3} if "topk" in variant else {}))
-    with pytest.raises(ValueError, match=rf"sae\.name={variant} has no nested levels; set loss\.nested=0"):
-        loss_terms(sae, sae.run(torch.randn(5, 10)), {"nested": 1.0})
+    with pytest.raises(ValueError, match=rf"sae\.name={variant} has no loss term nested; set loss\.nested=0"):
+        loss_terms(sae, sae.forward_pass(torch.randn(5, 10)), {"nested": 1.0})
 
 
 def test_gate_on_a_variant_without_one_says_what_to_set():
     sae, run, _ = make()
-    with pytest.raises(ValueError, match=r"sae\.name=topk has no gate; set loss\.gate=0"):
+    with pytest.raises(ValueError, match=r"sae\.name=topk has no loss term gate; set loss\.gate=0, or choose gated\."):
         loss_terms(sae, run, {"gate": 1.0})
 
 
@@ -98,7 +98,7 @@ def test_gate_on_a_variant_without_one_says_what_to_set():
 def test_aux_reconstructs_the_error_from_dead_latents_only(variant):
     sae = VARIANTS[variant](10, 30, seed=0, **({} if variant in ("relu", "jumprelu", "gated") else {"k": 3}))
     x, dead = torch.randn(50, 10, generator=torch.Generator().manual_seed(0)), torch.tensor([4, 9, 21])
-    run = sae.run(x)
+    run = sae.forward_pass(x)
     sae.tokens_since_fired[dead] = 1000
     error = (x - run.reconstruction).detach()
     pre = torch.relu(sae.pre_acts(x, dead))
@@ -170,6 +170,6 @@ def test_options_reach_their_term():
 
 def test_unknown_terms_are_named_with_the_known_ones():
     sae, run, _ = make()
-    with pytest.raises(ValueError, match=r"\['monosomething'\]; known terms: absolute, aux"):
+    with pytest.raises(ValueError, match=r"Unknown loss term=monosomething; choose one of .*reconstruction, absolute"):
         loss_terms(sae, run, {"monosomething": 1.0})
-    check_terms(dict.fromkeys(TERMS, 1.0))
+    check_terms(sae, dict.fromkeys(set(TERMS) - {"nested", "gate"}, 1.0) | {"nested": 0.0})

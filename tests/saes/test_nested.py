@@ -31,7 +31,7 @@ def test_sampled_prefixes_ascend_to_the_whole_dictionary(cls, sampled):
         assert ends[-1] == D_SAE
         assert (ends.diff() > 0).all()
         assert ends[0] > 0
-        assert sae.run(features()).levels.shape == (64, sampled, D_IN)
+        assert sae.forward_pass(features()).levels.shape == (64, sampled, D_IN)
 
 
 def test_sampled_prefixes_change_with_training_only_and_resume_from_the_state():
@@ -39,10 +39,10 @@ def test_sampled_prefixes_change_with_training_only_and_resume_from_the_state():
     drawn = []
     for _ in range(6):
         drawn.append(sae.prefixes().tolist())
-        sae.run(features())
+        sae.forward_pass(features())
     assert len(set(map(tuple, drawn))) > 3
     before = sae.prefixes().tolist()
-    sae.eval().run(features())
+    sae.eval().forward_pass(features())
     assert sae.prefixes().tolist() == before
     resumed = Matryoshka(D_IN, D_SAE, 5, seed=9, sampled=4)
     resumed.load_state_dict(sae.state_dict())
@@ -75,9 +75,9 @@ def test_msae_weights_sum_to_one_uniform_or_reverse():
 
 def test_msae_levels_are_topk_reconstructions():
     sae, x = MSAE(D_IN, D_SAE, 2, ks=[2, 4, 9], seed=0).train(), features()
-    run = sae.run(x)
+    run = sae.forward_pass(x)
     for level, k in enumerate([2, 4, 9]):
-        topk = TopK(D_IN, D_SAE, k, seed=0).train().run(x)
+        topk = TopK(D_IN, D_SAE, k, seed=0).train().forward_pass(x)
         torch.testing.assert_close(run.levels[:, level], topk.reconstruction)
         torch.testing.assert_close(run.codes.top(k).to_dense(), topk.codes.to_dense())
 
@@ -85,7 +85,7 @@ def test_msae_levels_are_topk_reconstructions():
 def test_a_soft_cap_bounds_the_codes():
     sae = MSAE(D_IN, D_SAE, 5, seed=0, soft_cap=0.8)
     for mode in (True, False):
-        codes = sae.train(mode).run(features() * 3).codes
+        codes = sae.train(mode).forward_pass(features() * 3).codes
         pre = torch.relu(dense.pre_acts(sae, features() * 3))
         torch.testing.assert_close(codes.to_dense(), 0.8 * torch.tanh(pre / 0.8))
 
@@ -105,7 +105,7 @@ def test_a_threshold_moves_by_the_error_of_entries_on_both_sides_of_it(name):
     sae.W_enc.data.fill_(1)
     for pre in (2.97, 3.03):  # just silent, just active
         sae.zero_grad()
-        run = sae.run(torch.tensor([[pre]], dtype=torch.float64))
+        run = sae.forward_pass(torch.tensor([[pre]], dtype=torch.float64))
         run.reconstruction.sum().backward()
         expected = -3.0 / 0.1 * float(kernel(name, torch.tensor((pre - 3.0) / 0.1, dtype=torch.float64))) * 3.0
         assert run.codes.nnz == int(pre > 3)
@@ -124,15 +124,15 @@ def test_a_jumprelu_starts_at_its_threshold_and_keeps_what_exceeds_it():
     torch.testing.assert_close(sae.log_threshold.detach(), torch.full((D_SAE,), math.log(0.25)))
     pre = dense.pre_acts(sae, x)
     for mode in (True, False):
-        torch.testing.assert_close(sae.train(mode).run(x).codes.to_dense(), pre * (pre > 0.25))
+        torch.testing.assert_close(sae.train(mode).forward_pass(x).codes.to_dense(), pre * (pre > 0.25))
 
 
 def test_gates_decide_which_latents_are_active_and_magnitudes_how_much():
     sae, x = Gated(D_IN, D_SAE, seed=0), features()
-    assert (sae.run(x).codes.to_dense() == sae.run(x).extra["gate"].to_dense()).all()
+    assert (sae.forward_pass(x).codes.to_dense() == sae.forward_pass(x).extra["gate"].to_dense()).all()
     sae.b_enc.data += 0.5
     sae.r_mag.data += math.log(2)
     path = x @ sae.W_enc.T
-    torch.testing.assert_close(sae.run(x).codes.to_dense(), (path > 0) * (2 * path + 0.5))
+    torch.testing.assert_close(sae.forward_pass(x).codes.to_dense(), (path > 0) * (2 * path + 0.5))
     sae.b_gate.data -= 100
-    assert sae.run(x).codes.nnz == 0
+    assert sae.forward_pass(x).codes.nnz == 0

@@ -81,7 +81,7 @@ def test_training_loss_and_all_gradients_equal_the_papers_formulas(case, dtype):
     variant, settings, shift = CASES[case]
     sae = perturbed(VARIANTS[variant](D_IN, D_SAE, seed=0, **settings), shift).to(dtype).train()
     truth, x, weights = copy.deepcopy(sae).double(), features(dtype=dtype), weights_for(variant)
-    got = total_loss(loss_terms(sae, sae.run(x), weights), weights)
+    got = total_loss(loss_terms(sae, sae.forward_pass(sae.inputs(x)[0]), weights), weights)
     expected = dense.loss(truth, x.double(), weights)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=0)
@@ -102,13 +102,13 @@ def test_codes_are_the_same_by_bfloat16_candidates(case, low, monkeypatch):
     variant, settings, shift = CASES[case]
     sae = perturbed(VARIANTS[variant](D_IN, D_SAE, seed=0, **settings), shift).train()
     expected = dense.codes_of(sae, dense.normed(sae.input_norm, features()))
-    torch.testing.assert_close(sae.run(features()).codes.to_dense(), expected)
+    torch.testing.assert_close(sae.forward_pass(sae.inputs(features())[0]).codes.to_dense(), expected)
 
 
 @pytest.mark.parametrize(("shift", "kind"), [(0.0, DenseCodes), (-3.0, None)])
 @pytest.mark.parametrize("variant", ["relu", "gated"])
 def test_many_active_latents_are_held_as_a_matrix(variant, shift, kind):
-    assert isinstance(perturbed(build(variant), shift).run(features()).codes, DenseCodes) == (kind is not None)
+    assert isinstance(perturbed(build(variant), shift).forward_pass(features()).codes, DenseCodes) == (kind is not None)
 
 
 # --- evaluation -------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def evaluation_codes(sae, x: torch.Tensor) -> torch.Tensor:
 def test_evaluation_codes_follow_their_definition(name):
     sae, x = evaluated(name), features(seed=5)
     torch.testing.assert_close(sae.encode(x).to_dense(), evaluation_codes(sae, x))
-    torch.testing.assert_close(sae.run(x).codes.to_dense(), evaluation_codes(sae, x))
+    torch.testing.assert_close(sae.forward_pass(sae.inputs(x)[0]).codes.to_dense(), evaluation_codes(sae, x))
 
 
 @pytest.mark.parametrize("name", EVALUATED)
@@ -155,7 +155,7 @@ def test_evaluation_codes_do_not_depend_on_the_batch(name):
 @pytest.mark.parametrize("variant", ["matryoshka", "matryoshka_topk", "msae"])
 def test_the_last_level_is_the_reconstruction(variant):
     for sae in (evaluated(variant), evaluated(variant).train()):
-        run = sae.run(features())
+        run = sae.forward_pass(sae.inputs(features())[0])
         torch.testing.assert_close(run.reconstruction, run.codes.decode(sae.W_dec, sae.b_pre))
         assert torch.equal(run.levels[:, -1], run.reconstruction)
         torch.testing.assert_close(run.level_weights.sum(), torch.tensor(1.0))
@@ -188,7 +188,7 @@ def test_an_input_norm_is_taken_before_the_encoder_and_given_back_after_the_deco
     sae = evaluated(variant)
     sae.input_norm, plain = kind, copy.deepcopy(sae)
     raw = features() * torch.linspace(0.1, 9, N)[:, None] + 4
-    rebuilt = plain.run(dense.normed(kind, raw)).reconstruction
+    rebuilt = plain.forward_pass(dense.normed(kind, raw)).reconstruction
     shift = raw.mean(1, keepdim=True) if kind == "layer" else 0
     scale = (raw - shift).norm(dim=1, keepdim=True) / (1 if kind == "unit" else D_IN**0.5)
     torch.testing.assert_close(sae(raw), rebuilt * scale + shift, rtol=1e-4, atol=1e-4)
@@ -217,7 +217,7 @@ def test_normalize_decoder_scales_rows_to_unit_norm_and_keeps_their_directions()
 
 def test_dead_latent_counters_follow_firing():
     sae = build("topk")
-    fired = sae.run(features(8)).codes.fired()
+    fired = sae.forward_pass(sae.inputs(features(8))[0]).codes.fired()
     sae.count_firing(fired, 8)
     sae.count_firing(torch.zeros_like(fired), 5)
     assert torch.equal(sae.tokens_since_fired, torch.where(fired, 5, 13))
@@ -235,7 +235,7 @@ def test_training_without_compiled_kernels_gives_the_same_gradients(variant, mon
     sae, x, weights = perturbed(build(variant), -0.3).train(), features(), weights_for(variant)
     grads = []
     for _ in range(2):
-        total_loss(loss_terms(sae, sae.run(x), weights), weights).backward()
+        total_loss(loss_terms(sae, sae.forward_pass(sae.inputs(x)[0]), weights), weights).backward()
         grads.append([p.grad.clone() for p in sae.parameters()])
         sae.zero_grad()
         monkeypatch.setattr(native, "available", lambda *tensors: False)

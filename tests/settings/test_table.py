@@ -76,7 +76,7 @@ WRONG = [  # command, what is typed, what is said
     ("train", "k=null", r"k=null must be a number above 0"),
     ("train", "k=0", r"k=0 must be a number above 0"),
     ("train", "k=99999", r"k=99999 must not be above .* 1024 \(of 128 dimensions\); lower k or raise expansion"),
-    ("train", "sae=topk k=2.5", r"k=2\.5 must be a whole number for sae\.name=topk"),
+    ("train", "sae=topk k=2.5", r"k=2\.5 must be a whole number of at least 1; sae=batchtopk takes fractions"),
     ("train", "sae=relu k=5000", r"k=5000 must not be above"),
     ("train", "expansion=null", r"expansion=null must be a whole number"),
     ("train", "expansion=foo", r"expansion=foo must be a whole number"),
@@ -112,7 +112,7 @@ WRONG = [  # command, what is typed, what is said
     ("train", "+loss.cosin=0.1", r"There is no setting loss\.cosin; did you mean loss\.cosine\?"),
     ("train", "+los.cosine=0.1", r"did you mean loss\?"),
     ("train", "loss.aux=-1", r"loss\.aux=-1 must be a number of at least 0"),
-    ("train", "sae=topk +loss.nested=1", r"sae\.name=topk has no nested levels"),
+    ("train", "sae=topk +loss.nested=1", r"sae\.name=topk has no loss term nested; set loss\.nested=0, or choose"),
     ("train", "loss.reconstruction=0", r"No term of the loss asks for a reconstruction"),
     ("train", "sae=relu loss.sparsity=0", r"set loss\.sparsity above 0"),
     ("train", "dead_after=-1", r"dead_after=-1 must be a whole number of at least 1"),
@@ -247,7 +247,7 @@ RIGHT = [
 @pytest.mark.parametrize(("command", "words"), RIGHT)
 def test_what_can_be_is_taken(command, words, monkeypatch):
     for mapping in (VARIANTS, SOURCES, TERMS, MAKERS):
-        monkeypatch.setitem(mapping, "theirs", None)
+        monkeypatch.setitem(mapping, "theirs", saes.SAE)
     assert found(command, *re.split(r" (?=[+\w.]+=)", words)) == ""
 
 

@@ -33,7 +33,7 @@ def trained(kind: str):
     sae = KINDS[kind]().train()
     optimizer = build_optimizer(sae, lr=0.01)
     for seed in range(2):
-        run = sae.run(features(seed=seed))
+        run = sae.forward_pass(features(seed=seed))
         ((run.reconstruction - run.x).square().mean() + sae.sparsity(run) * 1e-3).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -107,7 +107,7 @@ def test_biases_states_and_counters_start_anew_at_those_rows_only(kind, compiled
 def test_training_goes_on_after_a_resample(kind):
     sae, optimizer = trained(kind)
     resample(sae, features(seed=9), 1000, optimizer, drawn())
-    run = sae.run(features(seed=9))
+    run = sae.forward_pass(features(seed=9))
     (run.reconstruction - run.x).square().mean().backward()
     optimizer.step()
     assert all(p.isfinite().all() for p in sae.parameters())
@@ -186,7 +186,7 @@ def test_the_callback_takes_raw_features_as_training_does(kind):
     other = copy.deepcopy(sae)
     other.tokens_since_fired[DEAD] = 1000
     step_through(Resample(every=3, dead_after=1000), [3], sae, None, raw)
-    resample(other, sae.run(sae.normalizer.normalize(raw)).x, 1000, None, drawn(3))
+    resample(other, sae.inputs(raw)[0], 1000, None, drawn(3))
     assert torch.equal(sae.W_dec, other.W_dec)
 
 

@@ -62,7 +62,7 @@ def test_the_term_is_the_loss_on_dense_activations_and_raw_features(images, cent
     module, callback, batch = module_and_batch(center=center)
     module.sae.normalizer.mean.copy_(batch.mean((0, 1)))
     features = batch.flatten(0, 1)
-    run = module.sae.run(module.sae.normalizer.normalize(features))
+    run = module.sae.forward_pass(module.sae.normalizer.normalize(features))
     found = callback.term(run, batch if images else features)
     dense, like = run.codes.to_dense(), features - (batch.mean((0, 1)) if center else 0)
     if images:

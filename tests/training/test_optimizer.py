@@ -218,7 +218,7 @@ def scaled_steps(scale: float | None, steps: int = 10, bad_at: int = -1) -> tupl
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(64, D_IN, generator=generator)
         optimizer.zero_grad()
-        scaler.scale((sae.run(x).reconstruction - x).square().mean()).backward()
+        scaler.scale((sae.forward_pass(x).reconstruction - x).square().mean()).backward()
         if step == bad_at:
             sae.W_enc.grad[2, 3] = torch.inf
         assert optimizer._step_supports_amp_scaling  # so that Lightning leaves the scale to it

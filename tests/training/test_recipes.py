@@ -175,7 +175,7 @@ def known(norm: str) -> tuple[SAE, Tensor]:
 @pytest.mark.parametrize(("norm", "square"), [("unit", 1.0), ("rms", float(D_IN)), ("none", 100.0)])
 def test_terms_have_the_scale_of_the_features_that_the_sae_sees(norm, square):
     sae, x = known(norm)
-    output = sae.run(x)  # code half of the sample's length: a quarter of its square is left
+    output = sae.forward_pass(sae.inputs(x)[0])  # code half of the sample's length: a quarter of its square is left
     options = {"sparsity": {"per_dimension": False}, "reconstruction": {}}
     found = loss_terms(sae, output, {"reconstruction": 1, "sparsity": 1}, options)
     assert float(found["reconstruction"]) == pytest.approx(square / 4 / D_IN, rel=1e-5)
@@ -188,18 +188,19 @@ def test_terms_have_the_scale_of_the_features_that_the_sae_sees(norm, square):
 def test_aux_may_be_relative_to_the_error_or_not(relative):
     sae, x = known("unit")
     sae.tokens_since_fired[1:] = 10**6
-    term = loss_terms(sae, sae.run(x), {"aux": 1}, {"aux": {"relative": relative}})["aux"]
+    term = loss_terms(sae, sae.forward_pass(sae.inputs(x)[0]), {"aux": 1}, {"aux": {"relative": relative}})["aux"]
     assert float(term) == pytest.approx(1.0 if relative else 1 / 4 / D_IN, rel=1e-5)  # dead latents rebuild nothing
 
 
 @pytest.mark.parametrize("variant", ["matryoshka", "msae"])
 def test_nested_may_be_relative_to_each_sample(variant):
     x = features(64, unit=False)
-    output = VARIANTS[variant](D_IN, D_SAE, k=K, seed=0).run(x)
+    sae = VARIANTS[variant](D_IN, D_SAE, k=K, seed=0)
+    output = sae.forward_pass(x)
     levels = output.levels.detach()
     shares = (levels - x[:, None]).square().sum(2) / x.square().sum(1, keepdim=True)
     expected = float((shares.mean(0) * output.level_weights).sum())
-    term = loss_terms(None, output, {"nested": 1}, {"nested": {"relative": True}})["nested"]
+    term = loss_terms(sae, output, {"nested": 1}, {"nested": {"relative": True}})["nested"]
     assert float(term) == pytest.approx(expected, rel=1e-5)
 
 

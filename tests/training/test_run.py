@@ -118,8 +118,7 @@ def test_dead_latents_restart_once_a_step(monkeypatch):
 
     calls = []
     monkeypatch.setattr(callbacks, "resample", lambda *_: calls.append(trainer.global_step) or 0)
-    monkeypatch.setattr(callbacks, "input_norm", lambda _, x: (x, None))
-    sae = SimpleNamespace(input_norm=None, normalizer=SimpleNamespace(normalize=lambda x: x))
+    sae = SimpleNamespace(inputs=lambda x: (x, None))
     trainer = SimpleNamespace(
         global_step=0, estimated_stepping_batches=9, optimizers=[None], is_global_zero=True, logger=None
     )

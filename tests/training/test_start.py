@@ -68,7 +68,7 @@ def test_b_pre_starts_at_the_mean_the_geometric_median_or_the_origin(stores):
     prepare(sae, store, "zero", None)
     torch.testing.assert_close(sae.normalizer.denormalize(sae.b_pre.detach()), torch.zeros(D_IN), atol=1e-5, rtol=0)
     prepare(sae, store, "geometric_median", None)
-    torch.testing.assert_close(sae.b_pre.detach(), geometric_median(sae.normalizer.normalize(sample(store))))
+    torch.testing.assert_close(sae.b_pre.detach(), geometric_median(sae.inputs(sample(store))[0]))
     assert sae.b_pre.requires_grad
     with pytest.raises(ValueError, match=r"Unknown init\.b_pre=median; choose one of mean, geometric_median, zero"):
         prepare(sae, store, "median", None)
@@ -79,18 +79,19 @@ def test_b_pre_starts_at_the_mean_the_geometric_median_or_the_origin(stores):
 def test_start_at_gives_the_asked_l0(l0, kind):
     x = 3 * torch.randn(400, D_IN, generator=torch.Generator().manual_seed(0)) + 1
     sae = JumpReLU(D_IN, 100, seed=0, input_norm=kind)
-    sae.start_at(x, l0)
+    x, _ = sae.inputs(x)
+    sae.start(x, l0)
     assert len(set(sae.log_threshold.tolist())) == 1
     for mode in (True, False):
-        assert sae.train(mode).run(x).codes.nnz / 400 == pytest.approx(l0, abs=1 / 100)
+        assert sae.train(mode).forward_pass(x).codes.nnz / 400 == pytest.approx(l0, abs=1 / 100)
 
 
 def test_start_at_an_l0_beyond_all_positive_entries_keeps_nearly_all_of_them():
     x = torch.randn(100, D_IN, generator=torch.Generator().manual_seed(0))
     sae = JumpReLU(D_IN, D_SAE, seed=0)
-    sae.start_at(x, 1000)
+    sae.start(x, 1000)
     positive = int((sae.pre_acts(x) > 1e-3).sum())
-    assert sae.eval().run(x).codes.nnz == pytest.approx(positive, abs=2)
+    assert sae.eval().forward_pass(x).codes.nnz == pytest.approx(positive, abs=2)
 
 
 def test_prepare_sets_a_jumprelus_thresholds_on_the_stores_features(stores):
@@ -120,9 +121,9 @@ def test_dead_at_start_counts_latents_that_never_fire_and_changes_nothing(varian
     got = dead_at_start(sae, store)
     assert sae.training
     assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
-    x = sae.normalizer.normalize(sample(store))
+    x = sae.inputs(sample(store))[0]
     sae.train(sae.k is not None)
-    fired = sae.run(x).codes.fired()
+    fired = sae.forward_pass(x).codes.fired()
     assert 0.1 < got < 1
     assert got == pytest.approx(1 - float(fired.float().mean()))
 

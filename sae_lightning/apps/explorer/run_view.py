@@ -24,7 +24,7 @@ from sae_lightning.evaluation.core import stored_scores
 from sae_lightning.metrics import MonoScore, Purity
 from sae_lightning.runs.run import LATENTS, Opened
 from sae_lightning.saes.artefact import read_tensors
-from sae_lightning.saes.codes import as_codes, as_csr
+from sae_lightning.saes.codes import SparseCodes
 
 TOP = 9  # images whose purity is ``top_purity``, as in the report
 
@@ -75,7 +75,7 @@ def latent_figures(
     ``top`` [d_sae, m ≥ 9] are each latent's strongest images (-1: none), ``labels`` [n] indices of ``n_classes``,
     ``embeddings`` [n, d] judge how alike images are where no evaluation has, ``n_tokens`` are those of its counts.
     """
-    sparse = as_codes(codes)
+    sparse = SparseCodes.of_csr(codes)
     purity = Purity(sparse.d_sae, n_classes)
     purity.update(sparse, labels)
     found = purity.per_latent()
@@ -231,7 +231,7 @@ class RunView:
         with self._work:
             if picked not in self._encoded:
                 with torch.no_grad():
-                    self._encoded[picked] = as_csr(self.opened.sae.encode(self.features(picked)))
+                    self._encoded[picked] = self.opened.sae.encode(self.features(picked)).csr()
                 while len(self._encoded) > ENCODED:
                     self._encoded.popitem(last=False)
             self._encoded.move_to_end(picked)
