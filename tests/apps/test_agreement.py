@@ -224,7 +224,7 @@ def opened(tmp_path_factory):
 
     images = Images(Image.fromarray(p) for p in pixels)
     return SimpleNamespace(
-        name="a", label="stand-in", sae=SimpleNamespace(d_sae=12), made={"config": {}}, images=lambda split: images,
+        name="a", label="stand-in", sae=SimpleNamespace(d_sae=12), source=None, images=lambda split: images,
         codes=lambda split: codes, store=lambda split: store,
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
+from sae_lightning.apps.agreement import page
 from sae_lightning.apps.agreement.analysis import agreement, by_difference, majority, raters, with_scores
 from sae_lightning.apps.agreement.study import (
     COLLECT,
@@ -23,7 +24,7 @@ from sae_lightning.apps.agreement.study import (
 )
 from sae_lightning.apps.app import app
 from sae_lightning.evaluation.similarity import Similarity
-from sae_lightning.rendering.figures import COLOURS, figure
+from sae_lightning.rendering.page import Section
 from sae_lightning.runs.results import Headline, Result
 from sae_lightning.runs.run import Opened
 
@@ -48,32 +49,28 @@ def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
     judge = Similarity(None if options.judge is None else OmegaConf.to_container(options.judge, resolve=False))  # type: ignore[arg-type]
     scores = pd.concat([latent_scores(one, split, judge, options.images) for one in runs], ignore_index=True)
     tables, texts = {LATENTS: scores}, {}
-    context: dict[str, Any] = {"collected": False}
+    sections: list[Section] = []
     if judgements is None:
         pairs = draw_pairs(scores, options.pairs, options.strata, options.images, seed)
         tables[PAIRS] = pairs
         texts[COLLECT] = collecting_page(study_of(pairs, opened, split, options.images))
-        context |= {"pairs": len(pairs), "least": pairs["difference"].min(), "most": pairs["difference"].max()}
+        sections.append(page.collecting(pairs))
         if options.simulated:
             judgements = simulated_judgements(pairs, scores, options.simulated, seed)
             texts[MADE_UP] = judgements.to_csv(index=False)
+    lead: list[str] = [page.LEAD]
     lines: list[Headline] = []
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, Any] = {"runs": list(opened)}
     if judgements is not None:
         table, bins, between = analysed(judgements, scores, list(options.bins))
         tables[TABLE] = table
-        made_up = judgements["judge"].str.startswith(SIMULATED)
-        lines = headlines(table, "simulated judges" if made_up.any() else "people")
-        numbers = {"agreement": _plain(table), "by_difference": _plain(bins), "raters": _plain(between)}
-        context |= {
-            "collected": True, "table": table.to_dict("records"), "bins": bins.to_dict("records"), "raters": between,
-            "figure": bins_figure(bins), "titles": SCORES, "simulated": int(made_up.any()),
-            "unsure": float((judgements["choice"] == "unsure").mean()), "n": len(judgements),
-        }  # fmt: skip
-    numbers["runs"] = list(opened)
-    return Result(
-        "Agreement with people", lines, tables=tables, texts=texts, numbers=numbers, context=context
-    )  # fmt: skip
+        made_up = judgements["judge"].str.startswith(SIMULATED).any()
+        whose = "simulated judges" if made_up else "people"
+        lead += [page.SIMULATED] if made_up else []
+        lines = headlines(table, whose)
+        numbers |= {"agreement": _plain(table), "by_difference": _plain(bins), "raters": _plain(between)}
+        sections += page.analysis(judgements, table, bins, between, whose)
+    return Result("Agreement with people", lines, lead, sections, tables, texts, numbers)
 
 
 def analysed(
@@ -102,28 +99,6 @@ def headlines(table: pd.DataFrame, whose: str) -> list[Headline]:
             lines.append(Headline(what, float(ours["agreement"]), float(at.loc[rival, "agreement"]), SCORES[rival],
                                   (float(ours["low"]), float(ours["high"]))))  # fmt: skip
     return lines
-
-
-def bins_figure(bins: pd.DataFrame) -> str:
-    """Agreement by difference in score, one line of marks a score with Wilson intervals, SVG."""
-    with figure(8.6, 3.0) as drawing:
-        axis = drawing.axis
-        edges = sorted(set(zip(bins["from"], bins["to"], strict=True)))
-        names = list(dict.fromkeys(bins["score"]))
-        for i, name in enumerate(names):
-            part = bins[bins["score"] == name]
-            at = np.array([edges.index(edge) for edge in zip(part["from"], part["to"], strict=True)])
-            error = np.abs(part[["low", "high"]].to_numpy() - part[["agreement"]].to_numpy()).T
-            axis.errorbar(at + 0.12 * (i - (len(names) - 1) / 2), part["agreement"], yerr=error, fmt="o", ms=4.5,
-                          lw=1.2, color=COLOURS[i], label=SCORES[name])  # fmt: skip
-        axis.axhline(0.5, color="#555", lw=1, ls="--", label="chance")
-        axis.set_xticks(range(len(edges)), [f"{start:g} to {stop:g}" for start, stop in edges])
-        axis.set_ylim(0, 1.02)
-        axis.grid(axis="x", visible=False)
-        axis.set_xlabel("difference in score")
-        axis.set_ylabel("agreement")
-        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    return drawing.svg
 
 
 def _files(judgements: object) -> list[str]:

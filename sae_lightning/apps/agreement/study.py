@@ -162,7 +162,7 @@ def latent_scores(opened: Opened, split: str, judge: Similarity, n_images: int) 
     BackboneError where the judge's features cannot be had.
     """
     codes, images = opened.codes(split), opened.images(split)
-    other = judge.open(opened.made["config"], split)
+    other = judge.open(opened.source, split)
     _, purity, fires = dominant(codes, images.labels, len(images.class_names))
     top = top_images(codes, n_images)
     return pd.DataFrame({
