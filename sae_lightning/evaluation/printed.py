@@ -15,10 +15,27 @@ from sae_lightning.runs.run import SCORES
 from sae_lightning.runs.scores import read_rows
 from sae_lightning.saes.artefact import read_cfg
 
-COLUMNS = {
-    "explained_variance": "expl. var.", "r2": "R²", "fvu": "FVU", "l0": "L0", "dead_share": "dead", "cosine": "cosine",
-    "decoder_cosine": "|cos| dec.", "decoder_nearest_cosine": "nearest dec.", "monoscore": "MonoScore",
-    "purity": "purity", "weighted_purity": "weighted", "top_purity": "top-9",
+HEADS = {  # how tables show the core metrics
+    "explained_variance": Head("expl. var.", better=True),
+    "r2": Head("R²", better=True, about="mean coefficient of determination of the dimensions"),
+    "fvu": Head("FVU", better=False),
+    "l0": Head("L0", ".1f"),
+    "dead_share": Head("dead", ".1%", better=False),
+    "cosine": Head("cosine", better=True),
+    "decoder_cosine": Head("|cos| dec.", better=False, about="mean |cosine| between decoder rows"),
+    "decoder_nearest_cosine": Head(
+        "nearest dec.", better=False, about="mean largest cosine of a decoder row with another"
+    ),
+    "monoscore": Head(
+        "MonoScore", better=True, about="mean over all latents of the activation-weighted similarity of image pairs"
+    ),
+    "purity": Head(
+        "purity", better=True, about="share of a latent's dominant class among the images it fires on, mean over "
+        "latents that fire"),
+    "weighted_purity": Head("weighted", better=True, about="the same, each image weighted by its activation"),
+    "top_purity": Head(
+        "top-9 purity", better=True, about="share of the most common class among a latent's top 9 images, mean over "
+        "latents active on at least 10 images"),
 }  # fmt: skip
 
 
@@ -38,8 +55,8 @@ def core_table(runs: Sequence[Path], split: str) -> Table:
     for run in runs:
         made, metrics = read_cfg(run), read_scores(run)["metrics"]
         k = "–" if made["k"] is None else f"{made['k']:g}"
-        rows.append([run.name, made["backbone"], f"{k} of {made['d_in']}", *(metrics.get(name) for name in COLUMNS)])
-    heads = [Head("run"), Head("backbone"), Head("k of d_in"), *(Head(title) for title in COLUMNS.values())]
+        rows.append([run.name, made["backbone"], f"{k} of {made['d_in']}", *(metrics.get(name) for name in HEADS)])
+    heads = [Head("run"), Head("backbone"), Head("k of d_in"), *HEADS.values()]
     return Table("core", f"Scores on the {split} split", heads, rows)
 
 

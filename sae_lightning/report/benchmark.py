@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +9,10 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
+import pandas as pd
+
 from sae_lightning.metrics.part import HEADLINES, Headline, fits, headline
-from sae_lightning.rendering.table import NOTHING, number
+from sae_lightning.rendering.table import NOTHING, Group, Head, Table, Unknown, number
 from sae_lightning.runs.scores import read_rows
 
 NAN = float("nan")
@@ -95,11 +95,9 @@ class Column:
         return number(self.value(sae), self.form)
 
     @property
-    def heading(self) -> str:
-        """The title with an arrow in the better direction."""
-        return self.title + (
-            "" if self.better is None else "\N{NO-BREAK SPACE}↑" if self.better else "\N{NO-BREAK SPACE}↓"
-        )
+    def head(self) -> Head:
+        """How tables show it."""
+        return Head(self.title, self.form, self.better, self.over, about=self.about)
 
 
 MEANINGS = (
@@ -145,44 +143,17 @@ def by_backbone(saes: Sequence[Scored]) -> dict[str, list[Scored]]:
     return {title: list(members) for title, members in groupby(saes, lambda sae: sae.backbone)}
 
 
-def best(column: Column, saes: Sequence[Scored]) -> list[Scored]:
-    """Those with the best value, all that read the same; none where fewer than two values differ."""
-    known = [sae for sae in saes if column.text(sae) != NOTHING]
-    if column.better is None or len({column.text(sae) for sae in known}) < 2:
-        return []
-    first = (max if column.better else min)(known, key=column.value)
-    return [sae for sae in known if column.text(sae) == column.text(first)]
+def table(saes: Sequence[Scored], columns: Sequence[Column], colours: Mapping[str, str], notes: bool = False) -> Table:
+    """A line an SAE, grouped by backbone, with what each one's features give where ``notes`` are asked for."""
 
+    def cell(sae: Scored, column: Column) -> Any:
+        value = column.value(sae)
+        return value if math.isfinite(value) else Unknown(sae.why(column.metric, column.setting))
 
-def table(saes: Sequence[Scored], columns: Sequence[Column], colours: Mapping[str, str]) -> dict[str, Any]:
-    """What the page shows of a table: heads, and groups of lines.
-
-    A cell's ``mark`` is ``best`` for the best value of all, ``own`` for the best of a backbone where there are several.
-    """
-    groups = by_backbone(saes)
-    of_all = [best(column, saes) for column in columns]
-    of_group = {
-        title: [best(column, members) if len(groups) > 1 else [] for column in columns]
-        for title, members in groups.items()
-    }  # fmt: skip
-
-    def cells(sae: Scored) -> list[dict[str, str]]:
-        winners = zip(columns, of_all, of_group[sae.backbone], strict=True)
-        return [
-            {"text": column.text(sae), "mark": "best" if sae in all_ else "own" if sae in own else "",
-             "why": sae.why(column.metric, column.setting) if column.text(sae) == NOTHING else ""}
-            for column, all_, own in winners
-        ]  # fmt: skip
-
-    return {
-        "columns": columns,
-        "overs": [(over, len(list(same))) for over, same in groupby(column.over for column in columns)],
-        "groups": [
-            {"title": title, "colour": colours.get(title),
-             "lines": [{"label": sae.label, "cells": cells(sae)} for sae in members]}
-            for title, members in groups.items()
-        ],
-    }  # fmt: skip
+    groups = [Group(title, len(members), colours.get(title, ""), raw_note(members) if notes else "")
+              for title, members in by_backbone(saes).items()]  # fmt: skip
+    rows = [[sae.label, *(cell(sae, column) for column in columns)] for sae in saes]
+    return Table("", "", [Head("SAE"), *(column.head for column in columns)], rows, groups=groups, of="features")
 
 
 def raw_note(saes: Sequence[Scored]) -> str:
@@ -206,27 +177,13 @@ def _first(saes: Sequence[Scored], metric: str, setting: str = "") -> float:
 
 def scores_csv(saes: Sequence[Scored]) -> str:
     """All rows of all SAEs with unrounded values; an empty cell where there is no number."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["run", *IDENTITY, "monoloss", "part", "split", "metric", "setting", "value"])
-    for sae in saes:
-        about = [sae.run["name"], *(sae.run["cfg"].get(name) for name in IDENTITY), sae.run["weight"]]
-        for row in sae.rows:
-            value = row["value"] if math.isfinite(row["value"]) else ""
-            writer.writerow([*about, row["part"], row["split"], row["metric"], row["setting"], value])
-    return buffer.getvalue()
-
-
-def scores_markdown(saes: Sequence[Scored], columns: Sequence[Column] = MAIN) -> str:
-    """The table of headlines, the best value of a column in bold."""
-    lines = ["| features | SAE | " + " | ".join(column.heading for column in columns) + " |"]
-    lines.append("|---|---|" + "---:|" * len(columns))
-    winners = [best(column, saes) for column in columns]
-    for sae in saes:
-        texts = [column.text(sae) for column in columns]
-        cells = [f"**{text}**" if sae in won else text for text, won in zip(texts, winners, strict=True)]
-        lines.append("| " + " | ".join([sae.backbone, sae.label, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        {"run": sae.run["name"], **{name: sae.run["cfg"].get(name) for name in IDENTITY}, "monoloss": sae.run["weight"],
+         **{name: row[name] for name in ("part", "split", "metric", "setting")},
+         "value": row["value"] if math.isfinite(row["value"]) else None}
+        for sae in saes for row in sae.rows
+    ]  # fmt: skip
+    return str(pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
 INPUTS = ("raw", "reconstruction", "codes")

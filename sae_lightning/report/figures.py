@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from sae_lightning.evaluation.parts import HISTOGRAMS
 from sae_lightning.rendering.figures import COLOURS, HEADLINE_K, NULL, OTHERS, budget_axis, figure
+from sae_lightning.rendering.page import Key
 from sae_lightning.report.benchmark import Scored
 from sae_lightning.runs.run import LATENTS
 from sae_lightning.saes.artefact import read_tensors, tensor_names
@@ -42,7 +43,7 @@ def history(run: Path) -> dict[str, tuple[list[float], list[float]]]:
     return curves
 
 
-def training_curves(runs: list[dict[str, Any]]) -> str:
+def training_curves(runs: Sequence[Mapping[str, Any]]) -> str:
     """Small multiples of the training curves, one line a run, SVG."""
     with figure(11, 2.7, 1, len(PANELS)) as drawing:
         axes = drawing.axes[0]
@@ -60,7 +61,7 @@ def training_curves(runs: list[dict[str, Any]]) -> str:
     return drawing.svg
 
 
-def tradeoff(runs: list[dict[str, Any]]) -> str:
+def tradeoff(runs: Sequence[Mapping[str, Any]]) -> str:
     """Explained variance against L0, one mark a run, SVG."""
     with figure(5.2, 3.1) as drawing:
         axis = drawing.axis
@@ -122,16 +123,13 @@ class Encoding:
         k = sae.run["cfg"]["k"]
         return 1.0 if k not in self.ks or len(self.ks) < 2 else 0.4 + 0.6 * self.ks.index(k) / (len(self.ks) - 1)
 
-    def legend(self) -> dict[str, Any]:
-        """What the page's legend says; only what differs."""
-        dashes = {f"×{e:g}": DASHES[i % len(DASHES)] for i, e in enumerate(self.expansions[::-1])}
-        marks = {kind: list(MARKS.values())[i % len(MARKS)] for i, kind in enumerate(self.kinds)}
-        return {
-            "colours": self.colours,
-            "dashes": {title: " ".join(map(str, d)) for title, d in reversed(dashes.items()) if len(dashes) > 1},
-            "marks": marks if len(marks) > 1 and not self._by_kind else {},
-            "k": [f"{k:g}" for k in self.ks] if len(self.ks) > 1 else [],
-        }  # fmt: skip
+    def legend(self) -> Key:
+        """What the page says of colours, dashes, marks and depth; only what differs."""
+        dashes = [(f"×{e:g}", " ".join(map(str, DASHES[i % len(DASHES)]))) for i, e in enumerate(self.expansions[::-1])]
+        marks = [f"{list(MARKS.values())[i % len(MARKS)]} {kind}" for i, kind in enumerate(self.kinds)]
+        told = [*(marks if len(marks) > 1 and not self._by_kind else [])]
+        told += [f"from faint to deep: k {', '.join(f'{k:g}' for k in self.ks)}"] if len(self.ks) > 1 else []
+        return Key(list(self.colours.items()), dashes[::-1] if len(dashes) > 1 else [], told)
 
     def of_backbones(self) -> dict[str, str]:
         """Colours by backbone; none where colours stand for something else."""

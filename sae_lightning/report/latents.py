@@ -1,4 +1,4 @@
-"""Band grids: latents of equal MonoScore rank in two runs, from their strongest to their weakest images."""
+"""Cards of latents, by their images: chosen ones of a run, those of equal rank in two, and those by Moran's I."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sae_lightning.data import ImageData
 from sae_lightning.evaluation.by_latent import BANDS
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.source import Source
+from sae_lightning.rendering.page import Block, Card, Cards, Fold, Heading, Note, Section, Strip
 from sae_lightning.rendering.pictures import heat, overlay, strip, thumbnail
 from sae_lightning.rendering.table import NOTHING, number
 from sae_lightning.report.benchmark import Scored, by_backbone
@@ -32,32 +33,31 @@ def common_ranks(without: Mapping[str, Tensor], with_loss: Mapping[str, Tensor],
 
 def band_grid(
     runs: tuple[Mapping[str, Any], Mapping[str, Any]], images: tuple[ImageData, ImageData], n: int = 6
-) -> list[dict[str, Any]]:
-    """One row a rank: the latent without and the one with MonoLoss, each with three strips of pictures."""
+) -> list[Heading | Cards]:
+    """For each rank a card of the latent without MonoLoss and one of that with it, of three strips each."""
     read = [read_tensors(run["folder"] / BAND_IMAGES) for run in runs]
-    grid = []
+    blocks: list[Heading | Cards] = []
     for rank in common_ranks(read[0][0], read[1][0], n):
-        sides = [_side(t, metadata, pictures, rank) for (t, metadata), pictures in zip(read, images, strict=True)]
-        grid.append({"rank": rank, "sides": sides})
-    return grid
+        sides = zip(("without", "with"), read, images, strict=True)
+        cards = [_bands(t, metadata, pictures, rank, side) for side, (t, metadata), pictures in sides]
+        blocks += [Heading(f"Rank {rank}"), Cards(cards, columns=2)]
+    return blocks
 
 
-def _side(t: dict[str, Tensor], metadata: dict[str, str], images: ImageData, rank: int) -> dict[str, Any]:
-    """What a grid shows of the latent at ``rank`` of one run."""
+def _bands(t: dict[str, Tensor], metadata: dict[str, str], images: ImageData, rank: int, side: str) -> Card:
+    """The card of the latent at ``rank`` of one run: its strongest, middle and weakest images."""
     i = int((t["ranks"] == rank).nonzero()[0])
-    shown = json.loads(metadata["image_ids"])
-    bands = []
+    ids, strips = json.loads(metadata["image_ids"]), []
     for name, row, values in zip(BANDS, t["images"][i], t["values"][i], strict=True):
         own = row[row >= 0]
-        if not len(own):
-            continue
-        places = images.index_of([shown[str(int(x))] for x in own]).tolist()
-        bands.append({
-            "name": name, "strip": strip([thumbnail(images[x]) for x in places]), "share": len(own) / len(row),
-            "high": float(values[0]), "low": float(values[len(own) - 1]),
-            "alt": ", ".join(images.class_names[images.labels[x]] for x in places),
-        })  # fmt: skip
-    return {"latent": int(t["latents"][i]), "monoscore": float(t["monoscore"][i]), "bands": bands}
+        if len(own):
+            places = images.index_of([ids[str(int(x))] for x in own]).tolist()
+            classes = ", ".join(images.class_names[images.labels[x]] for x in places)
+            strips.append(Strip(
+                strip([thumbnail(images[x]) for x in places]), f"{name} images: {classes}", len(own) / len(row), name,
+                f"{float(values[0]):.2f} – {float(values[len(own) - 1]):.2f}",
+            ))  # fmt: skip
+    return Card(f"latent {int(t['latents'][i])}", strips, side, f"MonoScore {number(float(t['monoscore'][i]))}")
 
 
 GROUPS = {
@@ -134,15 +134,54 @@ def pictures(run: Mapping[str, Any]) -> ImageData | None:
     return images if isinstance(images, ImageData) else None
 
 
-def audit(saes: Sequence[Scored]) -> list[dict[str, Any]]:
+def cards_of(group: Mapping[str, Any]) -> list[Card]:
+    """The cards of a group of latents: their top images, and the same with where they fire."""
+    how = "tinted" if group["heat"] else "lit"
+    return [
+        Card(f"latent {c['latent']}", [
+            Strip(c["plain"], f"top images: {c['alt']}", c["shown"] / 9),
+            Strip(c["lit"], f"the same, {how} where the latent fires", c["shown"] / 9),
+        ], right=c["makeup"], footer=f"fires on {100 * c['share']:.2f} % of patches, in {c['fired']} images · peak "
+             f"{c['peak']:.2f}" + (f" · Moran's I {c['moran']}" if c["moran"] != NOTHING else ""))
+        for c in group["cards"]
+    ]  # fmt: skip
+
+
+def audit(saes: Sequence[Scored]) -> list[Heading | Cards]:
     """A latent each of high, mean and low Moran's I of one SAE a backbone, the first that has them [App. H, Fig. 5]."""
-    rows = []
+    blocks: list[Heading | Cards] = []
     for title, members in list(by_backbone(saes).items())[:AUDITED]:
         for sae in members:
             found = pictures(sae.run)
-            cells = [] if found is None else latent_groups(sae.run, found, MORAN, n_cards=1, n_images=6)
-            cells = [cell for cell in cells if cell["cards"]]
-            if cells:
-                rows.append({"title": title, "label": sae.label, "cells": cells})
+            groups = [] if found is None else latent_groups(sae.run, found, MORAN, n_cards=1, n_images=6)
+            cards = [
+                Card(f"{group['name'].removesuffix(MORAN)}: latent {c['latent']}", [
+                    Strip(c["plain"], f"top images: {c['alt']}", c["shown"] / 6),
+                    Strip(c["lit"], "the same, tinted where the latent fires", c["shown"] / 6),
+                ], right=f"I = {c['moran']}") for group in groups for c in group["cards"]
+            ]  # fmt: skip
+            if cards:
+                blocks += [Heading(title, sae.label), Cards(cards, columns=3)]
                 break
-    return rows
+    return blocks
+
+
+def latents(runs: Sequence[Mapping[str, Any]], shown: int) -> Section:
+    """Cards of the latents that ``evaluate.py`` chose, of each run that has ``groups`` of them."""
+    few = (f"Of {shown} of the {len(runs)} runs: of those that differ only by seed the first. `detailed` and "
+           "`detailed_seeds` of report.py show more.")  # fmt: skip
+    folds: list[Fold] = []
+    for run in (run for run in runs if run["groups"]):
+        variance, l0 = run["metrics"]["explained_variance"], run["metrics"]["l0"]
+        scores = f"explained variance {number(variance)}, L0 {number(l0, '.1f')}"
+        blocks: list[Block] = []
+        for group in run["groups"]:
+            tint = " Violet to yellow from the weakest to the strongest patch of an image, silent patches grey."
+            blocks += [
+                Heading(group["title"], group["about"] + (tint if group["heat"] else "")),
+                Cards(cards_of(group)),
+            ]
+        folds.append(Fold(run["label"], blocks, scores, run["colour"], open=len(folds) < 2))
+    about = (f"For each latent the nine {runs[0]['split']} images on which it is strongest: above as they are, below "
+             "with the light on the patches where it fires (full strength is the latent's peak).")  # fmt: skip
+    return Section("Latents", shown < len(runs) and Note(few), about, folds)

@@ -1,9 +1,7 @@
-"""Which runs differ only by MonoLoss, and tables of what it changes: pure functions of configs and scores."""
+"""MonoScores of all runs; which runs differ only by MonoLoss, and what it changes, in tables, figures and latents."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from sae_lightning.rendering.figures import COLOURS, figure
-from sae_lightning.rendering.table import NOTHING, number
+from sae_lightning.rendering.page import Beside, Block, Fold, Heading, Key, Note, Picture, Section
+from sae_lightning.rendering.table import NOTHING, Head, Spread, Table, number
+from sae_lightning.report.latents import band_grid, pictures
 from sae_lightning.runs.identity import monoloss_of, same_but
 from sae_lightning.runs.run import LATENTS
 from sae_lightning.saes.artefact import read_tensors
@@ -145,47 +146,60 @@ def summary(values: Any) -> tuple[float, float | None, int]:
     return statistics.fmean(listed), statistics.stdev(listed) if len(listed) > 1 else None, len(listed)
 
 
+def spread(value: tuple[float, float | None, int]) -> Spread:
+    """What ``summary`` gives, as a cell of a table."""
+    return Spread(*value[:2])
+
+
 def shown(value: tuple[float, float | None, int], sign: bool = False) -> str:
     """``0.312 ± 0.004``; without the deviation where there is none."""
-    mean, deviation, _ = value
-    text = number(mean, "+.3f" if sign else ".3f")
-    return text if deviation is None or text == NOTHING else f"{text} ± {deviation:.3f}"
+    return Head("", sign=sign).text(spread(value))
+
+
+def comparison(group: Group) -> Table:
+    """What each weight changes: means and deviations over seeds, and differences, a line a metric."""
+    found = [{row["title"]: row for row in rows(group, arm)} for arm in group.with_loss]
+
+    def seeds(label: str, arm: Arm) -> Head:
+        return Head(f"{label}, {len(arm.runs)} seeds" if len(arm.runs) > 1 else label)
+
+    heads = [Head(""), seeds("without", group.without)]
+    for arm in group.with_loss:
+        heads += [seeds(group.label(arm), arm), Head("difference", sign=True)]
+    lines = [
+        [title, spread(row["without"]), *(spread(t[title][side]) for t in found for side in ("with", "difference"))]
+        for title, row in found[0].items() if all(title in t for t in found)
+    ]  # fmt: skip
+    return Table("", "", heads, lines)
 
 
 def as_csv(groups: Sequence[Group]) -> str:
     """One line a group, weight and metric, with unrounded numbers; empty cells where there is no deviation."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    three = ("without", "with", "difference")
-    columns = [f"{which}_{what}" for which in three for what in ("mean", "sd", "seeds")]
-    about = ("data", "backbone", "features", "variant", "expansion", "k")
-    writer.writerow([*about, "split", "similarity", "monoloss", "metric", *columns])
-    for group in groups:
-        for arm in group.with_loss:
-            run = next(iter(arm.runs.values()))
-            fixed = [run["cfg"].get(name) for name in about] + [run["split"], run["similarity"]["title"]]
-            for row in rows(group, arm):
-                numbers = ["" if x is None else x for which in three for x in row[which]]
-                writer.writerow([*fixed, group.label(arm), row["metric"], *numbers])
-    return buffer.getvalue()
+    about, lines = ("data", "backbone", "features", "variant", "expansion", "k"), []
+    for group, arm in ((each, arm) for each in groups for arm in each.with_loss):
+        run = next(iter(arm.runs.values()))
+        fixed = {name: run["cfg"].get(name) for name in about} | {
+            "split": run["split"], "similarity": run["similarity"]["title"], "monoloss": group.label(arm),
+        }  # fmt: skip
+        for row in rows(group, arm):
+            figures = {f"{which}_{what}": x for which in ("without", "with", "difference")
+                       for what, x in zip(("mean", "sd", "seeds"), row[which], strict=True)}  # fmt: skip
+            lines.append(fixed | {"metric": row["metric"]} | figures)
+    return str(pd.DataFrame(lines, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
 def as_markdown(groups: Sequence[Group], metrics: Sequence[str] = HEADLINES) -> str:
     """One line a group and weight, as in the paper's tables: without → with (difference), means over seeds."""
-    lines = ["| SAE | MonoLoss | seeds | " + " | ".join(METRICS[name] for name in metrics) + " |"]
-    lines.append("|---|---|---|" + "---|" * len(metrics))
-    for group in groups:
-        for arm in group.with_loss:
-            found = {row["metric"]: row for row in rows(group, arm)}
-            cells = [group.title, group.label(arm), f"{len(group.without.runs)} / {len(arm.runs)}"]
-            for name in metrics:
-                if name not in found:
-                    cells.append("–")
-                    continue
-                before, after, change = (found[name][which] for which in ("without", "with", "difference"))
-                cells.append(f"{shown(before)} → {shown(after)} ({shown(change, sign=True)})")
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    lines = []
+    for group, arm in ((each, arm) for each in groups for arm in each.with_loss):
+        found = {row["metric"]: row for row in rows(group, arm)}
+        cells = [
+            f"{shown(found[m]['without'])} → {shown(found[m]['with'])} ({shown(found[m]['difference'], sign=True)})"
+            if m in found else NOTHING for m in metrics
+        ]  # fmt: skip
+        lines.append([group.title, group.label(arm), f"{len(group.without.runs)} / {len(arm.runs)}", *cells])
+    heads = [Head(title) for title in ("SAE", "MonoLoss", "seeds", *(METRICS[name] for name in metrics))]
+    return Table("", "", heads, lines).markdown()
 
 
 POINTS = 201  # of a curve, so that a page of many runs stays small
@@ -273,3 +287,46 @@ def _edges(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
     low = min(0.0, *(float(scores.min()) for scores in found))
     high = max(0.02, *(float(scores.max()) for scores in found))
     return np.arange(np.floor(low / 0.02), np.ceil(high / 0.02 + 1e-9) + 1) * 0.02
+
+
+def keys(runs: Sequence[Mapping[str, Any]], says: Sequence[str] = ()) -> Key:
+    """The runs' colours; with what is said of each."""
+    said = says or [""] * len(runs)
+    return Key([(run["label"] + more, run["colour"]) for run, more in zip(runs, said, strict=True)])
+
+
+def monosemanticity(runs: Sequence[Mapping[str, Any]], groups: Sequence[Group], grids: int) -> Section:
+    """MonoScores of all runs, and what MonoLoss changes in each of ``groups``, of the first ``grids`` with latents."""
+    judges = {run["similarity"]["title"]: run["similarity"]["baseline"] for run in runs}
+    named = "; ".join(f"{title} (mean of all pairs {number(mean)}, dotted)" for title, mean in judges.items())
+    says = []
+    for metrics in (run["metrics"] for run in runs):
+        says.append(f": {number(metrics['monoscore'])}")
+        if 0 < metrics["scored_share"] < 0.9995:
+            scored = f"{100 * metrics['scored_share']:.1f} %"
+            says[-1] += f", {number(metrics['monoscore_scored'])} over the {scored} with a score"
+    blocks: list[Block] = [
+        "The MonoScore of a latent is the mean similarity of image pairs, each pair weighted by how strongly both "
+        "images activate the latent. Where a run sees patch tokens, an image's activation is the largest of its "
+        f"patches. Similarity is the cosine of image embeddings, here by {named}."
+    ]  # fmt: skip
+    if len(judges) > 1:
+        blocks.append(Note("Scores by different judges have different scales: compare each with its own dotted line."))
+    blocks += [Picture(profiles(runs), wide=True), keys(runs, says)]
+    for i, group in enumerate(groups):
+        blocks.append(Heading(f"With and without MonoLoss: {group.title}"))
+        drawn = [comparison(group)], [Picture(group_profile(group))]
+        blocks += [Beside(drawn, "minmax(0, 1fr) minmax(340px, 560px)")] if len(group.with_loss) == 1 else [*drawn]
+        for arm in group.with_loss if i < grids else ():
+            without, with_loss = pair = group.first_pair(arm)
+            images = pictures(without), pictures(with_loss)
+            if images[0] is None or images[1] is None:
+                continue
+            about = Note(
+                "Latents sorted by MonoScore, at ranks spread over the dictionary and fixed in advance, of those at "
+                "which both runs fire. Images sorted by activation (numbers at the right): the strongest, those in the "
+                "middle, the weakest.")  # fmt: skip
+            found = band_grid(pair, (images[0], images[1]))
+            beside = f"without MonoLoss beside {group.label(arm)}"
+            blocks.append(Fold("Latents of the same rank", [about, *found], beside, open=arm is group.with_loss[0]))
+    return Section("Monosemanticity", blocks)

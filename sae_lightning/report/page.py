@@ -1,4 +1,4 @@
-"""Building the page: what ``evaluate.py`` stored, joined with the pictures."""
+"""The report: one page over evaluated runs, from what ``evaluate.py`` stored and the pictures."""
 
 from __future__ import annotations
 
@@ -9,50 +9,33 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from sae_lightning.evaluation.printed import HEADS
 from sae_lightning.files import write_text
 from sae_lightning.rendering.figures import COLOURS
-from sae_lightning.rendering.page import render
+from sae_lightning.rendering.page import Beside, Block, Fold, Heading, Note, Picture, Section, headlines, page, plural
+from sae_lightning.rendering.table import Head, Keyed, Table
 from sae_lightning.report import figures
-from sae_lightning.report.benchmark import (
-    MAIN,
-    Scored,
-    by_backbone,
-    raw_note,
-    scored_runs,
-    scores_csv,
-    scores_markdown,
-    table,
-    topics,
-)
-from sae_lightning.report.figures import encoding, tradeoff, training_curves
-from sae_lightning.report.latents import audit, band_grid, latent_groups, pictures
-from sae_lightning.report.monoloss import (
-    Group,
-    as_csv,
-    as_markdown,
-    first_of_settings,
-    group_profile,
-    groups_of,
-    profiles,
-    rows,
-    shown,
-)
+from sae_lightning.report.benchmark import MAIN, Scored, scored_runs, scores_csv, table, topics
+from sae_lightning.report.latents import audit, latent_groups, latents, pictures
+from sae_lightning.report.monoloss import as_csv, as_markdown, first_of_settings, groups_of, keys, monosemanticity
 from sae_lightning.runs.identity import monoloss_of
 from sae_lightning.runs.results import PAGE, RECORD, read_result
 from sae_lightning.runs.run import FILES, SCORES, TOP_IMAGES
 from sae_lightning.saes.artefact import ArtefactError, read_cfg, read_json, tensor_names
 
+Runs = Sequence[Mapping[str, Any]]
 
-def applications(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:
-    """The applications of the runs ``folders``, and those over several runs of the same parent folder.
 
-    Each has a ``title``, the ``runs`` it speaks of, its ``headlines`` and ``href``: its page, copied into a folder of
-    ``<out>-pages`` beside the report ``out``. Results older than their run's SAE are left out.
+def applications(folders: Sequence[Path], out: Path) -> list[Block]:
+    """The applications of the runs ``folders``, and those over several runs of the same parent folder: of each a link
+    to its page, copied into a folder of ``<out>-pages`` beside the report ``out``, and its headline figures.
+
+    Results older than their run's SAE are left out.
     """
     found: list[tuple[str, Path | None, Path]] = []
     found += [(run.name, run / "sae.safetensors", run / "apps") for run in folders]
     found += [("several runs", None, parent / "apps") for parent in dict.fromkeys(run.parent for run in folders)]
-    gathered = []
+    blocks: list[Block] = []
     for name, weights, folder in found:
         for record in sorted(folder.glob(f"*/{RECORD}")):
             old = weights is not None and record.stat().st_mtime < weights.stat().st_mtime
@@ -61,36 +44,85 @@ def applications(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:
             result = read_result(record.parent)
             pages = out.with_name(f"{out.stem}-pages") / f"{name.replace(' ', '-')}-{result.app}"
             pages.mkdir(parents=True, exist_ok=True)
-            for page in record.parent.glob("*.html"):  # its page may link to others
-                shutil.copyfile(page, pages / page.name)
-            gathered.append({
-                "title": result.title, "runs": name, "headlines": result.headlines,
-                "href": f"{pages.parent.name}/{pages.name}/{PAGE}",
-            })  # fmt: skip
-    return gathered
+            for each in record.parent.glob("*.html"):  # its page may link to others
+                shutil.copyfile(each, pages / each.name)
+            blocks.append(Heading(result.title, name, f"{pages.parent.name}/{pages.name}/{PAGE}"))
+            blocks += [headlines(result.headlines)] if result.headlines else []
+    return blocks
 
 
-def section(saes: Sequence[Scored]) -> dict[str, Any] | None:
-    """What the page shows of M1–M7 but for pictures; None without SAEs. Figures without rows are empty."""
+def runs_table(runs: Runs) -> Table:
+    """A line a run: its settings and core metrics."""
+    heads = [Head("backbone"), Head("variant"), Head("exp.", "g", about="d_sae / d_in"), Head("d_sae", ".0f"),
+             Head("k"), *HEADS.values(), Head("train time, s", ".0f")]  # fmt: skip
+    rows = [
+        [Keyed(f"{run['cfg']['backbone']} {run['features']}", run["colour"]),
+         run["cfg"]["variant"] + (f" + MonoLoss {run['weight']:g}" if run["weight"] else ""), run["cfg"]["expansion"],
+         run["cfg"]["d_sae"], run["k"], *(run["metrics"].get(name) for name in HEADS), run["seconds"]]
+        for run in runs
+    ]  # fmt: skip
+    return Table("", "", heads, rows)
+
+
+def reconstruction(runs: Runs) -> Section:
+    """Explained variance against L0."""
+    about = ("Each mark is one SAE. Up and to the left is better: more of the features' variance from fewer active "
+             "latents.")  # fmt: skip
+    within = Note("Scores between backbones compare how their features are built as much as how good the SAE is; "
+                  "within one backbone they compare SAEs.")  # fmt: skip
+    beside = Beside([[about, within], [Picture(figures.tradeoff(runs))]], "minmax(0, 1fr) minmax(300px, 560px)")
+    return Section("Sparsity and reconstruction", beside)
+
+
+def benchmark(saes: Sequence[Scored], n_runs: int, latents: bool) -> Section | None:
+    """M1–M7 of SAEs; None without any. ``latents`` asks for those of high, mean and low Moran's I."""
     if not saes:
         return None
-    of = encoding(saes)
-    return {
-        "saes": saes, "legend": of.legend(), "main": table(saes, MAIN, of.of_backbones()),
-        "notes": {title: raw_note(members) for title, members in by_backbone(saes).items()},
-        "topics": [
-            {"title": t.title, "about": t.about, "table": table(saes, t.columns, of.of_backbones())}
-            for t in topics(saes)
-        ],
-        "moran": figures.moran(saes, of), "monosemanticity": figures.monosemanticity(saes, of),
-        "dissociation": figures.dissociation(saes, of), "probing": figures.probing(saes, of),
-        "recovery": figures.recovery(saes, of), "histograms": figures.histograms(saes, of),
-    }  # fmt: skip
+    of = figures.encoding(saes)
+    main = table(saes, MAIN, of.of_backbones(), notes=True)
+    some = f" {len(saes)} of the {n_runs} runs have them." if len(saes) < n_runs else ""
+    between = ("; bold: the best on its features. Between backbones, most of M1, M5 and M7 is the backbone's doing, "
+               "and FVU does not tell what a probe still reads [ViSAEBench §5.2, §5.7]")  # fmt: skip
+    moran, made_of, key = figures.moran(saes, of), figures.monosemanticity(saes, of), of.legend()
+    probing, recovery, histograms = (draw(saes, of) for draw in (figures.probing, figures.recovery, figures.histograms))
+    dissociation, audited = figures.dissociation(saes, of), audit(saes) if latents else []
+    return Section(
+        "ViSAEBench",
+        "Seven measures of an SAE, M1 to M7, which do not agree and are not summed up. An arrow shows the better "
+        f"direction; hover over a heading for what it says.{some}",
+        main,
+        Note(f"Shaded: the best of all SAEs{between if len(main.groups) > 1 else ''}. All figures, with every setting, "
+             "are in visaebench.csv beside this page; this table is in visaebench.md."),
+        key,
+        moran and Picture(moran, "Spatial coherence, M1",
+                "Distribution over the evaluable latents, each row at its own height. Dotted: the expectation without "
+                "spatial order, −1 / (P − 1). Ticks: the SAEs' means. ▽ mean of the features' own channels."),
+        made_of and Picture(made_of, "What M5 is made of",
+                "One line an SAE: pairs of images of two classes |, all pairs (filled), pairs of one class ○. Dotted: "
+                "random images. Judges differ between backbones, and their cosines with them; M5 counts from the "
+                "dotted line to 1."),
+        audited and [
+            Heading("Latents of high, mean and low Moran's I"),
+            Note("Of one SAE a backbone: a latent drawn from the top 5 % of the distribution above, the one nearest to "
+                 "its mean, and one from the lowest 5 %, on their strongest images. Violet to yellow from the weakest "
+                 "to the strongest patch of an image; silent patches are grey. Connected does not mean of one "
+                 "meaning."), audited],
+        probing and [Heading("Sparse probing, M4", "AUC by the number of latents that a probe sees; dotted and marked: "
+                             "k = 128, the headline. Grey: means of the others."), list(map(Picture, probing))],
+        (dissociation or recovery) and [
+            Heading("Reconstruction and what it keeps, M2 and M3"),
+            [Picture(svg) for svg in (dissociation, *recovery) if svg], key,
+            recovery and Note("A recovery is the reconstruction from each token's strongest latents alone.")],
+        histograms and [Heading("Activations", "Shares by size, in even bins of the logarithm; latents that never fire "
+                                "are not drawn."), list(map(Picture, histograms))],
+        Heading("All settings"),
+        [Fold(t.title, [table(saes, t.columns, of.of_backbones())], t.about) for t in topics(saes)],
+    )  # fmt: skip
 
 
 def files(saes: Sequence[Scored]) -> dict[str, str]:
     """The texts of visaebench.csv and visaebench.md; none without SAEs."""
-    return {"visaebench.csv": scores_csv(saes), "visaebench.md": scores_markdown(saes)} if saes else {}
+    return {"visaebench.csv": scores_csv(saes), "visaebench.md": table(saes, MAIN, {}).markdown()} if saes else {}
 
 
 def load_run(folder: Path) -> dict[str, Any]:
@@ -111,29 +143,6 @@ def load_run(folder: Path) -> dict[str, Any]:
         "metrics": scores["metrics"], "split": scores["split"], "n_images": scores["n_images"],
         "n_tokens": scores["n_tokens"], "store": scores["store"], "similarity": scores["similarity"],
     }  # fmt: skip
-
-
-def comparison(group: Group, grids: bool) -> dict[str, Any]:
-    """What the page shows of one group: one table, one figure, and with ``grids`` pictures for each weight."""
-    tables = [{row["title"]: row for row in rows(group, arm)} for arm in group.with_loss]
-    return {
-        "title": group.title, "seeds": len(group.without.runs), "figure": group_profile(group),
-        "arms": [
-            {"label": group.label(arm), "seeds": len(arm.runs), "grid": _grid(group.first_pair(arm)) if grids else []}
-            for arm in group.with_loss
-        ],
-        "rows": [
-            {"title": title, "without": shown(row["without"]),
-             "arms": [(shown(t[title]["with"]), shown(t[title]["difference"], sign=True)) for t in tables]}
-            for title, row in tables[0].items() if all(title in t for t in tables)
-        ],
-    }  # fmt: skip
-
-
-def _grid(pair: tuple[Mapping[str, Any], Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The band grid of a run without and one with MonoLoss; empty where there are no pictures."""
-    without, with_loss = pictures(pair[0]), pictures(pair[1])
-    return [] if without is None or with_loss is None else band_grid(pair, (without, with_loss))
 
 
 def load_runs(folders: list[Path]) -> list[dict[str, Any]]:
@@ -161,7 +170,7 @@ def load_runs(folders: list[Path]) -> list[dict[str, Any]]:
 
 def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int = 1, grids: int = 4) -> Path:
     """Write the page over evaluated runs to ``out``, and beside it the tables of M1–M7 and of MonoLoss, and the pages
-    of applications, as there are.
+    of applications, as there are. Where the runs make a grid its analyses follow, with their tables in a folder.
 
     Latents are drawn for at most ``detailed`` runs, ``detailed_seeds`` of those that differ only by seed; band grids
     for the first ``grids`` groups. FileNotFoundError when a run has no scores, StoreError when its pictures have
@@ -172,20 +181,27 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
     for run in tqdm(runs, desc="Drawing", unit="run", leave=False):
         images = pictures(run) if run["name"] in in_detail else None
         run["groups"] = latent_groups(run, images) if images is not None else []
-    groups, saes = groups_of(runs), scored_runs(runs)
-    html = render("report.html", {
-        "runs": runs, "curves": training_curves(runs), "tradeoff": tradeoff(runs), "profiles": profiles(runs),
-        "tiny": any("(tiny)" in run["cfg"]["backbone"] for run in runs), "shown": len(in_detail),
-        "judges": {run["similarity"]["title"]: run["similarity"]["baseline"] for run in runs},
-        "comparisons": [comparison(group, i < grids) for i, group in enumerate(groups)],
-        "visaebench": section(saes), "audit": audit(saes) if detailed else [],
-        "applications": applications(folders, out),
-    })  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if groups:
-        write_text(out.parent / "monoloss.csv", as_csv(groups))
-        write_text(out.parent / "monoloss.md", as_markdown(groups))
-    for name, text in files(saes).items():
+    groups, saes, first = groups_of(runs), scored_runs(runs), runs[0]
+    lead: list[Block] = [
+        Note(f"{plural(len(runs), 'run')}, scored on held-out {first['split']} images ({first['n_images']:,} images, "
+             f"{first['n_tokens']:,} patch tokens each).")]  # fmt: skip
+    if any("(tiny)" in run["cfg"]["backbone"] for run in runs):
+        lead.append(Note(
+            "Backbones marked (tiny) are small stand-ins trained on CIFAR-10 with the published models' paradigms, 128 "
+            "wide; the published ViT-B are 768 wide."))  # fmt: skip
+    used = applications(folders, out)
+    sections = [
+        Section("Runs", runs_table(runs), Note("A click on a heading sorts. The best value of a column is marked.")),
+        Section("Training", Picture(figures.training_curves(runs), wide=True), keys(runs)),
+        reconstruction(runs), monosemanticity(runs, groups, grids), benchmark(saes, len(runs), detailed > 0),
+        Section("Applications", "What `explore.py` found with these dictionaries. A title opens its page, which "
+                "lies in a folder beside this one.", used) if used else None,
+        latents(runs, len(in_detail)),
+    ]  # fmt: skip
+    texts = {"monoloss.csv": as_csv(groups), "monoloss.md": as_markdown(groups)} if groups else {}
+    html = page(f"Sparse autoencoders: {plural(len(runs), 'run')}", lead, [made for made in sections if made],
+                heading="Sparse autoencoders on vision features")  # fmt: skip
+    for name, text in (texts | files(saes)).items():
         write_text(out.parent / name, text)
     write_text(out, html)
     return out

@@ -4,7 +4,7 @@ import os
 
 from sae_lightning.files import write_json
 from sae_lightning.report.page import applications
-from sae_lightning.runs.results import PAGE, RECORD, Headline
+from sae_lightning.runs.results import PAGE, RECORD
 
 
 def leave(folder, app):
@@ -26,10 +26,12 @@ def test_results_of_runs_and_of_their_folder_are_gathered_with_their_pages(tmp_p
     leave(tmp_path / "runs" / "apps" / "stability", "stability")
     (tmp_path / "runs" / "apps" / "stability" / "more.html").write_text("more")
     found = applications(runs, tmp_path / "reports" / "report.html")
-    assert [(f["runs"], f["title"]) for f in found] == [("a", "Naming"), ("several runs", "Stability")]
-    assert found[0]["headlines"] == [Headline("share named", 0.5, 0.1, "chance", [0.4, 0.6])]
-    assert [(tmp_path / "reports" / f["href"]).read_text() for f in found] == ["<p>naming</p>", "<p>stability</p>"]
-    assert (tmp_path / "reports" / found[1]["href"]).with_name("more.html").read_text() == "more"
+    first, figures, second, _ = found
+    assert [(f.aside, f.text) for f in (first, second)] == [("a", "Naming"), ("several runs", "Stability")]
+    assert figures.texts() == [["share named", "0.5", "0.4 to 0.6", "0.1", "chance"]]
+    pages = [(tmp_path / "reports" / f.href) for f in (first, second)]
+    assert [page.read_text() for page in pages] == ["<p>naming</p>", "<p>stability</p>"]
+    assert pages[1].with_name("more.html").read_text() == "more"
 
 
 def test_a_result_older_than_the_sae_or_without_its_page_is_left_out(tmp_path):
@@ -41,4 +43,4 @@ def test_a_result_older_than_the_sae_or_without_its_page_is_left_out(tmp_path):
     os.utime(old / "sae.safetensors", (later, later))
     assert applications([old], tmp_path / "report.html") == []
     os.utime(old / "sae.safetensors", (later - 20, later - 20))
-    assert [f["title"] for f in applications([old], tmp_path / "report.html")] == ["Naming"]
+    assert [f.text for f in applications([old], tmp_path / "report.html")[::2]] == ["Naming"]

@@ -73,8 +73,8 @@ def test_runs_with_and_without_monoloss_are_compared(config, tmp_path):
     scores = [evaluate_run(run, band_ranks=8, band_images=3) for run in runs]
     page = build(runs, tmp_path / "page.html", detailed=0).read_text()
     assert "With and without MonoLoss: deit (tiny) · batchtopk ×2 k 8" in page
-    assert page.count('<div class="card">') == 2 * page.count("<h4>Rank ")
-    assert 1 <= page.count("<h4>Rank ") <= 6
+    assert page.count('<div class="card">') == 2 * page.count("<h3>Rank ")
+    assert 1 <= page.count("<h3>Rank ") <= 6
     with (tmp_path / "monoloss.csv").open() as file:
         lines = {line["metric"]: line for line in csv.DictReader(file)}
     for side, score in zip(("without", "with"), scores, strict=True):
@@ -83,7 +83,7 @@ def test_runs_with_and_without_monoloss_are_compared(config, tmp_path):
     assert "weight 0.5" in (tmp_path / "monoloss.md").read_text()
     bare = build(runs, tmp_path / "bare.html", detailed=0, grids=0).read_text()
     assert "With and without MonoLoss" in bare
-    assert "<h4>Rank " not in bare
+    assert "<h3>Rank " not in bare
     evaluate_run(runs[0], similarity=Similarity(features="pooled"))
     with pytest.raises(ValueError, match="cannot be compared"):
         build(runs, tmp_path / "page.html")

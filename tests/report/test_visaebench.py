@@ -22,20 +22,9 @@ from sae_lightning.rendering.pictures import GAP, heat
 from sae_lightning.rendering.table import number
 from sae_lightning.report import latents as report_latents
 from sae_lightning.report import page as report_page
-from sae_lightning.report.benchmark import (
-    MAIN,
-    Column,
-    Scored,
-    best,
-    raw_note,
-    scored_runs,
-    scores_csv,
-    scores_markdown,
-    table,
-    topics,
-)
+from sae_lightning.report.benchmark import MAIN, Column, Scored, raw_note, scored_runs, scores_csv, table, topics
 from sae_lightning.report.figures import coarse, encoding, histograms, moran, probing, recovery
-from sae_lightning.report.page import build, files, load_runs, section
+from sae_lightning.report.page import benchmark, build, files, load_runs
 from sae_lightning.runs.run import BAND_IMAGES, LATENTS, TOP_IMAGES
 from sae_lightning.runs.scores import put_scores, read_rows
 from sae_lightning.saes import SparseCodes
@@ -87,11 +76,11 @@ def sae(backbone="dinov2 (tiny)", values=(0.3, 0.1, 0.9, 0.8, 0.2, 1.0, 0.5), ex
 
 def marks(found):
     """Marks of a table's cells, [lines][columns]."""
-    return [[cell["mark"] for cell in line["cells"]] for group in found["groups"] for line in group["lines"]]
+    return [[cell["mark"] for cell in line[1:]] for line in found.view()["lines"]]
 
 
 def texts(found):
-    return [[cell["text"] for cell in line["cells"]] for group in found["groups"] for line in group["lines"]]
+    return [line[1:] for line in found.texts()]
 
 
 def test_the_best_is_the_largest_where_more_is_better_and_the_smallest_elsewhere():
@@ -104,7 +93,7 @@ def test_the_best_is_the_largest_where_more_is_better_and_the_smallest_elsewhere
     wins_high = {title for title, mark in zip(titles, found[0], strict=True) if mark == "best"}
     assert wins_low == {"M2 FVU", "M7 absorption", "dead"}
     assert wins_high == set(titles) - wins_low - {"L0"}  # a sparser code is another one, not a better one
-    arrows = {column.title: column.heading[-1] for column in MAIN}
+    arrows = {column.title: column.head.heading[-1] for column in MAIN}
     assert {title for title, arrow in arrows.items() if arrow == "↓"} == wins_low
     assert {title for title, arrow in arrows.items() if arrow == "↑"} == wins_high
 
@@ -112,10 +101,9 @@ def test_the_best_is_the_largest_where_more_is_better_and_the_smallest_elsewhere
 def test_what_reads_the_same_is_equally_good_and_nothing_is_best_among_equals():
     column = Column("M1", "moran", better=True)
     a, b, c = (sae(values=[value] + [0.5] * 6) for value in (0.70041, 0.70039, 0.2))
-    assert best(column, [a, b, c]) == [a, b]
-    assert best(column, [a, b]) == []
-    assert best(column, [c]) == []
-    assert best(Column("M1", "moran"), [a, c]) == []
+    assert marks(table([a, b, c], [column], {})) == [["best"], ["best"], [""]]
+    for saes, of in (([a, b], column), ([c], column), ([a, c], Column("M1", "moran"))):
+        assert not any(mark for (mark,) in marks(table(saes, [of], {})))
 
 
 def test_the_best_of_a_backbone_is_marked_beside_the_best_of_all():
@@ -124,7 +112,7 @@ def test_the_best_of_a_backbone_is_marked_beside_the_best_of_all():
     ]
     assert [line[0] for line in marks(table(saes, MAIN, {}))] == ["best", "", "own", "", ""]
     assert [line[1] for line in marks(table(saes, MAIN, {}))] == ["", "own", "", "best", ""]
-    assert [group["title"] for group in table(saes, MAIN, {})["groups"]] == ["a L4", "b L4", "c L4"]
+    assert [group.title for group in table(saes, MAIN, {}).groups] == ["a L4", "b L4", "c L4"]
 
 
 def test_numbers_that_are_not_finite_or_not_there_are_dashes_and_never_the_best():
@@ -157,7 +145,7 @@ def test_csv_is_the_rows_and_markdown_the_headlines():
         )  # fmt: skip
         assert line["value"] == "" if math.isnan(row["value"]) else float(line["value"]) == row["value"]
     assert (lines[0]["backbone"], lines[0]["expansion"], lines[0]["k"]) == ("dinov2 (tiny)", "8", "16")
-    head, _, first, second, third = scores_markdown(saes).splitlines()
+    head, _, first, second, third = table(saes, MAIN, {}).markdown().splitlines()
     assert head.count("|") == first.count("|") == second.count("|") == third.count("|") == len(MAIN) + 3
     assert "| dinov2 (tiny) L4 | batchtopk ×8 k 16 | 0.300 | **0.300** |" in first
     assert "| – | – |" in second
@@ -231,11 +219,10 @@ def test_sixty_runs_have_a_panel_a_backbone_and_a_short_legend():
     for title, panel in zip(["means", *(f"backbone {b} L4" for b in range(5))], panels, strict=True):
         assert f">{title}<" in panel
     legend = of.legend()
-    assert len(legend["colours"]) == len(set(legend["colours"].values())) == 5
-    assert list(legend["dashes"]) == ["×8", "×16", "×32"]
-    assert len(set(legend["dashes"].values())) == 3
-    assert legend["k"] == ["64", "128", "192", "256"]
-    assert legend["marks"] == {}
+    assert len(legend.colours) == len({colour for _, colour in legend.colours}) == 5
+    assert [title for title, _ in legend.more] == ["×8", "×16", "×32"]
+    assert len({dashes for _, dashes in legend.more}) == 3
+    assert legend.words == ["from faint to deep: k 64, 128, 192, 256"]
     styles = [tuple(map(str, of.line(one).values())) for one in saes]
     assert len(set(styles)) == 60  # each line looks different
 
@@ -243,21 +230,19 @@ def test_sixty_runs_have_a_panel_a_backbone_and_a_short_legend():
 def test_kinds_are_marks_among_backbones_and_colours_on_one():
     kinds = {"kind": "batchtopk"}, {"kind": "topk"}
     several = [sae(b, variant=v["kind"]) for b in ("a", "b") for v in kinds]
-    assert list(encoding(several).legend()["marks"]) == ["batchtopk", "topk"]
+    assert encoding(several).legend().words == ["● batchtopk", "■ topk"]
     assert list(encoding(several).colours) == ["a L4", "b L4"]
     one = [sae("a", variant="batchtopk"), sae("a", variant="topk"), sae("a", variant="topk", weight=0.1)]
     of = encoding(one)
     assert list(of.colours) == ["batchtopk", "topk", "topk + MonoLoss 0.1"]
-    assert of.legend()["marks"] == of.of_backbones() == {}
+    assert (of.legend().words, of.of_backbones()) == ([], {})
     assert len(probing(one, of)) == 4
 
 
 def test_figures_without_their_rows_are_left_out(tmp_path):
     bare = [sae(parts=["core", "absorption"], folder=tmp_path)]
-    found = section(bare)
-    for name in ("moran", "monosemanticity", "dissociation", "probing", "recovery", "histograms"):
-        assert not found[name], name
-    assert section([]) is None
+    assert benchmark(bare, 1, latents=False).pictures == []
+    assert benchmark([], 1, latents=False) is None
     assert len(recovery([sae(), bare[0]], encoding([sae(), bare[0]]))) == 2
 
 
@@ -400,7 +385,9 @@ def test_the_page_has_tables_figures_files_and_latents_by_their_moran(tmp_path, 
     assert "4 of the 5 runs have them" in page
     main = page[page.index("<h2>ViSAEBench</h2>") :].split("</table>")[0]
     assert main.count("<tbody>") == 2
-    cells = re.findall(r"<tr><td>batchtopk ×16 k 16</td><td( class=\"(?:best|own)\")?>([^<]*)</td>", main)
+    cells = re.findall(
+        r"<tr><td class=\"words\">batchtopk ×16 k 16</td><td( class=\"(?:best|own)\")?>([^<]*)</td>", main
+    )
     assert cells == [(' class="best"', "0.200")] * 2
     assert page.count('<th colspan="3"><span>α = 0.8</span></th>') == 1
     assert page.count('<th colspan="1"><span>digits</span></th>') == 1
@@ -414,8 +401,8 @@ def test_the_page_has_tables_figures_files_and_latents_by_their_moran(tmp_path, 
         assert page.count(f"· Moran&#39;s I {score}</footer>") + page.count(f"· Moran's I {score}</footer>") == 2
     assert page.count("Moran's I –") == 0  # the most used latent has none, and its card says nothing
 
-    audit = page[page.index('<div class="panel audit">') :]
-    cards = re.findall(r"<span>(high|mean|low): latent (\d+)</span><span>I = ([^<]*)</span>", audit)
+    audit = page[page.index("Latents of high, mean and low") :]
+    cards = re.findall(r"<b>(high|mean|low): latent (\d+)</b></span><span>I = ([^<]*)</span>", audit)
     one = [("high", "1", "0.610"), ("mean", "2", "0.310"), ("low", "3", "-0.040")]
     assert cards == one * 2  # of one SAE a backbone
     overlays = re.findall(
@@ -436,7 +423,7 @@ def test_the_page_has_tables_figures_files_and_latents_by_their_moran(tmp_path, 
     assert (tmp_path / "visaebench.md").read_text().count("\n") == 6
     assert "href=" not in page.replace("xlink:href=", "").replace('href="#', "")
     assert all(part.startswith("data:") for part in page.split('src="')[1:])
-    assert 'class="panel audit"' not in build(runs, tmp_path / "few.html", detailed=0).read_text()
+    assert "Latents of high, mean and low" not in build(runs, tmp_path / "few.html", detailed=0).read_text()
 
 
 def test_rows_of_another_split_are_not_shown(tmp_path):
