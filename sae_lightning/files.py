@@ -1,9 +1,10 @@
-"""Files that a power cut or a full disk has left in pieces: named, set aside, and gone round."""
+"""Files: written in one move, read with a sentence, locked, and set aside where a power cut has left them in pieces."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import sys
@@ -156,29 +157,58 @@ def held(path: Path, doing: str) -> Iterator[None]:
         lock.release()
 
 
+def read_json(path: Path, remedy: str, error: type[ValueError] = ValueError) -> dict[str, Any]:
+    """The object in a JSON file; an ``error`` says what is wrong, and the ``remedy``."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as why:
+        raise error(f"{path} cannot be read ({(why.strerror or str(why)).lower()}); {remedy}.") from why
+    except ValueError as why:
+        raise error(f"{path} is not valid JSON ({why}); {remedy}.") from why
+    if not isinstance(content, dict):
+        raise error(f"{path} holds no object; {remedy}.")
+    return content
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Give ``path`` the content in one move: a reader, also after a power cut, sees the old file or the whole new one.
+
+    OSError leaves nothing behind. The file has the mode that the umask gives.
+    """
+    partial = partial_name(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
-    """A file, so that a reader, also after a power cut, sees the old one or the whole new one."""
+    """``write_bytes`` of a text."""
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """The same with bytes; the file has the mode that the umask gives."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
+    """``write_bytes`` of JSON that people can read."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file written in the same way, which colleagues can read: safetensors' own are the user's alone."""
+    """``write_bytes`` of a safetensors file, which colleagues can read: safetensors' own are the user's alone."""
     write_bytes(path, serialized({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
+
+
+def write_table(path: Path, table: Any) -> None:
+    """``write_bytes`` of a parquet file with an Arrow ``table``."""
+    import pyarrow.parquet as pq
+
+    content = io.BytesIO()
+    pq.write_table(table, content)
+    write_bytes(path, content.getbuffer())
 
 
 def partial_name(path: Path) -> Path:
@@ -186,18 +216,9 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}")
 
 
-def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Give ``path`` the content so that a reader, or a kill, never sees half of it; OSError leaves nothing behind."""
-    partial = partial_name(path)
-    try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+def half_files(folder: Path, name: str = "*") -> list[Path]:
+    """What processes, killed or at work, have left where they wrote ``folder / name`` (or a pattern of names)."""
+    return sorted(folder.glob(f".{name}.*-*"))
 
 
 def cause(error: OSError) -> str:

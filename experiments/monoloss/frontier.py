@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from sae_lightning.report.monoloss import shown, summary
 from sae_lightning.runs.identity import monoloss_of
-from sae_lightning.runs.run import SCORES, finished_runs
+from sae_lightning.runs.run import SCORES, find_runs
 from sae_lightning.saes.artefact import read_cfg
 
 AXES = {"monoscore": "MonoScore", "purity": "class purity"}
@@ -28,7 +28,7 @@ Marks = dict[tuple[float, float], list[dict[str, float]]]  # (memory, weight) â†
 def collect(folder: Path) -> Marks:
     """Metrics of the evaluated runs in ``folder``; FileNotFoundError for one without scores."""
     marks: Marks = defaultdict(list)
-    for run in finished_runs("*", folder):
+    for run in find_runs("*", folder):
         if not (run / SCORES).is_file():
             raise FileNotFoundError(f"{run.name} has no scores yet; run evaluate.py paths.runs={folder}.")
         weight, options = monoloss_of(read_cfg(run)["config"])

@@ -22,7 +22,7 @@ from rich.progress import track
 
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.metrics import Reconstruction
-from sae_lightning.runs.run import load_record
+from sae_lightning.runs.run import Run
 from sae_lightning.saes import SAE
 
 TOKENS = 16_384  # of the val split, for the recovery curve
@@ -30,7 +30,8 @@ TOKENS = 16_384  # of the val split, for the recovery curve
 
 def finished(folder: Path, backbone: str, expansion: int, seed: int) -> list[dict[str, Any]]:
     """Records of the finished runs that are compared, each with its folder."""
-    records = [load_record(path.parent) | {"folder": path.parent} for path in sorted(folder.glob("*/result.json"))]
+    runs = [Run(path.parent) for path in sorted(folder.glob("*/result.json"))]
+    records = [run.cfg | {"result": run.result, "folder": run.folder} for run in runs]
     wanted = {"name": backbone, "expansion": expansion, "seed": seed}
     return [
         r

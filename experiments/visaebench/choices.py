@@ -32,7 +32,7 @@ from sae_lightning.metrics.part import MAIN
 from sae_lightning.metrics.retrieval import image_recall
 from sae_lightning.metrics.segmentation import Probing, segmentation
 from sae_lightning.metrics.sparse_probing import sparse_probing
-from sae_lightning.runs.run import finished_runs
+from sae_lightning.runs.run import find_runs
 from sae_lightning.saes import SparseCodes
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -200,7 +200,7 @@ def main() -> None:
     args = parser.parse_args()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = Settings(compose("evaluate", ["metrics=visaebench"]).metrics)
-    table = as_markdown([measure(run, settings) for run in tqdm(finished_runs("*", args.runs), unit="run")])
+    table = as_markdown([measure(run, settings) for run in tqdm(find_runs("*", args.runs), unit="run")])
     print(table)
     if args.out:
         args.out.write_text(table, encoding="utf-8")

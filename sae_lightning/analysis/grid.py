@@ -15,9 +15,8 @@ from sae_lightning.analysis.figures import ORDER, colours
 from sae_lightning.metrics.part import HEADLINES, headline
 from sae_lightning.rendering.page import Key
 from sae_lightning.runs.identity import monoloss_of, same_but
-from sae_lightning.runs.run import SCORES
+from sae_lightning.runs.run import SCORES, Run
 from sae_lightning.runs.scores import read_rows, value_of
-from sae_lightning.saes.artefact import ArtefactError, read_cfg, read_json
 
 
 class About(NamedTuple):
@@ -64,7 +63,7 @@ def read_grid(runs: Sequence[Path], split: str = "test") -> pd.DataFrame:
     probing AUC at k = 128 on another data set, codes alone). NaN stands where a run has no such score on ``split``.
     ArtefactError for a folder without a readable cfg.json.
     """
-    rows = [_row(run, split) for run in runs]
+    rows = [_row(Run(run), split) for run in runs]
     found = {name for row in rows for name in row} - {*SETTINGS, *METRICS}
     table = pd.DataFrame(rows, columns=[*SETTINGS, *METRICS, *sorted(found)])
     numbers = [*FLOATS, *METRICS, *sorted(found)]
@@ -76,14 +75,9 @@ def tasks(table: pd.DataFrame) -> list[str]:
     return sorted({c.rpartition("/")[0] for c in table if c.endswith(ENDS) and table[c].notna().any()})
 
 
-def _row(run: Path, split: str) -> dict[str, Any]:
-    cfg = read_cfg(run)
-    if "config" not in cfg:
-        raise ArtefactError(
-            f"{run / 'cfg.json'} holds no config: that SAE was not trained here. Leave it out of the grid."
-        )
-    scores = [r for r in read_rows(run, strict=True) if r["split"] == split]
-    config = cfg["config"]
+def _row(run: Run, split: str) -> dict[str, Any]:
+    cfg, config = run.cfg, run.config
+    scores = [r for r in run.rows if r["split"] == split]
     settings = {
         "run": run.name, "data": cfg["data"], "backbone": config["backbone"]["name"], "title": cfg["backbone"],
         "features": cfg["features"], "layer": cfg["layer"], "variant": cfg["variant"],
@@ -243,8 +237,7 @@ def load(runs: Sequence[Path]) -> Grid:
     scored = [run for run in runs if (run / SCORES).is_file()]
     if not scored:
         raise FileNotFoundError(f"None of {len(runs)} runs has scores; make them with evaluate.py metrics=visaebench.")
-    anew = "make it anew: python evaluate.py runs={}"
-    splits = sorted({read_json(run / SCORES, anew.format(run.name))["split"] for run in scored})
+    splits = sorted({Run(run).scores["split"] for run in scored})
     if len(splits) > 1:
         raise ValueError(f"The runs were scored on different splits ({', '.join(splits)}); evaluate them on one.")
     frame = in_order(read_grid(scored, splits[0]))

@@ -15,9 +15,9 @@ from sae_lightning.files import write_json, write_text
 from sae_lightning.registry import Registry, import_plugins, one_of
 from sae_lightning.rendering.page import Note, headlines, page, render
 from sae_lightning.runs.results import RECORD, Result
-from sae_lightning.runs.run import Opened, chosen_runs, shared_results
+from sae_lightning.runs.run import Run, chosen_runs, shared_results
 
-Application = Callable[[Sequence[Opened], DictConfig], Result | None]
+Application = Callable[[Sequence[Run], DictConfig], Result | None]
 
 APPS: Registry[Application] = Registry("app")
 TOGETHER: set[str] = set()  # those that take all runs at once
@@ -56,10 +56,10 @@ def explore(cfg: DictConfig) -> list[Result]:
     fit the application.
     """
     load_app(cfg.app.name)
-    return results_of([Opened(folder) for folder in chosen_runs(cfg.run, Path(cfg.paths.runs))], cfg)
+    return results_of([Run(folder) for folder in chosen_runs(cfg.run, Path(cfg.paths.runs))], cfg)
 
 
-def results_of(runs: Sequence[Opened], cfg: DictConfig) -> list[Result]:
+def results_of(runs: Sequence[Run], cfg: DictConfig) -> list[Result]:
     """What ``cfg.app`` finds of ``runs``, written."""
     name = cfg.app.name
     run, found = load_app(name), []
@@ -70,7 +70,7 @@ def results_of(runs: Sequence[Opened], cfg: DictConfig) -> list[Result]:
     return found
 
 
-def write_result(result: Result, runs: Sequence[Opened], cfg: DictConfig) -> Result:
+def write_result(result: Result, runs: Sequence[Run], cfg: DictConfig) -> Result:
     """Write tables, texts, ``page.html`` and then ``app.json`` into ``apps/<app>`` of the run, or beside several."""
     name = cfg.app.name
     folder = shared_results(runs, name, cfg.paths.runs) if name in TOGETHER else runs[0].results(name)

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 
 from sae_lightning.evaluation.by_latent import dominant
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 
 TABLE = "naming.parquet"  # of the application naming; ``shown`` is the name, "" where there is none
 PURE, IMAGES = 0.5, 20  # least share of one class in a latent's activation, and images it fires on, to be called so
 
 
-def names_of(opened: Opened) -> list[str]:
+def names_of(opened: Run) -> list[str]:
     """One name for each of d_sae latents, "" where there is none.
 
     Of the application naming where it has been run, else the class with at least half of the latent's activation over

@@ -90,8 +90,8 @@ class ClosingTable(Callback):
 
     def row(self, folder: Path) -> tuple[list[str], str]:
         """The cells of a run, one in words where it is not finished, and what is to be said of it below the table."""
-        from sae_lightning.files import whole
-        from sae_lightning.saes.artefact import ArtefactError, read_json
+        from sae_lightning.files import read_json, whole
+        from sae_lightning.saes.artefact import ArtefactError
 
         files = [folder / name for name in ("cfg.json", "result.json")]  # the second is written last
         if not all(map(whole, files)):
@@ -100,7 +100,7 @@ class ClosingTable(Callback):
             why = failure(folder)
             return (["not finished"], "") if why is None else (["failed"], f"failed. {why}")
         try:
-            made, result = (read_json(file, "train the run again") for file in files)
+            made, result = (read_json(file, "train the run again", ArtefactError) for file in files)
         except ArtefactError as error:
             return [str(error)], ""
         scores = result[made["config"].get("held_out", "val")]

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 def main(cfg: DictConfig) -> None:
     from sae_lightning.report.grid import build_grid
     from sae_lightning.report.page import build
-    from sae_lightning.runs.run import finished_runs
+    from sae_lightning.runs.run import find_runs
     from sae_lightning.settings.places import check_file
 
     out = Path(cfg.out or Path(cfg.paths.reports) / ("grid.html" if cfg.grid else "report.html"))
     check_file(out, "out")
-    found = finished_runs(cfg.grid or cfg.runs, Path(cfg.paths.runs))
+    found = find_runs(cfg.grid or cfg.runs, Path(cfg.paths.runs))
     if cfg.grid:
         build_grid(found, out)
     else:

@@ -26,6 +26,7 @@ from torch.distributed import TCPStore
 from sae_lightning.distributed.limits import cores
 from sae_lightning.distributed.processes import Processes, run_together
 from sae_lightning.distributed.stopping import FLAG, STEPS, Preempted, asked, heeding, working
+from sae_lightning.files import write_json
 
 MEETING = "meeting.json"
 
@@ -94,9 +95,7 @@ def _attempt() -> str:
 
 
 def _post(folder: Path, what: dict[str, str | int]) -> None:
-    partial = folder / f"{MEETING}.partial"
-    partial.write_text(json.dumps({"job": _attempt(), **what}), encoding="utf-8")
-    partial.replace(folder / MEETING)
+    write_json(folder / MEETING, {"job": _attempt(), **what})
 
 
 GRACE = 90.0  # seconds that ranks have to stop by themselves when a signal asks for it

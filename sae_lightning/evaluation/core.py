@@ -23,13 +23,12 @@ from sae_lightning.evaluation.by_latent import (
 from sae_lightning.evaluation.image_codes import ImageCodes
 from sae_lightning.evaluation.scoring_pass import Gather, ScoringPass, labelled, stream
 from sae_lightning.evaluation.similarity import Judge, Similarity
-from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import write_json, write_tensors
 from sae_lightning.metrics import Firing, MonoScore, Moran, Purity, decoder_cosine
-from sae_lightning.runs.run import BAND_IMAGES, FILES, LATENTS, SCORES, TOP_IMAGES
+from sae_lightning.runs.run import BAND_IMAGES, FILES, LATENTS, SCORES, TOP_IMAGES, Run
 from sae_lightning.saes import SAE
-from sae_lightning.saes.artefact import ArtefactError, put_tensors, read_cfg, read_json, tensor_names
+from sae_lightning.saes.artefact import ArtefactError, put_tensors, tensor_names
 
 
 def save_top_images(
@@ -188,7 +187,7 @@ def evaluate_run(
 
     ``similarity`` judges how alike images are (by default the SAE's own features).
     """
-    source = Source.of(read_cfg(run)["config"])
+    source = Run(run).source
     similarity, store = similarity or Similarity(), source.store(split)
     judge = Judge(store, similarity.open(source, split), similarity.key(source))
     return score(run, store, batch_tokens, latents_shown, judge, **options)
@@ -225,11 +224,11 @@ def stored_scores(
     if not (run / "sae.safetensors").is_file() or path.stat().st_mtime < (run / "sae.safetensors").stat().st_mtime:
         return None
     try:
-        scores = read_json(path, "score the run again")
+        scores = Run(run).scores
     except ArtefactError:
         return None
     if scores.get("schema") != SCHEMA or scores["split"] != split or not set(names) <= set(scores["metrics"]):
         return None
-    if similarity is not None and scores["similarity"]["key"] != similarity.key(Source.of(read_cfg(run)["config"])):
+    if similarity is not None and scores["similarity"]["key"] != similarity.key(Run(run).source):
         return None
     return scores

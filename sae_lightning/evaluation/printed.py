@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,7 @@ from omegaconf import DictConfig
 
 from sae_lightning.metrics.part import HEADLINES, fits, headline
 from sae_lightning.rendering.table import Head, Table, Unknown
-from sae_lightning.runs.run import SCORES
-from sae_lightning.runs.scores import read_rows
-from sae_lightning.saes.artefact import read_cfg
+from sae_lightning.runs.run import Run
 
 HEADS = {  # how tables show the core metrics
     "explained_variance": Head("expl. var.", better=True),
@@ -44,7 +41,7 @@ def print_scores(runs: Sequence[Path], cfg: DictConfig) -> None:
     core_table(runs, cfg.split).show()
     if cfg.metrics.get("sparse_probing") is not None:
         visaebench_table(runs, cfg.split).show()
-    judges = {(s["title"], s["baseline"]) for s in (read_scores(run)["similarity"] for run in runs)}
+    judges = {(s["title"], s["baseline"]) for s in (Run(run).scores["similarity"] for run in runs)}
     for title, baseline in sorted(judges):
         print(f"MonoScore by {title}; all pairs of images: {baseline:.3f}.")
 
@@ -52,8 +49,8 @@ def print_scores(runs: Sequence[Path], cfg: DictConfig) -> None:
 def core_table(runs: Sequence[Path], split: str) -> Table:
     """The core metrics of each run."""
     rows = []
-    for run in runs:
-        made, metrics = read_cfg(run), read_scores(run)["metrics"]
+    for run in map(Run, runs):
+        made, metrics = run.cfg, run.scores["metrics"]
         k = "–" if made["k"] is None else f"{made['k']:g}"
         rows.append([run.name, made["backbone"], f"{k} of {made['d_in']}", *(metrics.get(name) for name in HEADS)])
     heads = [Head("run"), Head("backbone"), Head("k of d_in"), *HEADS.values()]
@@ -63,9 +60,9 @@ def core_table(runs: Sequence[Path], split: str) -> Table:
 def visaebench_table(runs: Sequence[Path], split: str) -> Table:
     """M1–M7 of each run, with why one has no number."""
     rows: list[list[object]] = []
-    for run in runs:
-        scores = [row for row in read_rows(run) if row["split"] == split]
-        cells: list[object] = [run.name, read_cfg(run)["backbone"]]
+    for run in map(Run, runs):
+        scores = [row for row in run.rows if row["split"] == split]
+        cells: list[object] = [run.name, run.cfg["backbone"]]
         for h in HEADLINES:
             why = next((r.get("why") for r in scores if r["metric"] == h.metric and fits(r["setting"], h.setting)), "")
             value = headline(scores, h)
@@ -73,8 +70,3 @@ def visaebench_table(runs: Sequence[Path], split: str) -> Table:
         rows.append(cells)
     heads = [Head("run"), Head("backbone"), *(Head(h.title, better=h.better) for h in HEADLINES)]
     return Table("visaebench", f"ViSAEBench on the {split} split", heads, rows)
-
-
-def read_scores(run: Path) -> dict:
-    """scores.json of a run."""
-    return json.loads((run / SCORES).read_text(encoding="utf-8"))

@@ -37,7 +37,7 @@ from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.dictionary import stability
 from sae_lightning.metrics.part import MAIN, Part
 from sae_lightning.runs.identity import same_but_seed, short_hash
-from sae_lightning.runs.run import LATENTS, finished_runs
+from sae_lightning.runs.run import LATENTS, find_runs
 from sae_lightning.runs.scores import put_scores, scores_of
 from sae_lightning.saes import SAE
 from sae_lightning.saes.artefact import read_tensors
@@ -291,7 +291,7 @@ def evaluate(cfg: DictConfig) -> list[Path]:
     DataError, BackboneError or ValueError with a sentence for what cannot be done.
     """
     lend_cache(Path(cfg.paths.runs))
-    runs = finished_runs(cfg.runs, Path(cfg.paths.runs))
+    runs = find_runs(cfg.runs, Path(cfg.paths.runs))
     if cfg.devices > 1:
         with tempfile.TemporaryDirectory() as folder:
             # interpolations of judges and data sets are those of each run's config
@@ -304,7 +304,7 @@ def evaluate(cfg: DictConfig) -> list[Path]:
 
 def scored(cfg: DictConfig) -> list[Path]:
     """The runs that ``cfg.runs`` names and that have scores on ``cfg.split``."""
-    runs = finished_runs(cfg.runs, Path(cfg.paths.runs))
+    runs = find_runs(cfg.runs, Path(cfg.paths.runs))
     return [run for run in runs if stored_scores(run, cfg.split, []) is not None]
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sae_lightning.files import write_atomically
+from sae_lightning.files import write_text
 
 SCHEMA = 2
 
@@ -81,7 +81,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Put ``manifest.json`` into ``folder`` in one move."""
-        write_atomically(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
+        write_text(folder / MANIFEST, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -235,7 +235,7 @@ def shard_name(index: int) -> str:
 
 def write_record(folder: Path, index: int, record: Record) -> None:
     """Write the record; only now does the shard count as finished."""
-    write_atomically(record_path(folder, index), json.dumps(asdict(record) | {"moments": record.moments.to_json()}))
+    write_text(record_path(folder, index), json.dumps(asdict(record) | {"moments": record.moments.to_json()}))
 
 
 def read_record(folder: Path, index: int) -> Record:

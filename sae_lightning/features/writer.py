@@ -7,7 +7,6 @@ record is there. Whoever finds all records seals: statistics, table of images, a
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from importlib.metadata import version
@@ -16,9 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import Timeout
-from safetensors.torch import save
 
 from sae_lightning.data.splits import sorted_names
 from sae_lightning.features.codec import check_dtype
@@ -38,7 +35,17 @@ from sae_lightning.features.manifest import (
     write_record,
 )
 from sae_lightning.features.shard import ShardFile
-from sae_lightning.files import Lock, cause, data_sha256, kind, sync_folder, write_atomically
+from sae_lightning.files import (
+    Lock,
+    cause,
+    file_sha256,
+    half_files,
+    kind,
+    sync_folder,
+    write_table,
+    write_tensors,
+    write_text,
+)
 
 VERSIONS = ("torch", "timm", "transformers", "safetensors")
 PLAN, CLAIMS = "plan.json", "claims"
@@ -186,11 +193,9 @@ class StoreWriter:
         if all(r.captions is not None for r in records):
             columns["caption"] = [x for r in records for x in r.captions or []]
         try:
-            write_atomically(self.folder / STATISTICS, save({"mean": moments.mean, "deviation": deviation}))
-            table = io.BytesIO()
-            pq.write_table(pa.table(columns), table)
-            write_atomically(self.folder / TABLE, table.getvalue())
-            files = {n: data_sha256(self.folder / n, 0) for n in (STATISTICS, TABLE)}
+            write_tensors(self.folder / STATISTICS, {"mean": moments.mean, "deviation": deviation})
+            write_table(self.folder / TABLE, pa.table(columns))
+            files = {n: file_sha256(self.folder / n) for n in (STATISTICS, TABLE)}
             mean_length, spread = float(moments.mean.norm()), float(deviation.norm())
             rounding, rounding_worst = moments.rounding
             about = self.about | {"class_names": class_names}
@@ -228,19 +233,19 @@ def state_lock(folder: Path) -> Lock:
 def write_plan(folder: Path, fingerprint: str, dtype: str, images_per_shard: int) -> None:
     """Say what is being made in ``folder``."""
     plan = {"schema": SCHEMA, "fingerprint": fingerprint, "dtype": dtype, "images_per_shard": images_per_shard}
-    write_atomically(folder / PLAN, json.dumps(plan))
+    write_text(folder / PLAN, json.dumps(plan))
 
 
 def leftovers(folder: Path) -> list[Path]:
     """What the making of a store has left in its folder: plan, claims, and half files of killed processes."""
-    half = [path for place in (folder, folder / RECORDS) for path in place.glob(".*.*-*")]
+    half = [*half_files(folder), *half_files(folder / RECORDS)]
     return half + [path for path in (folder / PLAN, folder / CLAIMS) if path.exists()]
 
 
 def remove_half_files(folder: Path, name: str) -> None:
     """Remove what killed processes have left where they wrote ``folder / name``; nothing where there are no locks."""
     if kind() != "none":
-        for half in folder.glob(f".{name}.*-*"):
+        for half in half_files(folder, name):
             half.unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ from sae_lightning.backbones.backbone import BackboneError, block_outputs
 from sae_lightning.backbones.registry import identity, load_backbone
 from sae_lightning.backbones.settings import fixed_seed, published
 from sae_lightning.backbones.transformers import architecture
-from sae_lightning.files import write_json, write_tensors
+from sae_lightning.files import read_json, write_json, write_tensors
 from sae_lightning.finetuning.data import FinetuneError, Preprocess
 from sae_lightning.registry import one_of
 from sae_lightning.saes.artefact import unwrapped
@@ -238,9 +238,9 @@ def save(
 def load(folder: Path) -> Loaded:
     """What ``save`` wrote in ``folder``; FinetuneError when it is not there, is broken or does not fit."""
     try:
-        cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        cfg = read_json(folder / "cfg.json", "run finetune.py again", FinetuneError)
         tensors = unwrapped(load_file(folder / WEIGHTS))
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise FinetuneError(f"{folder} holds no whole fine-tuned model ({error}); run finetune.py again.") from error
     if cfg.get("schema") != SCHEMA:
         raise FinetuneError(f"{folder}/cfg.json has schema {cfg.get('schema')}; this version reads {SCHEMA}.")

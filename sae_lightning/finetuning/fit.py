@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from sae_lightning.distributed.launch import know_rank, launch_ranks, n_ranks, w
 from sae_lightning.distributed.stopping import heeding
 from sae_lightning.features.source import Source, plain
 from sae_lightning.features.store import FeatureStore
-from sae_lightning.files import held, lend_cache, set_damaged_aside, whole, write_json
+from sae_lightning.files import held, lend_cache, read_json, set_damaged_aside, whole, write_json
 from sae_lightning.finetuning.classifier import WEIGHTS, Classifier, build, load, model_identity, rebuilding, save
 from sae_lightning.finetuning.data import (
     EpochBatches,
@@ -49,6 +48,7 @@ from sae_lightning.runs.identity import (
     clipping,
     short_hash,
 )
+from sae_lightning.runs.run import CFG, HISTORY, LOCK, RESULT
 from sae_lightning.runs.state import is_a_try, last_checkpoint
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.settings import check_settings
@@ -186,7 +186,7 @@ def run_name(cfg: DictConfig, seen: Mapping[str, Any] | None = None) -> str:
 
 TRAINED = "trained.json"
 
-PRODUCTS = ("result.json", WEIGHTS, "cfg.json")  # without which a run is not finished
+PRODUCTS = (RESULT, WEIGHTS, CFG)  # without which a run is not finished
 
 VERSIONS = ("torch", "torchvision", "lightning", "timm", "transformers", "peft", "numpy")
 
@@ -202,7 +202,7 @@ def finetune(cfg: DictConfig) -> Path:
     lend_cache(Path(cfg.paths.runs))
     folder = Path(cfg.paths.runs) / run_name(cfg)
     own = worth_keeping(folder, not is_a_try(cfg))
-    with own, heeding(folder.name), held(folder / ".lock", f"fine-tuning {folder.name}"):
+    with own, heeding(folder.name), held(folder / LOCK, f"fine-tuning {folder.name}"):
         if is_finished(folder):
             print(f"{folder.name}: finished before, skipped.", flush=True)
             return folder
@@ -273,7 +273,7 @@ def fit(cfg: DictConfig, folder: Path) -> None:
         cfg.seed, cfg.num_workers,
     )  # fmt: skip
     clock = EpochClock()
-    callbacks = [StopNotFinite(folder), *checkpoints(cfg, folder), History(folder / "history.csv"), clock]
+    callbacks = [StopNotFinite(folder), *checkpoints(cfg, folder), History(folder / HISTORY), clock]
     callbacks += build_callbacks(cfg, folder)
     last = last_checkpoint(folder)
     callbacks.append(StopWhenAsked(last))
@@ -331,8 +331,8 @@ def finish(cfg: DictConfig, folder: Path, held_out: ImageData) -> None:
         workers(preprocess.image_size, cfg.num_workers), "cuda" if on_gpu else "cpu",
     )  # fmt: skip
     embeddings = align(similarity_store(cfg, held_out.split), held_out)
-    result = {"status": "finished", **json.loads((folder / TRAINED).read_text(encoding="utf-8"))}
-    write_json(folder / "result.json", result | {held_out.split: scores(found, embeddings)})
+    result = {"status": "finished", **read_json(folder / TRAINED, "delete it")}
+    write_json(folder / RESULT, result | {held_out.split: scores(found, embeddings)})
     (folder / TRAINED).unlink()
     remove_checkpoints(folder)
 

@@ -20,8 +20,8 @@ from sae_lightning.report.latents import audit, latent_groups, latents, pictures
 from sae_lightning.report.monoloss import as_csv, as_markdown, first_of_settings, groups_of, keys, monosemanticity
 from sae_lightning.runs.identity import monoloss_of
 from sae_lightning.runs.results import PAGE, RECORD, read_result
-from sae_lightning.runs.run import FILES, SCORES, TOP_IMAGES
-from sae_lightning.saes.artefact import ArtefactError, read_cfg, read_json, tensor_names
+from sae_lightning.runs.run import FILES, SCORES, TOP_IMAGES, Run
+from sae_lightning.saes.artefact import ArtefactError, tensor_names
 
 Runs = Sequence[Mapping[str, Any]]
 
@@ -127,9 +127,8 @@ def files(saes: Sequence[Scored]) -> dict[str, str]:
 
 def load_run(folder: Path) -> dict[str, Any]:
     """What the page shows of one evaluated run."""
-    cfg = read_cfg(folder)
-    scores = read_json(folder / SCORES, f"make it anew: python evaluate.py runs={folder.name}")
-    result = read_json(folder / "result.json", "train the run again")
+    run = Run(folder)
+    cfg, scores, result = run.cfg, run.scores, run.result
     k = "–" if cfg["k"] is None else f"{cfg['k']:g} of {cfg['d_in']}"
     kind = "" if cfg["features"] == "patch" else cfg["features"]
     features = " ".join(filter(None, (kind, "" if cfg["layer"] is None else f"L{cfg['layer']}")))

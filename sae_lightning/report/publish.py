@@ -19,7 +19,7 @@ from PIL import Image
 from sae_lightning.metrics.part import HEADLINES, headline
 from sae_lightning.report.latents import latent_groups, pictures
 from sae_lightning.report.page import load_run
-from sae_lightning.runs.run import SCORES, TOP_IMAGES
+from sae_lightning.runs.run import SCORES, TOP_IMAGES, Run
 from sae_lightning.runs.scores import TABLE, read_rows
 from sae_lightning.saes.artefact import read_cfg
 from sae_lightning.training.loggers import check_loggers, columns
@@ -38,7 +38,7 @@ def scores_of(run: Path) -> dict[str, float]:
 
     The prefix is the split that was scored.
     """
-    scores = json.loads((run / SCORES).read_text(encoding="utf-8"))
+    scores = Run(run).scores
     split = scores["split"]
     found = {f"{split}/{name}": float(value) for name, value in scores["metrics"].items()}
     rows = [row for row in read_rows(run) if row["split"] == split]
@@ -48,8 +48,8 @@ def scores_of(run: Path) -> dict[str, float]:
 
 def trained(run: Path) -> dict[str, Any]:
     """What a finished training says of itself: ``seconds``, ``steps``, … and ``val/…``."""
-    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    val = {f"val/{name}": value for name, value in result.pop("val").items()}
+    result = Run(run).result
+    val = {f"val/{name}": value for name, value in result["val"].items()}
     return {name: value for name, value in result.items() if isinstance(value, int | float | str)} | val
 
 

@@ -1,9 +1,9 @@
-"""A finished run as the applications use it: SAE, encoder, pictures, and the codes of whole images."""
+"""What lies in a run's folder, and a finished run opened once for all who read it."""
 
 from __future__ import annotations
 
 import hashlib
-import os
+import io
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from glob import glob
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import ListConfig
 from PIL import Image
 from scipy.sparse import csr_matrix, load_npz, save_npz, vstack
 from torch import Tensor
@@ -23,32 +23,66 @@ from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.data import DataError, ImageData
 from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
-from sae_lightning.files import file_sha256, whole
+from sae_lightning.files import file_sha256, read_json, whole, write_bytes
+from sae_lightning.runs.scores import read_rows
 from sae_lightning.saes import SAE
-from sae_lightning.saes.artefact import read_cfg
+from sae_lightning.saes.artefact import ArtefactError, read_cfg
+
+# the files in a run's folder: what training leaves there, what evaluating adds, and what the state is read from
+CFG, WEIGHTS, RESULT, HISTORY = "cfg.json", "sae.safetensors", "result.json", "history.csv"
+SCORES, LATENTS, TOP_IMAGES, BAND_IMAGES = (
+    "scores.json", "latents.safetensors", "top_images.safetensors", "bands.safetensors"
+)  # fmt: skip
+APPS, LOCK, FAILED, NOTES = "apps", ".lock", "failed.json", ("resolved.yaml", "meeting.json")
+CHECKPOINTS, LAST, BEFORE = "checkpoints", "last.ckpt", "before.ckpt"
+
+PRODUCTS = (RESULT, WEIGHTS, CFG)  # without which a run is not finished
+FILES = (SCORES, LATENTS, TOP_IMAGES, BAND_IMAGES)  # what evaluating leaves
 
 TOKENS = 8192  # encoded at once
 
 
-class Opened:
-    """The run in ``folder``; everything is read when it is first asked for, and kept.
+class Run:
+    """The run in ``folder``, as all who read one see it; everything is read when it is first asked for, and kept.
 
-    ``made`` is its cfg.json, ``config`` the config that it was trained with. ArtefactError when there is no run.
+    ``cfg`` is its cfg.json, which it must have, else ArtefactError.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.name
-        self.made: dict[str, Any] = read_cfg(folder)
-        self.config: DictConfig = OmegaConf.create(self.made["config"])
+        self.cfg: dict[str, Any] = read_cfg(folder)
         self._images: dict[str, ImageData] = {}
         self._codes: dict[str, csr_matrix] = {}
         self._features: dict[str, np.ndarray] = {}
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The config that it was trained with; ArtefactError for an SAE of other hands."""
+        if "config" not in self.cfg:
+            raise ArtefactError(f"{self.folder / CFG} holds no config: that SAE was not trained here; leave it out.")
+        return self.cfg["config"]
+
+    @property
     def label(self) -> str:
         """The run in a few words: ``clip (tiny) embedding · msae ×8``."""
-        kind = "" if self.made["features"] == "patch" else f" {self.made['features']}"
-        return f"{self.made['backbone']}{kind} · {self.made['variant']} ×{self.made['expansion']:g}"
+        kind = "" if self.cfg["features"] == "patch" else f" {self.cfg['features']}"
+        return f"{self.cfg['backbone']}{kind} · {self.cfg['variant']} ×{self.cfg['expansion']:g}"
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """What training says of itself: seconds, steps, … and the scores ``val``."""
+        return read_json(self.folder / RESULT, "train the run again", ArtefactError)
+
+    @cached_property
+    def scores(self) -> dict[str, Any]:
+        """What evaluating says in ``scores.json``: the split, its ``metrics``, …; ArtefactError where it has not."""
+        path = self.folder / SCORES
+        return read_json(path, f"make it anew: python evaluate.py runs={self.name}", ArtefactError)
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of ``scores.parquet``, none where there is none; ArtefactError where it is damaged."""
+        return read_rows(self.folder, strict=True)
 
     @cached_property
     def source(self) -> Source:
@@ -101,8 +135,8 @@ class Opened:
         """
         if split not in self._codes:
             store = self.store(split)
-            key = hashlib.sha256(f"{store.fingerprint}|{file_sha256(self.folder / 'sae.safetensors')}".encode())
-            kept = self.folder / "apps" / f"codes-{split}-{key.hexdigest()[:12]}.npz"
+            key = hashlib.sha256(f"{store.fingerprint}|{file_sha256(self.folder / WEIGHTS)}".encode())
+            kept = self.folder / APPS / f"codes-{split}-{key.hexdigest()[:12]}.npz"
             if kept.is_file():
                 self._codes[split] = load_npz(kept)
             else:
@@ -131,30 +165,27 @@ class Opened:
 
     def results(self, app: str) -> Path:
         """Where the application ``app`` leaves what it finds of this run."""
-        return self.folder / "apps" / app
+        return self.folder / APPS / app
 
 
-def shared_results(runs: Sequence[Opened], app: str, otherwise: str | Path) -> Path:
+def shared_results(runs: Sequence[Run], app: str, otherwise: str | Path) -> Path:
     """Where ``app`` leaves what it finds of several ``runs``: beside them, or below ``otherwise`` if they lie apart."""
     parents = {run.folder.parent for run in runs}
-    return (parents.pop() if len(parents) == 1 else Path(otherwise)) / "apps" / app
+    return (parents.pop() if len(parents) == 1 else Path(otherwise)) / APPS / app
 
 
 def _keep(path: Path, earlier: str, codes: csr_matrix) -> None:
     """Write ``codes`` to ``path`` and remove the ``earlier`` ones (a pattern); a folder that refuses is no error."""
-    partial = path.with_name(f".{path.stem}-{os.getpid()}.npz")
+    content = io.BytesIO()
+    save_npz(content, codes, compressed=False)
     try:
         path.parent.mkdir(exist_ok=True)
         old = [file for file in path.parent.glob(earlier) if file != path]
-        save_npz(partial, codes, compressed=False)
-        os.replace(partial, path)
+        write_bytes(path, content.getbuffer())
         for file in old:
             file.unlink(missing_ok=True)
     except OSError:
-        partial.unlink(missing_ok=True)
-
-
-PRODUCTS = ("result.json", "sae.safetensors", "cfg.json")  # without which a run is not finished
+        return
 
 
 def is_finished(folder: Path) -> bool:
@@ -162,28 +193,14 @@ def is_finished(folder: Path) -> bool:
     return all(whole(folder / name) for name in PRODUCTS)
 
 
-def load_record(folder: Path) -> dict[str, Any]:
-    """``cfg.json`` and ``result.json`` of a finished run as one dict."""
-    import json
-
-    return read_cfg(folder) | {"result": json.loads((folder / "result.json").read_text(encoding="utf-8"))}
-
-
-LATENTS, TOP_IMAGES, BAND_IMAGES = "latents.safetensors", "top_images.safetensors", "bands.safetensors"
-
-SCORES = "scores.json"
-
-FILES = (SCORES, LATENTS, TOP_IMAGES, BAND_IMAGES)  # what scoring leaves in the run's folder
-
-
-def finished_runs(patterns: str | Iterable[str], folder: Path) -> list[Path]:
+def find_runs(patterns: str | Iterable[str], folder: Path) -> list[Path]:
     """Finished run folders below ``folder`` whose names match ``patterns`` (one or several), sorted.
 
     Raises FileNotFoundError with a sentence when there is none.
     """
     patterns = [str(patterns)] if isinstance(patterns, str | int | float) else [str(pattern) for pattern in patterns]
     try:
-        found = {p for pattern in patterns for p in folder.glob(pattern) if (p / "result.json").is_file()}
+        found = {p for pattern in patterns for p in folder.glob(pattern) if (p / RESULT).is_file()}
     except (ValueError, NotImplementedError) as error:
         raise ValueError(
             f"{', '.join(patterns)} is no pattern of names below {folder} ({error}); name runs as in batchtopk-*."
@@ -202,8 +219,8 @@ def chosen_runs(wanted: str | Iterable[str], folder: Path) -> list[Path]:
     several = list(wanted) if isinstance(wanted, (list, tuple, ListConfig)) else [str(wanted)]
     found: list[Path] = []
     for one in several:
-        paths = sorted(Path(path) for path in glob(one) if (Path(path) / "result.json").is_file())
+        paths = sorted(Path(path) for path in glob(one) if (Path(path) / RESULT).is_file())
         if not paths and Path(one).is_absolute():
             raise FileNotFoundError(f"No finished run is {one}; give the folder of one that train.py has finished.")
-        found += paths or finished_runs(one, folder)
+        found += paths or find_runs(one, folder)
     return list(dict.fromkeys(found))

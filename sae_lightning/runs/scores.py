@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sae_lightning.files import write_table
 from sae_lightning.metrics.base import Score
 from sae_lightning.saes.artefact import ArtefactError
 
@@ -66,9 +66,7 @@ def put_scores(run: Path, part: str, split: str, key: str, scores: Iterable[Scor
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"Two scores of {run.name} are called {twice}; give them different settings.")
     rows = sorted((*rows, *made), key=lambda r: (r["part"], r["split"]))
-    partial = run / (TABLE + ".partial")
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), partial)
-    os.replace(partial, run / TABLE)
+    write_table(run / TABLE, pa.Table.from_pylist(rows, SCHEMA))
 
 
 def value_of(rows: Iterable[Mapping[str, Any]], metric: str, setting: str = "", split: str | None = None) -> float:

@@ -12,36 +12,26 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from sae_lightning.features.source import looking_once
-from sae_lightning.files import (
-    Lock,
-    held,
-    set_aside,
-    write_json,
-)
-from sae_lightning.runs.identity import (
-    RULES,
-    leaves_of,
-    run_name,
-    settings_of,
-)
-from sae_lightning.runs.run import is_finished
+from sae_lightning.files import Lock, half_files, held, read_json, set_aside, write_json
+from sae_lightning.runs.identity import RULES, leaves_of, run_name, settings_of
+from sae_lightning.runs.run import CFG, CHECKPOINTS, FAILED, HISTORY, LAST, LOCK, NOTES, RESULT, is_finished
+from sae_lightning.runs.scores import read_rows
 from sae_lightning.saes.artefact import ArtefactError, read_cfg
 
-LAST, BEFORE = "last.ckpt", "before.ckpt"
+PLAN = "planned.json"  # in the folder of all runs
+
+MARKS = (LOCK, CFG, FAILED)  # what tells a run's folder from others
 
 
 def last_checkpoint(run: Path) -> Path:
     """Where the checkpoint lies that ``run`` goes on from."""
-    return run / "checkpoints" / LAST
-
-
-FAILED = "failed.json"
+    return run / CHECKPOINTS / LAST
 
 
 def failure(folder: Path) -> str | None:
     """Why the run in ``folder`` has failed; None where it has not."""
     path = folder / FAILED
-    return json.loads(path.read_text(encoding="utf-8"))["about"] if path.is_file() else None
+    return read_json(path, "delete it")["about"] if path.is_file() else None
 
 
 def in_words(part: Mapping[str, Any]) -> str:
@@ -53,11 +43,6 @@ def in_words(part: Mapping[str, Any]) -> str:
 def is_a_try(cfg: DictConfig) -> bool:
     """Whether this is Lightning's ``fast_dev_run``, which leaves nothing behind."""
     return bool(cfg.trainer.get("fast_dev_run"))
-
-
-PLAN = "planned.json"
-
-MARKS = (".lock", "cfg.json", FAILED)  # what tells a run's folder from others
 
 
 def note_plan(cfgs: Sequence[DictConfig], overrides: Sequence[Sequence[str]], sweep: Path) -> None:
@@ -110,7 +95,7 @@ def states(folder: Path) -> list[State]:
 def state_of(run: Path) -> State:
     """How far one run is; ``running`` where another process holds it."""
     if is_finished(run):
-        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result = read_json(run / RESULT, "train the run again")
         value = (result.get("val") or {}).get("explained_variance")
         said = [f"{result['seconds']:.0f} s", *([] if value is None else [f"expl. var. {value:.3f}"])]
         about = ", ".join([*said, *([in_words(result["in_part"])] if "in_part" in result else [])])
@@ -128,12 +113,12 @@ def state_of(run: Path) -> State:
 
 
 def _held(run: Path) -> bool:
-    return (run / ".lock").exists() and Lock(run / ".lock").taken()
+    return (run / LOCK).exists() and Lock(run / LOCK).taken()
 
 
 def _last_step(run: Path) -> int | None:
     """The step of the last row of history.csv."""
-    path = run / "history.csv"
+    path = run / HISTORY
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     if len(lines) < 2:
         return None
@@ -142,17 +127,7 @@ def _last_step(run: Path) -> int | None:
 
 def _parts_scored(run: Path) -> int:
     """Parts of the benchmark that the run has scores of."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(run / "scores.parquet", columns=["part"])
-    except (FileNotFoundError, pa.ArrowException):
-        return 0
-    return len(set(table["part"].to_pylist()))
-
-
-LEFT_OVER = ("resolved.yaml", "meeting.json")  # of a finished run
+    return len({row["part"] for row in read_rows(run)})
 
 
 class Difference(NamedTuple):
@@ -200,10 +175,8 @@ def without_use(folder: Path) -> list[str]:
 def left_over(folder: Path) -> list[Path]:
     """What finished runs no longer need: notes for ranks, and files that were being written."""
     finished = [folder / state.name for state in states(folder) if state.state == "finished"]
-    return [
-        path for run in finished for path in sorted(run.iterdir())
-        if path.name in LEFT_OVER or path.name.endswith(".partial")
-    ]  # fmt: skip
+    found = [[*half_files(run), *run.glob("*.partial"), *(run / name for name in NOTES)] for run in finished]
+    return [path for paths in found for path in paths if path.exists()]
 
 
 def is_running(run: Path) -> bool:
@@ -233,7 +206,7 @@ def differences(first: Path, second: Path) -> Iterator[Difference]:
 def _made(run: Path) -> Mapping[str, Any]:
     made = read_cfg(run)
     if "config" not in made:
-        raise ArtefactError(f"{run / 'cfg.json'} holds no config: that SAE was not trained here.")
+        raise ArtefactError(f"{run / CFG} holds no config: that SAE was not trained here.")
     return made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sae_lightning.files import write_json, write_tensors
+from sae_lightning.files import read_json, write_json, write_tensors
 from sae_lightning.registry import Registry
 
 VARIANTS: Registry[Any] = Registry("sae.name")  # classes of SAEs by their ``variant``
@@ -42,25 +41,12 @@ def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file; ArtefactError says what is wrong, and the ``remedy``."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be read ({(error.strerror or str(error)).lower()}); {remedy}.") from error
-    except ValueError as error:
-        raise ArtefactError(f"{path} is not valid JSON ({error}); {remedy}.") from error
-    if not isinstance(content, dict):
-        raise ArtefactError(f"{path} holds no object; {remedy}.")
-    return content
-
-
 def read_cfg(folder: Path) -> dict[str, Any]:
     """``cfg.json`` of an artefact or run folder."""
     path = folder / "cfg.json"
     if not path.is_file():
         raise ArtefactError(f"There is no cfg.json in {folder}; expected a run folder with a finished SAE.")
-    cfg = read_json(path, "train the run again")
+    cfg = read_json(path, "train the run again", ArtefactError)
     if cfg.get("schema") not in (1, 2, SCHEMA):
         raise ArtefactError(f"{path} has schema {cfg.get('schema')}; this version reads schemas 1 to {SCHEMA}.")
     return cfg

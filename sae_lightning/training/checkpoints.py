@@ -20,8 +20,9 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sae_lightning.files import cause, set_aside, sync_folder, write_atomically
-from sae_lightning.runs.state import BEFORE, LAST, last_checkpoint
+from sae_lightning.files import cause, set_aside, sync_folder, write_bytes
+from sae_lightning.runs.run import BEFORE, LAST
+from sae_lightning.runs.state import last_checkpoint
 
 
 class CheckpointError(ValueError):
@@ -48,7 +49,7 @@ class CheckpointFiles(TorchCheckpointIO):
         staged = path.with_name(f".{path.name}.new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(staged, content.getbuffer())
+            write_bytes(staged, content.getbuffer())
             if path == self.own and path.is_file():
                 os.replace(path, path.with_name(BEFORE))
             os.replace(staged, path)
@@ -131,7 +132,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def names_full_disk(work: Callable[..., Any]) -> Callable[..., Any]:
-    """``work(cfg, folder, …)``, whose errors become a FullDiskError where a disk is full; half files are removed."""
+    """``work(cfg, folder, …)``, whose errors become a FullDiskError where a disk is full."""
 
     @wraps(work)
     def guarded(cfg: Any, folder: Path, *others: Any, **options: Any) -> Any:
@@ -140,8 +141,6 @@ def names_full_disk(work: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if isinstance(error, ValueError) or not is_full(error):  # a ValueError is a sentence already
                 raise
-            for half in folder.glob("*.partial"):
-                half.unlink(missing_ok=True)
             where = getattr(error, "filename", None) or folder
             raise FullDiskError(
                 f"Writing {where} failed: the disk is full. Free space there, or set paths.runs to another disk; "

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from sae_lightning.distributed.launch import node
 from sae_lightning.files import write_json
-from sae_lightning.runs.state import FAILED, failure
+from sae_lightning.runs.run import CHECKPOINTS, FAILED, HISTORY, LOCK, RESULT, WEIGHTS
+from sae_lightning.runs.state import failure
 from sae_lightning.training.checkpoints import remove_checkpoints
 
-KEPT = (FAILED, "checkpoints", "history.csv", "sae.safetensors", "trained.json", "result.json")
+KEPT = (FAILED, CHECKPOINTS, HISTORY, WEIGHTS, "trained.json", RESULT)
 
 LEFT = "failed"
 
@@ -106,7 +107,7 @@ def worth_keeping(folder: Path, keep: bool = True) -> Iterator[None]:
 
     So an impossible setting, or a try (``trainer.fast_dev_run``), leaves no folder behind.
     """
-    bare = not folder.exists() or all(path.name.startswith(".lock") for path in folder.iterdir())
+    bare = not folder.exists() or all(path.name.startswith(LOCK) for path in folder.iterdir())
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
@@ -139,5 +140,5 @@ def begin_anew(folder: Path) -> None:
     if failure(folder) is not None:
         print(f"{folder.name}: failed before, trained anew.", flush=True)
         (folder / FAILED).unlink()
-        (folder / "history.csv").unlink(missing_ok=True)
+        (folder / HISTORY).unlink(missing_ok=True)
         shutil.rmtree(folder / LEFT, ignore_errors=True)

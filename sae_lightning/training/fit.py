@@ -32,7 +32,7 @@ from sae_lightning.features.source import Source, looking_once, plain
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import held, lend_cache, set_damaged_aside, write_json
 from sae_lightning.runs.identity import callbacks_on, identity, level_of, run_name, short_hash
-from sae_lightning.runs.run import PRODUCTS, is_finished
+from sae_lightning.runs.run import HISTORY, LOCK, PRODUCTS, RESULT, is_finished
 from sae_lightning.runs.state import is_a_try, last_checkpoint
 from sae_lightning.saes import VARIANTS, Normalizer
 from sae_lightning.settings import check_settings
@@ -78,7 +78,7 @@ def train(cfg: DictConfig) -> Path:
 
 def _lead(cfg: DictConfig, folder: Path) -> None:
     """What the first or only node of a job does for one run."""
-    with held(folder / ".lock", f"training {folder.name}"), leading(folder):
+    with held(folder / LOCK, f"training {folder.name}"), leading(folder):
         if is_finished(folder):
             print(f"{folder.name}: finished before, skipped.", flush=True)
             return
@@ -129,7 +129,7 @@ def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
     module = build_module(cfg, stores["train"], stores["val"].mean)
     throughput = Throughput(data)
     last = last_checkpoint(folder)
-    callbacks = [StopNotFinite(folder), *checkpoints(cfg, folder), History(folder / "history.csv"), throughput]
+    callbacks = [StopNotFinite(folder), *checkpoints(cfg, folder), History(folder / HISTORY), throughput]
     callbacks += build_callbacks(cfg, folder)
     callbacks.append(StopWhenAsked(last))
     if cfg.resample.every:
@@ -179,7 +179,7 @@ def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
             "wait_share": throughput.wait_share, "devices": trainer.world_size,
             "side_by_side": 1 if seat is None else seat.stream.members, "val": scores,
         }  # fmt: skip
-        write_json(folder / "result.json", result)
+        write_json(folder / RESULT, result)
         close_loggers(loggers, cfg, folder, result)
         remove_checkpoints(folder)
     trainer.strategy.barrier()

@@ -26,7 +26,7 @@ from sae_lightning.features.shared import Seat, SharedStream, StreamStoppedError
 from sae_lightning.features.source import Source, looking_once
 from sae_lightning.files import held, lend_cache, set_damaged_aside
 from sae_lightning.runs.identity import run_name
-from sae_lightning.runs.run import PRODUCTS, is_finished
+from sae_lightning.runs.run import LOCK, PRODUCTS, is_finished
 from sae_lightning.runs.state import is_a_try
 from sae_lightning.training.checkpoints import mend_checkpoint
 from sae_lightning.training.failed import begin_anew, worth_keeping
@@ -111,7 +111,7 @@ def _train_packed(folders: dict[Path, DictConfig]) -> list[Path]:
     with heeding(f"{len(folders)} runs side by side"), ExitStack() as locks:
         for folder in sorted(folders):
             locks.enter_context(worth_keeping(folder, not is_a_try(folders[folder])))
-            locks.enter_context(held(folder / ".lock", f"training {folder.name}"))
+            locks.enter_context(held(folder / LOCK, f"training {folder.name}"))
         todo = {}
         for folder, cfg in folders.items():
             if is_finished(folder):

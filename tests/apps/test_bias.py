@@ -19,7 +19,7 @@ from sae_lightning.apps.bias.study import Task, labelled, members, study, task_o
 from sae_lightning.apps.edits import whole_images
 from sae_lightning.data import DataError
 from sae_lightning.features.source import Source
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 from sae_lightning.saes import ReLU
 from sae_lightning.training.fit import train
 from tests.configs import composed
@@ -195,7 +195,7 @@ def test_tasks_that_cannot_be_are_refused(positive, negative, words):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Opened:
+def finished(tmp_path_factory) -> Run:
     """A run on pooled features of 100 pictures a split of the demo."""
     root = tmp_path_factory.mktemp("bias")
     cfg = composed(
@@ -204,7 +204,7 @@ def finished(tmp_path_factory) -> Opened:
         "batch_size=64", "trainer.accelerator=cpu", "trainer.max_epochs=3", "trainer.enable_progress_bar=false",
         f"paths.stores={root / 'stores'}", f"paths.runs={root / 'runs'}",
     )  # fmt: skip
-    return Opened(train(cfg))
+    return Run(train(cfg))
 
 
 def options(*overrides: str):
@@ -247,7 +247,7 @@ def test_without_pictures_there_is_a_page_without_the_check(finished, monkeypatc
     def images(self, split):
         raise DataError("There are no pictures.")
 
-    monkeypatch.setattr(Opened, "images", images)
+    monkeypatch.setattr(Run, "images", images)
     (result,) = results_of([finished], options("app.positive=[cat,dog]", "app.negative=[truck,ship]"))
     page = result.page.read_text()
     assert "It needs pictures and the encoder. There are no pictures." in page

@@ -58,7 +58,7 @@ def mine(monkeypatch):
     def opened(folder):
         return SimpleNamespace(name=folder.name, label="a run", results=lambda app: folder / "apps" / app)
 
-    monkeypatch.setattr(module, "Opened", opened)
+    monkeypatch.setattr(module, "Run", opened)
     monkeypatch.setattr(module, "APPS", type(module.APPS)("app"))
     monkeypatch.setattr(module, "TOGETHER", set())
 

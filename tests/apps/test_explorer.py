@@ -23,7 +23,7 @@ from sae_lightning.apps.explorer.uploads import Uploads
 from sae_lightning.apps.explorer.views import Captioner
 from sae_lightning.evaluation.core import evaluate_run
 from sae_lightning.features.source import Source
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 from sae_lightning.saes import Normalizer, TopK
 from sae_lightning.training.fit import record
 from tests.configs import composed
@@ -32,17 +32,17 @@ from tests.processes import HANG
 SITE = "http://127.0.0.1:8000"
 
 
-def made_run(folder, cfg: DictConfig) -> Opened:
+def made_run(folder, cfg: DictConfig) -> Run:
     """A finished run with a random dictionary on the pictures."""
     store = Source.of(cfg).store("train")
     sae = TopK(store.d_in, 2 * store.d_in, k=4, normalizer=Normalizer(store.d_in, store.mean, store.std), seed=0)
     sae.save(folder, **record(cfg, folder, {"train": store}))
     (folder / "result.json").write_text("{}")
-    return Opened(folder)
+    return Run(folder)
 
 
 @pytest.fixture(scope="module")
-def runs(pictures, tmp_path_factory) -> list[Opened]:
+def runs(pictures, tmp_path_factory) -> list[Run]:
     """One run on patch tokens and one on pooled features of the same pictures."""
     root = tmp_path_factory.mktemp("explorer")
 
@@ -255,7 +255,7 @@ def test_a_model_of_another_encoder_gives_no_captions(open_runs):
 def test_an_evaluated_run_shows_what_was_measured(runs, tmp_path):
     shutil.copytree(runs[0].folder, tmp_path / "run")
     evaluate_run(tmp_path / "run", split="train")
-    view = RunView(Opened(tmp_path / "run"), "train", Uploads())
+    view = RunView(Run(tmp_path / "run"), "train", Uploads())
     plain = RunView(runs[0], "train", Uploads())
     assert view.figures.evaluated
     assert "token_share" in view.figures.columns
@@ -267,7 +267,7 @@ def test_an_evaluated_run_shows_what_was_measured(runs, tmp_path):
         np.testing.assert_allclose(
             view.figures.columns[name].values, plain.figures.columns[name].values, rtol=2e-3, atol=1e-5
         )
-    assert not RunView(Opened(tmp_path / "run"), "test", Uploads()).figures.evaluated
+    assert not RunView(Run(tmp_path / "run"), "test", Uploads()).figures.evaluated
 
 
 # --- what is refused ------------------------------------------------------------------------------

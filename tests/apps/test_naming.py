@@ -13,7 +13,7 @@ from sae_lightning.apps.naming.vocabulary import chosen_method, moments, place
 from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.features.source import Source
 from sae_lightning.runs.results import read_result
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 from sae_lightning.saes import Normalizer, TopK
 from sae_lightning.training.fit import record
 from tests.configs import composed
@@ -29,11 +29,11 @@ def root(tmp_path_factory):
     return folder
 
 
-def planted(root, pictures, backbone: str, features: str) -> Opened:
+def planted(root, pictures, backbone: str, features: str) -> Run:
     """A run of d_sae = d_in; where there are words, row i of the decoder is word i's embedding."""
     folder = root / f"{backbone}-{features}"
     if folder.is_dir():
-        return Opened(folder)
+        return Run(folder)
     cfg = composed(
         "config",
         "data=folder", f"data.path={pictures}", f"backbone={backbone}", "backbone.size=tiny", "sae=topk", "k=4",
@@ -47,7 +47,7 @@ def planted(root, pictures, backbone: str, features: str) -> Opened:
             sae.W_dec[: len(WORDS)] = place(texts, Normalizer(store.d_in, *moments(texts)), sae)
             sae.W_enc.copy_(sae.W_dec)
     sae.save(folder, **record(cfg, folder, {"train": store}))
-    return Opened(folder)
+    return Run(folder)
 
 
 def options(root, *more: str):

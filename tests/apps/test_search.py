@@ -42,7 +42,7 @@ from sae_lightning.apps.search.neighbours import (
     top_shared,
 )
 from sae_lightning.apps.statistics import mean_interval
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 from sae_lightning.saes import TopK
 from sae_lightning.saes.sae import Normalizer
 from sae_lightning.training.fit import train
@@ -296,7 +296,7 @@ def opened(request, tmp_path_factory, pictures):
     )  # fmt: skip
     train(cfg)
     (folder,) = (path.parent for path in root.rglob("result.json"))
-    return Opened(folder)
+    return Run(folder)
 
 
 def asked(**app):
@@ -339,12 +339,12 @@ def test_queries_are_numbers_ids_or_files_and_anything_else_is_named(opened):
 def test_wrong_options_are_told(opened):
     with pytest.raises(ValueError, match=r"Unknown app\.turn\.unit=volts; choose one of spread, code"):
         results_of([opened], asked(turn={"unit": "volts"}))
-    opened.made["features"], kind = "text", opened.made["features"]
+    opened.cfg["features"], kind = "text", opened.cfg["features"]
     try:
         with pytest.raises(ValueError, match="was trained on captions; search needs a run on features of images"):
             results_of([opened], asked())
     finally:
-        opened.made["features"] = kind
+        opened.cfg["features"] = kind
 
 
 def test_a_picture_of_any_size_and_mode_can_be_searched_for(opened, tmp_path):

@@ -24,7 +24,7 @@ from sae_lightning.apps.stability.universal import (
     threshold_of,
 )
 from sae_lightning.data import ImageData
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 from sae_lightning.saes.relu import ReLU
 from tests.configs import CONF, composed
 from tests.conftest import fill_store
@@ -58,7 +58,7 @@ def encoder(root, name: str, own: int, data: str = "synthetic") -> dict[str, str
     return folders
 
 
-def a_run(root, backbone: str, own: int, stores, seed: int, order=None, rows=None, **made) -> Opened:
+def a_run(root, backbone: str, own: int, stores, seed: int, order=None, rows=None, **made) -> Run:
     """A ReLU SAE whose latents are the concepts of ``encoder`` in an ``order``, or whose directions are ``rows``."""
     cfg = composed(
         "config", "data=store", f"data.train={stores['train']}", f"data.test={stores['test']}", f"backbone={backbone}",
@@ -78,7 +78,7 @@ def a_run(root, backbone: str, own: int, stores, seed: int, order=None, rows=Non
         "layer": 4, "data": "synthetic", "features": "patch",
     } | made  # fmt: skip
     sae.save(root / "runs" / name, **about, config=OmegaConf.to_container(cfg, resolve=True))
-    return Opened(root / "runs" / name)
+    return Run(root / "runs" / name)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_shared_latents_are_found_in_every_encoder_and_nothing_else(result, runs
     found = set()
     for _, of in table.groupby("rank"):
         latent = of.set_index("run")["latent"]
-        found.add(tuple(ORDERS[run.made["seed"]][latent[run.name]] for run in (runs[0], *runs[2:])))
+        found.add(tuple(ORDERS[run.cfg["seed"]][latent[run.name]] for run in (runs[0], *runs[2:])))
     assert found == {(c, c, c) for c in range(SHARED)}
     assert (table["score"] > 0.99).all()
     assert (table["held_out"] > 0.99).all()
@@ -197,7 +197,7 @@ def test_pictures_are_those_that_the_members_fire_on_most(runs, monkeypatch, roo
             "planted", split, store.class_names, store.labels.numpy(), store.image_ids, picture.__getitem__
         )
 
-    monkeypatch.setattr(Opened, "images", images)
+    monkeypatch.setattr(Run, "images", images)
     monkeypatch.setattr(stability_page, "strip", lambda images: shown.append([i.getpixel((0, 0))[0] for i in images]))
     (found,) = results_of(runs[1:], asked(root, universal={"shown": 2, "images": 3}))
     table = pd.read_parquet(found.folder / "universal.parquet").query("rank <= 2")

@@ -12,7 +12,7 @@ from sae_lightning.apps.steering.app import judge_node
 from sae_lightning.apps.steering.latents import diffmean
 from sae_lightning.backbones.backbone import Tap
 from sae_lightning.runs.results import read_result
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 from sae_lightning.training.fit import train
 from sae_lightning.vlms import VLM
 from sae_lightning.vlms.steering import Edit, check_fit, edited, steered_captions
@@ -57,7 +57,7 @@ def trained(pictures, tmp_path_factory):
         "trainer.enable_progress_bar=false", f"paths.stores={root / 'stores'}", f"paths.runs={root / 'runs'}",
     )  # fmt: skip
     train(cfg)
-    return Opened(next((root / "runs").iterdir()))
+    return Run(next((root / "runs").iterdir()))
 
 
 def options(*overrides):

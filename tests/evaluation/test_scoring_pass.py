@@ -18,7 +18,7 @@ from sae_lightning.evaluation.by_latent import TopImages, choose_latents, ranked
 from sae_lightning.evaluation.core import score, stored_scores
 from sae_lightning.evaluation.similarity import Judge, Similarity
 from sae_lightning.features.manifest import StoreError
-from sae_lightning.runs.run import BAND_IMAGES, FILES, LATENTS, SCORES, TOP_IMAGES, finished_runs
+from sae_lightning.runs.run import BAND_IMAGES, FILES, LATENTS, SCORES, TOP_IMAGES, find_runs
 from sae_lightning.saes import Normalizer, SparseCodes, TopK
 from sae_lightning.saes.artefact import read_tensors
 from tests.conftest import fill_store, write_store
@@ -254,4 +254,4 @@ def test_stored_scores_are_used_only_when_whole_and_fresh(run, stores):
 
 def test_no_matching_run_is_a_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="No finished run in"):
-        finished_runs(["batchtopk-*"], tmp_path)
+        find_runs(["batchtopk-*"], tmp_path)

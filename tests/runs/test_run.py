@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sae_lightning.data import DataError
-from sae_lightning.runs.run import Opened, shared_results
+from sae_lightning.runs.run import Run, shared_results
 from sae_lightning.saes import TopK
 from tests.conftest import D_IN, N_PATCHES, write_store
 
@@ -19,8 +19,8 @@ def opened(tmp_path, monkeypatch):
     store = write_store(tmp_path / "store", 20, seed=3)
     record = {"config": {"data": {"source": "store"}}, "backbone": "none", "features": "patch", "expansion": 2}
     TopK(D_IN, 2 * D_IN, k=3, seed=0).save(tmp_path / "run", **record)
-    monkeypatch.setattr(Opened, "store", lambda self, split, kind=None: store)
-    return Opened(tmp_path / "run")
+    monkeypatch.setattr(Run, "store", lambda self, split, kind=None: store)
+    return Run(tmp_path / "run")
 
 
 def cached(opened):
@@ -38,15 +38,15 @@ def test_codes_are_kept_until_the_sae_changes(opened, monkeypatch):
     first = opened.codes("test")
     kept = cached(opened)
     assert len(kept) == 1
-    monkeypatch.setattr(Opened, "encode", lambda self, features: pytest.fail("encoded again"))
-    again = Opened(opened.folder).codes("test")
+    monkeypatch.setattr(Run, "encode", lambda self, features: pytest.fail("encoded again"))
+    again = Run(opened.folder).codes("test")
     assert (again != first).nnz == 0
 
 
 def test_another_sae_in_the_folder_is_encoded_anew(opened):
     first, kept = opened.codes("test"), cached(opened)
-    TopK(D_IN, 2 * D_IN, k=3, seed=1).save(opened.folder, **{k: opened.made[k] for k in ("config", "features")})
-    assert (Opened(opened.folder).codes("test") != first).nnz > 0
+    TopK(D_IN, 2 * D_IN, k=3, seed=1).save(opened.folder, **{k: opened.cfg[k] for k in ("config", "features")})
+    assert (Run(opened.folder).codes("test") != first).nnz > 0
     assert len(cached(opened)) == 1
     assert cached(opened) != kept
 

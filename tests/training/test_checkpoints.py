@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_gives_a_sentence(tmp_path, m
     def full(path, content):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "write_atomically", full)
+    monkeypatch.setattr(checkpoints, "write_bytes", full)
     with pytest.raises(CheckpointError, match=r"last\.ckpt failed: the disk is full\. Free space"):
         files.save_checkpoint({"global_step": 2}, last)
     mend_checkpoint(tmp_path)

@@ -26,13 +26,13 @@ from sae_lightning.apps.app import app
 from sae_lightning.evaluation.similarity import Similarity
 from sae_lightning.rendering.page import Section
 from sae_lightning.runs.results import Headline, Result
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 
 PAIRS, LATENTS, TABLE, MADE_UP = "pairs.parquet", "latents.parquet", "agreement.parquet", "judgements-simulated.csv"
 
 
 @app("agreement", together=True)
-def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
+def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     """Write the collecting page for latents of these runs, or analyse what was collected on it.
 
     Without ``app.judgements``: ``collect.html`` and ``pairs.parquet`` beside the page. With files, or with

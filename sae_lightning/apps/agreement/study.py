@@ -16,7 +16,7 @@ from sae_lightning.evaluation.similarity import Judge, Similarity
 from sae_lightning.metrics import MonoScore, MSScore
 from sae_lightning.rendering.page import render
 from sae_lightning.rendering.pictures import GAP, data_uri, thumbnail
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 
 COLUMNS = ("judge", "run_left", "latent_left", "run_right", "latent_right", "choice")
 
@@ -92,7 +92,7 @@ def sheet(images: list[Image.Image], columns: int) -> Image.Image:
     return found
 
 
-def study_of(pairs: pd.DataFrame, opened: Mapping[str, Opened], split: str, n_images: int) -> dict[str, Any]:
+def study_of(pairs: pd.DataFrame, opened: Mapping[str, Run], split: str, n_images: int) -> dict[str, Any]:
     """What the page holds: ``id``, the ``columns`` of its csv, ``sheets`` of top images, ``pairs`` that name them.
 
     Neither scores nor names are in it, so that nobody can be led by them.
@@ -153,7 +153,7 @@ def draw_pairs(scores: pd.DataFrame, n: int, strata: int, n_images: int, seed: i
 SCORES = {"ms": "MS score", "monoscore": "MonoScore", "purity": "class purity (labels)", "constant": "a constant"}
 
 
-def latent_scores(opened: Opened, split: str, judge: Similarity, n_images: int) -> pd.DataFrame:
+def latent_scores(opened: Run, split: str, judge: Similarity, n_images: int) -> pd.DataFrame:
     """One row a latent of a run: ``run``, ``latent``, ``images`` that it fires on, and the scores.
 
     ``ms`` [ms-score-vlm] by the features of ``judge``, ``monoscore`` by the run's own, both of the pooled codes of
@@ -172,7 +172,7 @@ def latent_scores(opened: Opened, split: str, judge: Similarity, n_images: int) 
     })  # fmt: skip
 
 
-def _scored(kind: type[MonoScore], opened: Opened, split: str, other: object) -> np.ndarray:
+def _scored(kind: type[MonoScore], opened: Run, split: str, other: object) -> np.ndarray:
     store, codes = opened.store(split), opened.codes(split)
     judge = Judge(store, other)  # type: ignore[arg-type]
     return scored_latents(

@@ -25,7 +25,7 @@ from sae_lightning.data import DataError
 from sae_lightning.features.source import plain
 from sae_lightning.rendering.pictures import strip, thumbnail
 from sae_lightning.runs.results import Headline, Result
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 
 TABLE = "bias.parquet"
 TOP = 8  # images in a latent's strip
@@ -35,7 +35,7 @@ RANDOM = 50  # latents that the drawn ones are compared with
 class Shown(NamedTuple):
     """The pictures and names that a page has; ``where`` [n] are the task's images in the split's data set."""
 
-    opened: Opened
+    opened: Run
     split: str
     rows: np.ndarray
     names: list[str]
@@ -51,14 +51,14 @@ class Shown(NamedTuple):
 
 
 @app("bias")
-def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
+def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     """Explain the classifier of ``cfg.app``'s task on images of ``cfg.split``.
 
     ValueError for features of captions, for the split that the classifier is trained on, and for a task that does not
     fit the data; DataError for an attribute that is not there.
     """
     (opened,), options = runs, cfg.app
-    if opened.made["features"] == "text":
+    if opened.cfg["features"] == "text":
         raise ValueError(
             f"{opened.name} was trained on captions, but a classifier of images is explained; train on "
             "features=embedding, pooled, cls or patch."
@@ -90,7 +90,7 @@ def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
     return Result(title, headlines, tables=tables, numbers=numbers, context=context)
 
 
-def _task(opened: Opened, split: str, options: DictConfig) -> tuple[Task, Members]:
+def _task(opened: Run, split: str, options: DictConfig) -> tuple[Task, Members]:
     labels, classes, siblings = labelled(opened, split, options.attribute)
     task = task_of(classes, siblings, options.positive, options.negative)
     if options.attribute is not None and options.positive is None:
@@ -98,7 +98,7 @@ def _task(opened: Opened, split: str, options: DictConfig) -> tuple[Task, Member
     return task, members(labels, classes, task)
 
 
-def _planted(opened: Opened, cfg: DictConfig, fitted: Members, held: Members) -> tuple[Check | None, str]:
+def _planted(opened: Run, cfg: DictConfig, fitted: Members, held: Members) -> tuple[Check | None, str]:
     """The check, or None and why there is none."""
     plant = plain(cfg.app.plant)
     if plant["attribute"] is None:
@@ -115,7 +115,7 @@ def _planted(opened: Opened, cfg: DictConfig, fitted: Members, held: Members) ->
     return check(train, there, elsewhere, opened.sae, rho, most, strength, cfg.seed), ""
 
 
-def _shown(opened: Opened, split: str, rows: np.ndarray) -> Shown:
+def _shown(opened: Run, split: str, rows: np.ndarray) -> Shown:
     try:
         opened.images(split)
         return Shown(opened, split, rows, names_of(opened), True)
@@ -249,7 +249,7 @@ def _examples(base: np.ndarray, truth: np.ndarray, shown: Shown) -> list[str]:
     return [shown.strip([i]) for i in typical(base, truth)]
 
 
-def _check(found: Check | None, opened: Opened, cfg: DictConfig, held: Members, shown: Shown) -> dict[str, Any] | None:
+def _check(found: Check | None, opened: Run, cfg: DictConfig, held: Members, shown: Shown) -> dict[str, Any] | None:
     """What the page shows of the planted check."""
     if found is None:
         return None

@@ -20,7 +20,7 @@ from sae_lightning.data.loader import PictureLoader, pixel_bytes
 from sae_lightning.features.extraction import Extraction, encoder
 from sae_lightning.features.prepare import Pictures, collate
 from sae_lightning.registry import one_of
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 from sae_lightning.saes import SAE
 
 VERSION = "planted 1"  # of how a mark is drawn, for the fingerprint
@@ -227,7 +227,7 @@ def mitigate(
 
 
 def versions(
-    opened: Opened, split: str, members: Members, plant: Mapping[str, object], device: str, seed: int
+    opened: Run, split: str, members: Members, plant: Mapping[str, object], device: str, seed: int
 ) -> Versions:
     """The task's images of ``split`` as the store has them, and encoded with ``plant.attribute`` put in.
 
@@ -246,7 +246,7 @@ def versions(
     )  # fmt: skip
 
 
-def encoded(opened: Opened, images: ImageData, device: str) -> Iterator[Tensor]:
+def encoded(opened: Run, images: ImageData, device: str) -> Iterator[Tensor]:
     """Raw features [b, P, d_in] of pictures, of the kind that the SAE was trained on; DataError for a broken one."""
     tap, settings = opened.source.tap, Extraction(device=device)
     encode = encoder(opened.backbone, [tap], settings)

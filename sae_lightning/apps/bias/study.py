@@ -25,7 +25,7 @@ from sae_lightning.apps.statistics import (
 from sae_lightning.data import DataError, ImageData, load_images
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.metrics.probes import fit
-from sae_lightning.runs.run import TOKENS, Opened
+from sae_lightning.runs.run import TOKENS, Run
 from sae_lightning.saes import SAE
 
 FOLDS = 5
@@ -259,7 +259,7 @@ def members(labels: np.ndarray, classes: Sequence[str], task: Task) -> Members:
     return Members(rows, truth)
 
 
-def labelled(opened: Opened, split: str, attribute: str | None) -> tuple[np.ndarray, list[str], dict[str, list[str]]]:
+def labelled(opened: Run, split: str, attribute: str | None) -> tuple[np.ndarray, list[str], dict[str, list[str]]]:
     """Labels [n] of the store of ``split``, the class names, and the sibling groups.
 
     With ``attribute`` labels are that column of the Hugging Face data set, whatever the SAE's run called its label.
@@ -281,7 +281,7 @@ def labelled(opened: Opened, split: str, attribute: str | None) -> tuple[np.ndar
     return images.labels, images.class_names, {}
 
 
-def _relabelled(opened: Opened, split: str, attribute: str, store: FeatureStore) -> ImageData:
+def _relabelled(opened: Run, split: str, attribute: str, store: FeatureStore) -> ImageData:
     """The store's images with the labels of another column; cut off and drawn by label, they are looked up by id."""
     whole = {**opened.source.data, "label_column": attribute, "limit": None, "shuffle": False, "held_out": 0.0}
     wanted = set(store.image_ids)

@@ -19,14 +19,14 @@ from sae_lightning.apps.explorer.run_view import OpenRuns
 from sae_lightning.apps.explorer.server import Explorer, make_app
 from sae_lightning.apps.explorer.views import Captioner
 from sae_lightning.runs.results import Result
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 
 HOST = "127.0.0.1"
 LEAVING = 3  # seconds that requests under way get at the end
 
 
 @app("explorer", together=True)
-def run(runs: Sequence[Opened], cfg: DictConfig) -> Result | None:
+def run(runs: Sequence[Run], cfg: DictConfig) -> Result | None:
     """Serve the page over all runs until Ctrl+C; leaves nothing behind.
 
     The first run is opened before, the others when the page asks for them. ValueError for any host but 127.0.0.1, and
@@ -49,7 +49,7 @@ def run(runs: Sequence[Opened], cfg: DictConfig) -> Result | None:
     return None
 
 
-def application(runs: Sequence[Opened], cfg: DictConfig) -> Starlette:
+def application(runs: Sequence[Run], cfg: DictConfig) -> Starlette:
     """The page's application, with the first run opened."""
     device = _device(cfg.get("device") or "cpu")
     open_runs, options = OpenRuns(runs, cfg.split, device), cfg.app

@@ -22,7 +22,7 @@ from sae_lightning.data.decode import decode
 from sae_lightning.evaluation.by_latent import ImagesOfLatents, scored_latents, top_purity
 from sae_lightning.evaluation.core import stored_scores
 from sae_lightning.metrics import MonoScore, Purity
-from sae_lightning.runs.run import LATENTS, Opened
+from sae_lightning.runs.run import LATENTS, Run
 from sae_lightning.saes.artefact import read_tensors
 from sae_lightning.saes.codes import SparseCodes
 
@@ -161,7 +161,7 @@ class RunView:
     Raises DataError, StoreError or BackboneError with a sentence for a run without pictures or features.
     """
 
-    def __init__(self, opened: Opened, split: str, uploads: Uploads, device: str = "cpu") -> None:
+    def __init__(self, opened: Run, split: str, uploads: Uploads, device: str = "cpu") -> None:
         self.opened, self.split, self.device = opened, split, device
         self.store, self.pictures, self.uploads = opened.store(split), opened.images(split), uploads
         self._place = self.pictures.index_of(self.store.image_ids)
@@ -265,7 +265,7 @@ class RunView:
 class OpenRuns:
     """``runs`` by number, over the pictures of ``split``, and the user's ``uploads``."""
 
-    def __init__(self, runs: Sequence[Opened], split: str, device: str = "cpu") -> None:
+    def __init__(self, runs: Sequence[Run], split: str, device: str = "cpu") -> None:
         self.runs, self.split, self.device = runs, split, device
         self.uploads = Uploads()
         self._views: dict[int, RunView] = {}

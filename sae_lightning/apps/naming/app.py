@@ -50,14 +50,14 @@ from sae_lightning.apps.statistics import share_interval
 from sae_lightning.evaluation.by_latent import dominant, top_images
 from sae_lightning.registry import one_of
 from sae_lightning.runs.results import Headline, Result
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 
 RANDOM = 1000  # directions beside which held-out precision is put
 LEAST = 5  # latents with both names, from which their agreement is a headline
 
 
 @app("naming")
-def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
+def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     """Name the latents of a run; ValueError with a sentence for options that do not fit it."""
     (opened,) = runs
     options = cfg.app
@@ -83,7 +83,7 @@ def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
     )  # fmt: skip
 
 
-def label_table(opened: Opened, options: DictConfig) -> pd.DataFrame:
+def label_table(opened: Run, options: DictConfig) -> pd.DataFrame:
     """What the labels of the train images say of each latent; ``label`` is -1 without classes or images."""
     images = opened.images("train")
     label, purity, fired = dominant(opened.codes("train"), images.labels, len(images.class_names))
@@ -94,7 +94,7 @@ def label_table(opened: Opened, options: DictConfig) -> pd.DataFrame:
     })  # fmt: skip
 
 
-def labels_by_chance(opened: Opened, options: DictConfig, seed: int) -> float:
+def labels_by_chance(opened: Run, options: DictConfig, seed: int) -> float:
     """Share of the latents that fire which have a pure label when labels are permuted over the train images."""
     images, codes, rng = opened.images("train"), opened.codes("train"), np.random.default_rng(seed)
     shares = []
@@ -138,7 +138,7 @@ def shown_names(table: pd.DataFrame, classes: Sequence[str], options: DictConfig
 
 
 def checked(
-    opened: Opened, table: pd.DataFrame, text: TextNames | None, cfg: DictConfig
+    opened: Run, table: pd.DataFrame, text: TextNames | None, cfg: DictConfig
 ) -> dict[str, Measured | Agreement]:
     """What held-out images and labels say of the names; empty where there is nothing to say."""
     options, images = cfg.app, opened.images(cfg.split)
@@ -164,7 +164,7 @@ def checked(
     return {name: each for name, each in found.items() if each is not None}
 
 
-def random_precision(opened: Opened, text: TextNames, cfg: DictConfig) -> Measured | None:
+def random_precision(opened: Run, text: TextNames, cfg: DictConfig) -> Measured | None:
     """``precision`` of random directions like the train features that pass for named by the same threshold.
 
     What they fire on is the positive part of the images' projections. None where none gets the name of a class.

@@ -25,7 +25,7 @@ from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.evaluation.core import activation_maps
 from sae_lightning.rendering.figures import COLOURS, figure
 from sae_lightning.rendering.pictures import overlay, strip, thumbnail
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 
 RATIOS = (1.0, 1.25, 1.5, 2.0, 3.0)
 STEPS = (-0.2, -0.12, -0.06, 0.0, 0.06, 0.12, 0.2)  # of the grid of thresholds, around the one in use
@@ -33,7 +33,7 @@ FEW = 6  # latents of each kind that fails
 
 
 def page_context(
-    opened: Opened, table: pd.DataFrame, text: TextNames | None, checks: Mapping[str, Measured | Agreement],
+    opened: Run, table: pd.DataFrame, text: TextNames | None, checks: Mapping[str, Measured | Agreement],
     cfg: DictConfig,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything the template ``apps/naming.html`` takes beside what every page has."""
@@ -117,7 +117,7 @@ def uniqueness(text: TextNames, ratio: float) -> str:
 
 
 # --- latents with their images ------------------------------------------------------------------
-def groups(opened: Opened, table: pd.DataFrame, text: TextNames | None, cfg: DictConfig) -> list[dict[str, Any]]:
+def groups(opened: Run, table: pd.DataFrame, text: TextNames | None, cfg: DictConfig) -> list[dict[str, Any]]:
     """Latents to look at, by what becomes of them: a title and cards."""
     options = cfg.app
     if text is None:
@@ -147,12 +147,12 @@ def _first_of(table: pd.DataFrame, name: str, by: str, n: int) -> pd.Series:
     return ordered.assign(again=again).sort_values("again", kind="stable").head(n)["latent"]
 
 
-def cards(opened: Opened, table: pd.DataFrame, latents: np.ndarray, cfg: DictConfig) -> list[dict[str, Any]]:
+def cards(opened: Run, table: pd.DataFrame, latents: np.ndarray, cfg: DictConfig) -> list[dict[str, Any]]:
     """What is shown of each of ``latents``: its row, the class of its label, and strips of its top images."""
     images = opened.images(cfg.split)
     top = top_images(opened.codes(cfg.split), cfg.app.top, latents)
     maps = None
-    if opened.made["features"] == "patch":
+    if opened.cfg["features"] == "patch":
         with torch.no_grad():
             where = torch.tensor(latents), torch.from_numpy(top)
             maps = activation_maps(opened.sae, opened.store(cfg.split), *where)

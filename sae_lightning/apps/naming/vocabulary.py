@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_lightning.apps.naming.match import Fits, Match, Score, chance_counts, correlations, cosines, fit, like, match
 from sae_lightning.backbones.backbone import Backbone
 from sae_lightning.registry import one_of
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 from sae_lightning.saes import SAE, Normalizer
 from sae_lightning.saes.sae import input_norm
 
@@ -131,7 +131,7 @@ def place(embeddings: Tensor, normalizer: Normalizer, sae: SAE, b_pre: bool = Tr
     return x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
-def text_normalizer(opened: Opened, embeddings: Tensor, centre: str, own: Normalizer) -> tuple[Normalizer, str]:
+def text_normalizer(opened: Run, embeddings: Tensor, centre: str, own: Normalizer) -> tuple[Normalizer, str]:
     """How texts are centred and scaled, and which of ``CENTRES`` that is; ``own`` is that of images.
 
     Each modality has statistics of its own [MSAE §B]: those of the train captions, where the data has captions, else
@@ -141,7 +141,7 @@ def text_normalizer(opened: Opened, embeddings: Tensor, centre: str, own: Normal
     one_of(centre, CENTRES, "app.centre")
     captions = opened.images("train").captions is not None
     if centre == "auto":
-        centre = "images" if opened.made["features"] == "text" else "captions" if captions else "vocabulary"
+        centre = "images" if opened.cfg["features"] == "text" else "captions" if captions else "vocabulary"
     if centre == "captions":
         if not captions:
             raise ValueError("app.centre=captions, but the data set has no captions; set app.centre=vocabulary.")
@@ -187,7 +187,7 @@ class TextNames:
     texts: Tensor
 
 
-def chosen_method(opened: Opened, wanted: str) -> str:
+def chosen_method(opened: Run, wanted: str) -> str:
     """``wanted``, or for ``auto`` the first of ``METHODS`` that the run allows.
 
     ValueError for an unknown one, and for one that the run's features or encoder do not allow.
@@ -195,7 +195,7 @@ def chosen_method(opened: Opened, wanted: str) -> str:
     one_of(wanted, ("auto", *METHODS), "app.method")
     if wanted == "labels":
         return wanted
-    features, kinds = opened.made["features"], opened.backbone.kinds
+    features, kinds = opened.cfg["features"], opened.backbone.kinds
     can = {
         "decoder": features in SPACE and "text" in kinds,
         "activation": "text" in kinds and "embedding" in kinds,
@@ -216,7 +216,7 @@ def chosen_method(opened: Opened, wanted: str) -> str:
     return wanted
 
 
-def name_by_text(opened: Opened, method: str, latents: np.ndarray, cfg: DictConfig) -> TextNames:
+def name_by_text(opened: Run, method: str, latents: np.ndarray, cfg: DictConfig) -> TextNames:
     """Match ``latents`` [n] with the vocabulary that ``cfg.app`` describes, and random ones with the same thresholds.
 
     ValueError for options that are none or cannot be met.
@@ -229,14 +229,14 @@ def name_by_text(opened: Opened, method: str, latents: np.ndarray, cfg: DictConf
     return found(opened, latents, vocabulary, cfg)
 
 
-def image_embeddings(opened: Opened, split: str) -> Tensor:
+def image_embeddings(opened: Run, split: str) -> Tensor:
     """Embeddings [n, d] float32 of the images of ``split``, in their order; extracted if missing."""
-    if opened.made["features"] == "embedding":
+    if opened.cfg["features"] == "embedding":
         return torch.from_numpy(opened.features(split))
     return opened.store(split, "embedding").features(slice(None))[:, 0].float()
 
 
-def _vocabulary(opened: Opened, options: DictConfig) -> Vocabulary:
+def _vocabulary(opened: Run, options: DictConfig) -> Vocabulary:
     wanted = options.vocabulary
     if wanted == "auto":
         wanted = "demo" if opened.source.backbone["size"] == "tiny" else "imagenet22k"
@@ -250,7 +250,7 @@ def _vocabulary(opened: Opened, options: DictConfig) -> Vocabulary:
     return found
 
 
-def _by_decoder(opened: Opened, latents: np.ndarray, vocabulary: Vocabulary, cfg: DictConfig) -> TextNames:
+def _by_decoder(opened: Run, latents: np.ndarray, vocabulary: Vocabulary, cfg: DictConfig) -> TextNames:
     """Cosines of decoder rows and texts [MSAE App. A]."""
     options, sae = cfg.app, opened.sae
     normalizer, centre = text_normalizer(opened, vocabulary.embeddings, options.centre, sae.normalizer)
@@ -273,7 +273,7 @@ def _by_decoder(opened: Opened, latents: np.ndarray, vocabulary: Vocabulary, cfg
     )  # fmt: skip
 
 
-def _by_activation(opened: Opened, latents: np.ndarray, vocabulary: Vocabulary, cfg: DictConfig) -> TextNames:
+def _by_activation(opened: Run, latents: np.ndarray, vocabulary: Vocabulary, cfg: DictConfig) -> TextNames:
     """Correlations over the train images of pooled codes and how well each word fits each image."""
     options = cfg.app
     images = image_embeddings(opened, "train")

@@ -37,21 +37,21 @@ from sae_lightning.evaluation.by_latent import dominant
 from sae_lightning.registry import one_of
 from sae_lightning.rendering.pictures import data_uri, thumbnail
 from sae_lightning.runs.results import Headline, Result
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 
 PRECISION, DOSE, SHOWN = "precision.parquet", "dose.parquet", "neighbours.parquet"
 UNITS = ("spread", "code")
 
 
 @app("search")
-def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
+def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     """Search a run's images.
 
     Tables: ``precision`` (method, k), ``dose`` (latent, arm, dose) and ``neighbours`` of the queries shown. ValueError
     for an SAE of text features, and with a sentence for options that do not fit.
     """
     (opened,) = runs
-    if opened.made["features"] == "text":
+    if opened.cfg["features"] == "text":
         raise ValueError(f"{opened.name} was trained on captions; search needs a run on features of images.")
     options, split, seed = cfg.app, cfg.split, int(cfg.seed)
     images, features, codes = opened.images(split), opened.features(split), opened.codes(split)
@@ -91,7 +91,7 @@ def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
         "dose": dose_figure(means, options.dose.neighbours) if len(doses) else "", "scored": len(scored),
         "gallery": len(images), "n_latents": doses["latent"].nunique() if len(doses) else 0,
         "keep_error": options.turn.keep_error, "images": options.dose.images,
-        "tokens": opened.made["features"] == "patch",
+        "tokens": opened.cfg["features"] == "patch",
     }  # fmt: skip
     numbers = {"precision": table.to_dict("records"), "dose": means.to_dict("records")}
     tables = {PRECISION: table, DOSE: doses, SHOWN: pd.DataFrame(rows)}
@@ -124,7 +124,7 @@ def captions(names: Sequence[str], label: np.ndarray, purity: np.ndarray, classe
     ]
 
 
-def magnitudes(opened: Opened, to: Sequence[float], unit: str) -> tuple[list[float], list[str]]:
+def magnitudes(opened: Run, to: Sequence[float], unit: str) -> tuple[list[float], list[str]]:
     """Code values for the magnitudes ``to`` in ``unit``, and what is printed beside each of them."""
     one_of(unit, UNITS, "app.turn.unit")
     if unit == "code":

@@ -14,7 +14,7 @@ from sae_lightning.apps.edits import WholeImages, edited, whole_images
 from sae_lightning.apps.search.neighbours import neighbours, precision
 from sae_lightning.apps.statistics import mean_interval
 from sae_lightning.evaluation.by_latent import dominant
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 from sae_lightning.saes import SAE
 
 SCALE_IMAGES = 64  # that tell the mean scale of an input norm
@@ -71,7 +71,7 @@ def alike(latent: int, label: np.ndarray, images: np.ndarray, rng: np.random.Gen
 
 
 def dose_table(
-    opened: Opened, split: str, each: int, n_images: int, doses: Sequence[float], k: int, seed: int
+    opened: Run, split: str, each: int, n_images: int, doses: Sequence[float], k: int, seed: int
 ) -> pd.DataFrame:
     """The share of a latent's class among the ``k`` nearest images when it is turned, one row a latent, arm and dose.
 
@@ -123,18 +123,18 @@ def dose_means(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def spread_of(opened: Opened) -> float:
+def spread_of(opened: Run) -> float:
     """The magnitude that moves an image by the spread of the run's training images, see ``spread``."""
     store = opened.store("train")
     some = np.linspace(0, len(store) - 1, min(len(store), SPREAD_IMAGES)).astype(np.int64)
     return spread(opened.sae, store.features(torch.from_numpy(some)))
 
 
-def _decode(opened: Opened, split: str, index: np.ndarray) -> WholeImages:
+def _decode(opened: Run, split: str, index: np.ndarray) -> WholeImages:
     return whole_images(opened.sae, [opened.store(split).features(torch.from_numpy(np.asarray(index)))])
 
 
-def _ways(opened: Opened, latent: int, other: int, c: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _ways(opened: Run, latent: int, other: int, c: int, generator: torch.Generator) -> dict[str, Tensor]:
     """The direction of each arm [d_in], as long as the latent's decoder row."""
     rows = opened.sae.W_dec.detach()
     ways = {LATENT: rows[latent], RANDOM: torch.randn(rows.shape[1], generator=generator)}

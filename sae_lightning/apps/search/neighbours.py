@@ -22,7 +22,7 @@ from sae_lightning.data.decode import to_rgb
 from sae_lightning.metrics.probes import Matrix, as_matrix
 from sae_lightning.metrics.retrieval import nearest
 from sae_lightning.registry import one_of
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 
 WAYS = ("cosine", "manhattan")
 
@@ -118,7 +118,7 @@ class Query:
 
 
 def queries_of(
-    opened: Opened, split: str, wanted: str | int | Iterable[str | int] | None, shown: int = 4, seed: int = 42
+    opened: Run, split: str, wanted: str | int | Iterable[str | int] | None, shown: int = 4, seed: int = 42
 ) -> list[Query]:
     """The queries that ``wanted`` names: numbers or ids of images of ``split``, or picture files; one or several.
 
@@ -140,7 +140,7 @@ def drawn(labels: np.ndarray, n: int, seed: int) -> list[int]:
     return order[np.argsort(turn, kind="stable")[:n]].tolist()
 
 
-def _query(opened: Opened, split: str, images: ImageData, one: str | int) -> Query:
+def _query(opened: Run, split: str, images: ImageData, one: str | int) -> Query:
     if isinstance(one, str) and one in images.image_ids:
         return _of_data(opened, split, images.image_ids.index(one))
     if str(one).isdecimal() and int(one) < len(images):
@@ -156,7 +156,7 @@ def _query(opened: Opened, split: str, images: ImageData, one: str | int) -> Que
     return Query(path.name, image, features, opened.encode(features))
 
 
-def _of_data(opened: Opened, split: str, index: int) -> Query:
+def _of_data(opened: Run, split: str, index: int) -> Query:
     images = opened.images(split)
     features = opened.store(split).features(torch.tensor([index])).float()
     label = int(images.labels[index])

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from omegaconf import OmegaConf
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 
 from sae_lightning.metrics.dictionary import sparse_assignment
 from sae_lightning.runs.identity import same_but, short_hash
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 
 DENSE = 1 << 24  # similarities held at once, 128 MB: as many as two dictionaries of 4,096 latents have
 
@@ -179,7 +178,7 @@ class View:
     and ``held_out`` their activations on the matching and on the held-out split.
     """
 
-    opened: Opened
+    opened: Run
     label: str
     space: tuple[Any, ...]
     recipe: str
@@ -201,16 +200,16 @@ def relation(one: View, two: View) -> str:
     """
     if one.space != two.space:
         return "backbone"
-    seeds = [view.opened.made["seed"] for view in (one, two)]
+    seeds = [view.opened.cfg["seed"] for view in (one, two)]
     start = SAME_START if seeds[0] is not None and seeds[0] == seeds[1] else ""
     for name, ignored in {"seed": ("seed",), "expansion": ("seed", "expansion", "d_sae")}.items():
-        if same_but(one.opened.made, *ignored) == same_but(two.opened.made, *ignored):
+        if same_but(one.opened.cfg, *ignored) == same_but(two.opened.cfg, *ignored):
             return name + start
     return "settings" + start
 
 
 def views_of(
-    opened: Sequence[Opened], fit: str, held_out: str, images: int, min_images: int, latents: int | None,
+    opened: Sequence[Run], fit: str, held_out: str, images: int, min_images: int, latents: int | None,
     rng: np.random.Generator,
 ) -> tuple[list[View], dict[str, list[str]]]:  # fmt: skip
     """Every run on the images of both splits that all runs share, at most ``images`` of each, and their ids by split.
@@ -240,7 +239,7 @@ def views_of(
     return views, ids
 
 
-def shared_images(opened: Sequence[Opened], split: str, at_most: int, rng: np.random.Generator) -> list[str]:
+def shared_images(opened: Sequence[Run], split: str, at_most: int, rng: np.random.Generator) -> list[str]:
     """Ids of the images of ``split`` that all runs have, in the first run's order; at most so many, drawn by ``rng``.
 
     Images of different data sets differ, whatever their ids. ValueError with two runs that have none in common.
@@ -261,7 +260,7 @@ def shared_images(opened: Sequence[Opened], split: str, at_most: int, rng: np.ra
     return ids
 
 
-def codes_of(run: Opened, split: str, image_ids: Sequence[str]) -> csr_matrix:
+def codes_of(run: Run, split: str, image_ids: Sequence[str]) -> csr_matrix:
     """Codes [n, d_sae] of these images, pooled by maximum, in this order; only these are encoded."""
     store = run.store(split)
     places = store.find(image_ids)[0]
@@ -270,23 +269,23 @@ def codes_of(run: Opened, split: str, image_ids: Sequence[str]) -> csr_matrix:
     return run.encode_images(store, places)
 
 
-def space_of(run: Opened) -> tuple[Any, ...]:
+def space_of(run: Run) -> tuple[Any, ...]:
     """Backbone, layer, kind of features and d_in: what must be the same for directions to be comparable."""
-    return tuple(run.made[name] for name in ("backbone", "layer", "features", "d_in"))
+    return tuple(run.cfg[name] for name in ("backbone", "layer", "features", "d_in"))
 
 
-def recipe_of(run: Opened) -> str:
+def recipe_of(run: Run) -> str:
     """A hash of what the SAE is, beside the features that it was trained on and its seed."""
-    sae = OmegaConf.to_container(run.config.sae, resolve=True)
-    kept = {name: run.made[name] for name in ("variant", "expansion", "k", "features")}
+    sae = run.config["sae"]
+    kept = {name: run.cfg[name] for name in ("variant", "expansion", "k", "features")}
     return short_hash(kept | {"sae": sae})
 
 
-def labels_of(opened: Sequence[Opened]) -> list[str]:
+def labels_of(opened: Sequence[Run]) -> list[str]:
     """A short name of each run, different for each: with its k, seed or full name where others are called alike."""
     found = [run.label for run in opened]
     for sign, values in {
-        " k": [run.made["k"] for run in opened], " s": [run.made["seed"] for run in opened],
+        " k": [run.cfg["k"] for run in opened], " s": [run.cfg["seed"] for run in opened],
         " ": [run.name for run in opened],
     }.items():  # fmt: skip
         alike: dict[str, set[Any]] = {}

@@ -22,7 +22,7 @@ from sae_lightning.apps.stability.pairs import (
 )
 from sae_lightning.apps.stability.universal import set_name, sets_of, universal
 from sae_lightning.runs.results import Headline, Result
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 
 PAIRS, MATCHES, UNIVERSAL = "pairs.parquet", "matches.parquet", "universal.parquet"
 WORDS = {
@@ -33,7 +33,7 @@ WORDS = {
 
 
 @app("stability", together=True)
-def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
+def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     """Match the latents of every two of the runs, and find those that all their backbones share.
 
     Runs on the same features are matched by their directions (decoder and encoder, with a random dictionary for a

@@ -18,7 +18,7 @@ from sae_lightning.data import DataError, ImageData
 from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.rendering.figures import COLOURS, figure
 from sae_lightning.rendering.pictures import strip, thumbnail
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 
 NULL, CLASSES = "#9aa0ac", "#e08e1b"
 
@@ -249,7 +249,7 @@ def backbone_titles(views: Sequence[View]) -> list[str]:
     ]
 
 
-def latent_names(opened: Opened) -> list[str]:
+def latent_names(opened: Run) -> list[str]:
     """``names_of``; all "" where the run has no pictures to name them by."""
     try:
         return names_of(opened)
@@ -257,7 +257,7 @@ def latent_names(opened: Opened) -> list[str]:
         return [""] * opened.sae.d_sae
 
 
-def image_data(opened: Opened, split: str) -> ImageData | None:
+def image_data(opened: Run, split: str) -> ImageData | None:
     """The run's pictures; None where it was trained on a store or a stream."""
     try:
         return opened.images(split)

@@ -155,7 +155,7 @@ def untrained(view: View) -> SAE:
     """The run's SAE as its seed made it."""
     sae = view.opened.sae
     settings: dict[str, Any] = dict(sae.settings())
-    return type(sae)(sae.d_in, sae.d_sae, seed=view.opened.made["seed"], **settings)
+    return type(sae)(sae.d_in, sae.d_sae, seed=view.opened.cfg["seed"], **settings)
 
 
 def _table(kind: str, one: View, two: View, latent_a: np.ndarray, latent_b: np.ndarray) -> pd.DataFrame:

@@ -36,7 +36,7 @@ def sets_of(views: Sequence[View]) -> list[list[View]]:
 
 def set_name(views: Sequence[View]) -> str:
     """What the runs of a set have in common, such as ``batchtopk ×8``."""
-    made = [(view.opened.made["variant"], view.opened.made["expansion"]) for view in views]
+    made = [(view.opened.cfg["variant"], view.opened.cfg["expansion"]) for view in views]
     return f"{made[0][0]} ×{made[0][1]:g}" if len(set(made)) == 1 else "one run of each"
 
 

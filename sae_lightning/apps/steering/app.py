@@ -35,7 +35,7 @@ from sae_lightning.backbones.backbone import Backbone
 from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.backbones.settings import SIZES
 from sae_lightning.runs.results import Result
-from sae_lightning.runs.run import Opened
+from sae_lightning.runs.run import Run
 from sae_lightning.vlms import load_vlm
 from sae_lightning.vlms.steering import check_fit, steered_captions
 
@@ -45,7 +45,7 @@ EXAMPLES = 3  # pictures a latent and goal on the page
 
 
 @app("steering")
-def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
+def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     """Turn the purest latents of a run up and down, beside random ones and DiffMean.
 
     Latents are chosen on train, each method's strength on val; the figures are those of ``cfg.split``. ValueError for
@@ -102,7 +102,7 @@ def run(runs: Sequence[Opened], cfg: DictConfig) -> Result:
 class Judge:
     """The image–text encoder ``options.judge`` and what it makes of the train images of ``opened``."""
 
-    def __init__(self, opened: Opened, options: DictConfig) -> None:
+    def __init__(self, opened: Run, options: DictConfig) -> None:
         node = judge_node(options.judge, opened.source.backbone["size"])
         self.backbone: Backbone = load_backbone(node)
         judging = opened.source.replace(backbone=node, features="embedding")
