@@ -14,9 +14,8 @@ from sae_lightning.data import DataError
 from sae_lightning.distributed.ranks import Ranks
 from sae_lightning.evaluation import parts, scoring_pass, suite
 from sae_lightning.evaluation.core import score, stored_scores
-from sae_lightning.evaluation.job import PARTIAL, Settings
+from sae_lightning.evaluation.job import PARTIAL, Job, Settings
 from sae_lightning.evaluation.suite import PartError, evaluate, evaluate_runs, scoring_lock
-from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
 from sae_lightning.interop.layout import build, fold
@@ -502,7 +501,7 @@ def test_a_data_set_that_is_not_there_is_named_before_anything_is_computed(folde
 
 def test_nothing_is_extracted_to_see_that_nothing_is_missing(folders, monkeypatch):
     evaluate_runs(folders[:1], settings())
-    monkeypatch.setattr(Source, "store", lambda *a: pytest.fail("a store was opened"))
+    monkeypatch.setattr(Job, "store", lambda *a: pytest.fail("a store was opened"))
     evaluate_runs(folders[:1], settings())
 
 
