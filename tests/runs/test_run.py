@@ -52,7 +52,7 @@ def test_another_sae_in_the_folder_is_encoded_anew(opened):
 
 
 def test_a_folder_that_refuses_to_keep_them_is_no_error(opened, monkeypatch):
-    monkeypatch.setattr("sae_lightning.runs.run.save_npz", lambda *a, **k: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("sae_lightning.runs.run.write_bytes", lambda *a, **k: (_ for _ in ()).throw(OSError("full")))
     assert opened.codes("test").shape == (20, 2 * D_IN)
     assert cached(opened) == []
 
