@@ -11,7 +11,7 @@ RUNS   ?= runs/grid
 WORKERS ?= 3
 RUN    ?= *
 
-.PHONY: help install demo benchmark grid status monoloss apps explore test test-fast test-slurm wheel-check check lint types format clean bench \
+.PHONY: help install demo benchmark grid status monoloss apps explore test test-fast test-slurm wheel-check docs check lint types format clean bench \
 	bench-features bench-monoscore bench-evaluate bench-packed
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make explore   browse the latents of trained SAEs in the web browser; RUN=folder or pattern"
 	@echo "make test      run all tests; test-fast: those that start no processes; test-slurm: jobs under a real SLURM that it starts itself (root)"
 	@echo "make wheel-check  build the wheel, install it elsewhere into an empty environment, and train, evaluate and report there"
+	@echo "make docs      pages of all docstrings: reports/docs/index.html"
 	@echo "make bench     time training steps against other packages; bench-features: reading and extraction;"
 	@echo "               bench-monoscore: scoring, and steps with MonoLoss; bench-evaluate: the benchmark's pass;"
 	@echo "               bench-packed: twelve SAEs side by side against in turn"
@@ -112,6 +113,10 @@ test-slurm: $(READY)
 # the whole of what tests/commands/test_wheel.py does in seconds: with an empty environment
 wheel-check: $(READY)
 	$(PY) -m tests.commands.installed
+
+docs: $(READY)
+	@$(call INSTALL,-e '.[docs]')
+	$(PY) -W ignore -m pdoc -o reports/docs sae_lightning '!sae_lightning.conf'
 
 bench: $(PEERS)
 	$(PY) -m experiments.bench.train_step --memory --json reports/bench/train_step.json
