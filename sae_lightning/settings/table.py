@@ -292,8 +292,8 @@ APPS: dict[str, Rule] = {
     },
 }  # fmt: skip
 EXPLORE: Section = {
-    "app": Chosen("name", APPS, choice(*APPS)), "run": PATTERNS, "split": SPLIT, "seed": SEED, "device": DEVICE,
-    "paths": FOLDER,
+    "app": Chosen("name", APPS, choice(*APPS, registry="sae_lightning.apps.app:APPS")), "run": PATTERNS,
+    "split": SPLIT, "seed": SEED, "device": DEVICE, "paths": FOLDER,
 }  # fmt: skip
 FINETUNE: Section = {
     "data": DATA,

@@ -8,6 +8,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from sae_lightning.apps.app import APPS
 from sae_lightning.commands import main as commands
 from sae_lightning.commands.main import main
 
@@ -106,3 +107,17 @@ def test_a_plugin_that_cannot_be_imported_is_named(installed, capsys):
         main(["train", "--cfg", "job"])
     said = capsys.readouterr().err
     assert said.startswith("The plugin mine (mine) cannot be imported: ModuleNotFoundError: No module named 'nothing")
+
+
+def test_a_plugin_s_application_is_known_by_its_name(installed, here, capsys):
+    installed("from sae_lightning.apps.app import app\n\n@app('toy')\ndef run(runs, cfg):\n    return None\n")
+    folder = here / "conf" / "app"
+    folder.mkdir(parents=True)
+    (folder / "toy.yaml").write_text("name: toy\nsome: 3\n")
+    with pytest.raises(SystemExit):
+        main(["explore", "--config-dir", "conf", "app=toy", "run=nothing"])
+    assert "nothing" in capsys.readouterr().err  # there is no such run, which is asked for after all settings
+    del APPS["toy"]
+    with pytest.raises(SystemExit):
+        main(["explore", "app.name=other"])
+    assert "Unknown app.name=other; choose one of naming, search" in capsys.readouterr().err
