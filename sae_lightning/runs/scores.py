@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sae_lightning.files import write_table
-from sae_lightning.metrics.base import Score
 from sae_lightning.saes.artefact import ArtefactError
+
+if TYPE_CHECKING:
+    from sae_lightning.metrics.base import Score
 
 TABLE = "scores.parquet"
 
@@ -47,6 +49,8 @@ def read_rows(run: Path, strict: bool = False) -> list[dict[str, Any]]:
 def scores_of(run: Path, part: str, split: str, key: str) -> list[Score] | None:
     """The scores of a ``part`` of the benchmark on ``split``; None unless made by what ``key`` stands for."""
     found = [r for r in read_rows(run) if (r["part"], r["split"], r["key"]) == (part, split, key)]
+    from sae_lightning.metrics.base import Score  # with torchmetrics, which takes seconds
+
     return [Score(r["metric"], r["value"], r["setting"], r["why"]) for r in found] or None
 
 
