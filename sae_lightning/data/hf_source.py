@@ -21,7 +21,7 @@ from sae_lightning.data.contents import Contents
 from sae_lightning.data.errors import DataError, brief, tell
 from sae_lightning.data.folder import LITTER, level, size_and_times, suffix_of, tell_left_out, walk
 from sae_lightning.data.splits import by_split, split_of_name
-from sae_lightning.data.tar_headers import check_whole
+from sae_lightning.data.tar_index import check_whole
 
 PARQUET = (".parquet", ".geoparquet", ".pq", ".gpq")
 

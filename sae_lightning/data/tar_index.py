@@ -1,14 +1,16 @@
-"""An index of the samples in tar files, made once and kept in the user's cache folder."""
+"""The samples in tar files and where their bytes lie: read from the headers once, and kept in the user's cache."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
+import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +22,75 @@ from sae_lightning.data.contents import keep_table
 from sae_lightning.data.errors import DataError, tell
 from sae_lightning.data.folder import LITTER, SUFFIXES, size_and_times
 from sae_lightning.data.splits import class_name
-from sae_lightning.data.tar_headers import CutShortError, Member, Window, members
 from sae_lightning.files import CacheError, cache_folder
+
+BLOCK = 512  # bytes of a tar's header
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
+
+
+class CutShortError(DataError):
+    """An archive whose end is missing."""
+
+
+class Member(NamedTuple):
+    """A regular file in a tar: its name and where its bytes are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def members(path: Path) -> Iterator[Member]:
+    """The regular files in the tar ``path`` in order, links as the files they lead to.
+
+    Raises DataError naming ``path`` when it is compressed or no tar at all, and CutShortError after the last whole
+    member when its end is missing: within a member, or without the zeros that end an archive, for then nobody knows
+    what followed. (tarfile takes any end for a good one.)
+    """
+    place: dict[str, Member] = {}
+    with path.open("rb") as file:
+        head, whole = file.read(BLOCK), path.stat().st_size
+        if head.startswith(COMPRESSED):
+            raise DataError(f"{path} is compressed; unpack it to a plain .tar, which can be read from any place.")
+        if not head.strip(b"\0"):
+            raise CutShortError(f"{path} is empty, not a tar file; copy it again.")
+        try:
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:", errors="replace") as tar:
+                for info in tar:
+                    if info.issparse():
+                        raise DataError(f"{path} holds the sparse file '{info.name}'; pack it again without --sparse.")
+                    if info.islnk() or info.issym():
+                        folder = posixpath.dirname(info.name) if info.issym() else ""
+                        target = place.get(posixpath.normpath(posixpath.join(folder, info.linkname)))
+                    else:
+                        target = Member(info.name, info.offset_data, info.size) if info.isreg() else None
+                    if target is not None and target.offset + target.size > whole:
+                        raise _broken(path, f"inside '{info.name}'")
+                    if target is not None:
+                        place[info.name] = target._replace(name=info.name)
+                        yield place[info.name]
+                file.seek(tar.offset)
+                end = file.read(BLOCK)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            if head[257:262] != b"ustar" and len(head) == BLOCK and not place:
+                raise DataError(f"{path} is truncated or no tar file ({error}); copy it again.") from error
+            raise _broken(path, f"in a header ({error})") from error
+    if not end:
+        raise _broken(path, "without the zeros that end an archive")
+    if end.strip(b"\0"):
+        raise _broken(path, "in a header")
+
+
+def _broken(path: Path, where: str) -> CutShortError:
+    return CutShortError(f"{path} ends {where}: it is truncated; copy it again.")
+
+
+def check_whole(path: Path) -> None:
+    """CutShortError when the end of the tar ``path`` is missing, DataError when it is none."""
+    for _ in members(path):
+        pass
+
 
 LISTED = 8  # keys of a .json that are listed where none is the label
 
@@ -62,9 +131,9 @@ def samples(path: Path, keys: Keys, cut_short: bool = False) -> tuple[list[Sampl
     """
     found: dict[str, Sample] = {}
     fault = None
-    window = Window(path)
+    file = path.open("rb")
     try:
-        for member in members(path, window):
+        for member in members(path):
             key, suffix = split_name(member.name)
             if not key:
                 continue
@@ -79,7 +148,7 @@ def samples(path: Path, keys: Keys, cut_short: bool = False) -> tuple[list[Sampl
                     )
                 sample.offset, sample.size = member.offset, member.size
             elif suffix.rpartition(".")[2] in (keys.member.rpartition(".")[2], "txt", "json"):
-                text = _text(suffix, path, member, window, keys)
+                text = _text(suffix, path, member, file, keys)
                 if text is not None:
                     sample.texts[suffix] = text
             else:
@@ -89,7 +158,7 @@ def samples(path: Path, keys: Keys, cut_short: bool = False) -> tuple[list[Sampl
             raise
         fault = str(error)
     finally:
-        window.close()
+        file.close()
     if fault is not None and len(found) > 1 and _lacks(*list(found.values())[-2:]):
         found.popitem()
     pictured = [sample for sample in found.values() if sample.offset >= 0]
@@ -114,10 +183,11 @@ def split_name(name: str) -> tuple[str, str]:
     return (f"{folder}{slash}{stem}" if stem else "", suffix.lower())
 
 
-def _text(suffix: str, path: Path, member: Member, window: Window, keys: Keys) -> str | None:
+def _text(suffix: str, path: Path, member: Member, file: BinaryIO, keys: Keys) -> str | None:
     """What the member says; DataError, but None for a .txt or .json of another name, which may be anything."""
     try:
-        return window.read(member.offset, member.size).decode("utf-8-sig").strip()
+        file.seek(member.offset)
+        return file.read(member.size).decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         if suffix in ("txt", "json") or _holds_label(suffix, keys.member):
             raise _unreadable(member.name, path, error) from error

@@ -34,8 +34,7 @@ from sae_lightning.data.splits import (
     train_share,
     without_withheld,
 )
-from sae_lightning.data.tar_headers import CutShortError
-from sae_lightning.data.tar_index import Keys, TarIndex, index_tars
+from sae_lightning.data.tar_index import CutShortError, Keys, TarIndex, index_tars
 
 RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 
