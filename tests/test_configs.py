@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 import sae_lightning.settings.resolvers  # noqa: F401  registers a resolver that configs use
 from sae_lightning.apps.app import EACH, TOGETHER
-from sae_lightning.data import SOURCES
+from sae_lightning.data import data_source
 from sae_lightning.evaluation.parts import parts_of
 from sae_lightning.runs.identity import run_name
 from sae_lightning.saes import VARIANTS
@@ -41,7 +41,7 @@ def test_every_choice_composes_and_resolves(path):
     cfg = load(f"{'scale@data' if group == 'scale' else group}={name}", *needed, root=root)
     assert mistakes("finetune" if root == "finetune" else "train", cfg) == []  # settings/table.py knows every key
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert plain["data"]["source"] in (*SOURCES, "store")
+    assert plain["data"]["source"] in (*data_source, "store")
     assert set(plain["logger"]) <= set(KINDS)
     if root == "config":
         assert plain["sae"]["name"] in VARIANTS
@@ -64,7 +64,7 @@ def test_every_choice_of_metrics_names_parts_and_usable_data_sets(name):
     for part in parts:
         if "data" in part.options:
             run.data = part.options["data"]
-            assert OmegaConf.to_container(run.data, resolve=True)["source"] in SOURCES
+            assert OmegaConf.to_container(run.data, resolve=True)["source"] in data_source
         if part.judge is not None:
             assert not part.judge(run).own
 

@@ -16,7 +16,17 @@ from torchvision.transforms.functional import InterpolationMode
 
 from sae_lightning.backbones.backbone import BackboneError, reason
 from sae_lightning.backbones.settings import Published
-from sae_lightning.data.geometry import MiddleCrop
+
+
+class MiddleCrop(transforms.CenterCrop):
+    """Cuts the middle out of a picture as transformers does: of two middles the upper left one, black around it."""
+
+    upper_left = True  # masks follow it so (data/geometry.py)
+
+    def forward(self, img: Image.Image) -> Image.Image:
+        (height, width), (across, down) = self.size, img.size
+        left, top = (across - width) // 2, (down - height) // 2
+        return img.crop((left, top, left + width, top + height))
 
 
 @contextmanager

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from sae_lightning.data.bundled import load_cifar10, load_demo, load_digits, load_mosaic
 from sae_lightning.data.decode import Item, decode
 from sae_lightning.data.errors import DataError
-from sae_lightning.data.folder import load_folder, load_imagenet
-from sae_lightning.data.huggingface import load_hf
-from sae_lightning.data.images import ImageData
+from sae_lightning.data.images import ImageData, data_source
 from sae_lightning.data.levels import Reading
 from sae_lightning.data.masks import Masks, load_masks
 from sae_lightning.data.siblings import sibling_groups
 from sae_lightning.data.splits import SPLITS, arrange, check_split
 from sae_lightning.data.stream import ImageStream
-from sae_lightning.data.webdataset import load_webdataset
-from sae_lightning.registry import one_of
-
-SOURCES: dict[str, Callable[[dict[str, Any], str], ImageData | ImageStream]] = {
-    "demo": load_demo,
-    "cifar10": load_cifar10,
-    "digits": load_digits,
-    "mosaic": load_mosaic,
-    "folder": load_folder,
-    "imagenet": load_imagenet,
-    "hf": load_hf,
-    "webdataset": load_webdataset,
-}
+from sae_lightning.registry import discover
 
 
 def load_images(data: Mapping[str, Any], split: str) -> ImageData | ImageStream:
@@ -40,10 +25,8 @@ def load_images(data: Mapping[str, Any], split: str) -> ImageData | ImageStream:
     is missing or broken in it.
     """
     check_split(split)
-    source = data["source"]
-    one_of(source, SOURCES, "data.source", DataError)
     reading = Reading.of(data)
-    images = SOURCES[source](dict(data), split)
+    images = data_source[data["source"]](dict(data), split)
     if isinstance(images, ImageStream):
         return images.read_as(reading)
     images.reading = reading
@@ -53,6 +36,8 @@ def load_images(data: Mapping[str, Any], split: str) -> ImageData | ImageStream:
     return arrange(images, data)
 
 
+discover(__name__)
+
 __all__ = [
     "SPLITS",
     "DataError",
@@ -60,6 +45,7 @@ __all__ = [
     "ImageStream",
     "Item",
     "Masks",
+    "data_source",
     "decode",
     "load_images",
     "load_masks",

@@ -1,10 +1,10 @@
-"""Images in parquet files of the Hugging Face schema (image struct of bytes and path, label): demo and CIFAR-10."""
+"""What needs no download: the demo and CIFAR-10 in parquet files, scikit-learn's digits, and mosaics of the demo."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sae_lightning.data.decode import Source, to_rgb
+from sae_lightning.data.decode import to_rgb
 from sae_lightning.data.errors import DataError, brief
-from sae_lightning.data.images import ImageData
+from sae_lightning.data.images import ImageData, data_source
 from sae_lightning.data.splits import SPLITS, cut
 
 DEMO = Path(__file__).resolve().parents[1] / "assets" / "demo"
@@ -42,25 +42,22 @@ def read_table(path: Path, columns: list[str]) -> pa.Table:
         raise DataError(f"{path} cannot be read ({brief(error)}); it is truncated or not parquet.") from error
 
 
-class EncodedImages:
-    """``read(i)`` gives the encoded bytes of image i, ``digest(i)`` their SHA-256."""
+def _encoded(images: pa.Array, row: int) -> bytes:
+    return images[row].as_py()
 
-    def __init__(self, images: pa.Array) -> None:
-        self.images = images
 
-    def read(self, row: int) -> bytes:
-        return self.images[row].as_py()
-
-    def digest(self, row: int) -> bytes:
-        return hashlib.sha256(self.read(row)).digest()
+def _digest(images: pa.Array, row: int) -> bytes:
+    return hashlib.sha256(_encoded(images, row)).digest()
 
 
 def from_table(table: pa.Table, ids: list[str], **kwargs: Any) -> ImageData:
     """ImageData over the rows of ``table``, its images kept as encoded bytes."""
-    images = EncodedImages(table["image"].combine_chunks().field("bytes"))
-    return ImageData(labels=table["label"].to_numpy(), image_ids=ids, read=images.read, content=images.digest, **kwargs)
+    images = table["image"].combine_chunks().field("bytes")
+    read, content = partial(_encoded, images), partial(_digest, images)
+    return ImageData(labels=table["label"].to_numpy(), image_ids=ids, read=read, content=content, **kwargs)
 
 
+@data_source("demo")
 def load_demo(cfg: dict[str, Any], split: str) -> ImageData:
     """The bundled part of CIFAR-10: ``experiments/demo_data`` made it, ``demo.json`` says from what."""
     about = json.loads((DEMO / "demo.json").read_text(encoding="utf-8"))
@@ -77,6 +74,7 @@ def load_demo(cfg: dict[str, Any], split: str) -> ImageData:
     )
 
 
+@data_source("cifar10")
 def load_cifar10(cfg: dict[str, Any], split: str) -> ImageData:
     """CIFAR-10 from ``train.parquet`` and ``test.parquet`` in ``path``; val is a stratified share of train."""
     file = "test" if split == "test" else "train"
@@ -100,6 +98,7 @@ SIDE = 32  # pixels of a picture's edge: what the tiny backbones take
 INK = 16  # the largest grey value of the data set
 
 
+@data_source("digits")
 def load_digits(cfg: dict[str, Any], split: str) -> ImageData:
     """``split`` of the digits: ``shares`` of each class, drawn by ``seed``; white ink on black, 32 × 32, RGB.
 
@@ -150,19 +149,22 @@ class Plan(NamedTuple):
     percent: np.ndarray
 
 
-def load_mosaic(cfg: dict[str, Any], split: str) -> ImageData:
+@data_source("mosaic")
+def load_mosaic(cfg: dict[str, Any], split: str, masks: bool = False) -> ImageData:
     """``sizes[split]`` pictures from the images of the demo's ``split``, drawn by ``seed``; made when they are read.
 
-    A picture's label is the class of its larger part. Raises DataError for a size below 1.
+    A picture's label is the class of its larger part. With ``masks``, what is read are the masks: the class of each
+    pixel, [32, 32] in mode L. Raises DataError for a size below 1.
     """
-    mosaic, labels = _mosaic(cfg, split)
-    return _images(cfg, split, mosaic, labels, mosaic.picture)
-
-
-def load_mosaic_masks(cfg: dict[str, Any], split: str) -> ImageData:
-    """The same, but what is read are the masks: the class of each pixel, [32, 32] in mode L."""
-    mosaic, labels = _mosaic(cfg, split)
-    return _images(cfg, split, mosaic, labels, mosaic.mask)
+    count = cfg["sizes"][split]
+    if not isinstance(count, int) or count < 1:
+        raise DataError(f"data.sizes.{split}={count} must be a whole number of at least 1.")
+    images = load_demo({}, split)
+    mosaic = Mosaic(images, draw(images.labels, count, cfg["seed"], split))
+    return ImageData(
+        cfg["name"], split, images.class_names, mosaic.labels(), [f"mosaic-{split}-{i:05d}" for i in range(count)],
+        mosaic.mask if masks else mosaic.picture, mosaic.content(), sibling_groups=images.sibling_groups,
+    )  # fmt: skip
 
 
 def draw(labels: np.ndarray, count: int, seed: int, split: str) -> Plan:
@@ -223,21 +225,3 @@ class Mosaic:
         digest = hashlib.sha256(VERSION + self.images.fingerprint.encode())
         digest.update(np.stack(self.plan).astype("<i8").tobytes())
         return digest.digest()
-
-
-def _mosaic(cfg: dict[str, Any], split: str) -> tuple[Mosaic, np.ndarray]:
-    count = cfg["sizes"][split]
-    if not isinstance(count, int) or count < 1:
-        raise DataError(f"data.sizes.{split}={count} must be a whole number of at least 1.")
-    images = load_demo({}, split)
-    mosaic = Mosaic(images, draw(images.labels, count, cfg["seed"], split))
-    return mosaic, mosaic.labels()
-
-
-def _images(
-    cfg: dict[str, Any], split: str, mosaic: Mosaic, labels: np.ndarray, read: Callable[[int], Source]
-) -> ImageData:
-    return ImageData(
-        cfg["name"], split, mosaic.images.class_names, labels, [f"mosaic-{split}-{i:05d}" for i in range(len(labels))],
-        read, mosaic.content(), sibling_groups=mosaic.images.sibling_groups,
-    )  # fmt: skip

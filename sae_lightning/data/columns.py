@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from PIL import Image
 
 from sae_lightning.data.decode import Source
 from sae_lightning.data.errors import DataError, tell
+from sae_lightning.data.images import Texts
 
 IMAGE_NAMES = ("image", "images", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
 
@@ -157,29 +159,23 @@ def first_caption(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-class Pictures:
+def pictures(data: Any, column: str) -> Callable[[int], Source]:
     """Picture i of a Dataset, undecoded."""
+    import datasets
 
-    def __init__(self, data: Any, column: str) -> None:
-        import datasets
-
-        data = data.select_columns([column]).with_format(None)
-        is_image = isinstance(data.features[column], datasets.Image)
-        self.data = data.cast_column(column, datasets.Image(decode=False)) if is_image else data
-        self.column = column
-
-    def __call__(self, row: int) -> Source:
-        return encoded(self.data[row][self.column])
+    data = data.select_columns([column]).with_format(None)
+    if isinstance(data.features[column], datasets.Image):
+        data = data.cast_column(column, datasets.Image(decode=False))
+    return partial(_cell, data, column, encoded)
 
 
-class Captions:
-    """Caption i of a Dataset."""
+def captions(data: Any, column: str) -> Texts:
+    """The captions of a Dataset."""
+    return Texts(partial(_cell, data.select_columns([column]).with_format(None), column, first_caption), len(data))
 
-    def __init__(self, data: Any, column: str) -> None:
-        self.data, self.column = data.select_columns([column]).with_format(None), column
 
-    def __call__(self, row: int) -> str:
-        return first_caption(self.data[row][self.column])
+def _cell(data: Any, column: str, made: Callable[[Any], Any], row: int) -> Any:
+    return made(data[row][column])
 
 
 def row_id(split: str, row: int) -> str:

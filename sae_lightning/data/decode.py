@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from sae_lightning.data.errors import DataError, brief, remark
+from sae_lightning.data.errors import DataError, brief, tell
 from sae_lightning.data.levels import AS_FILED, Reading, Samples, picture_of, say_channels
 from sae_lightning.data.tiff import is_tiff, pillow_knows, tiff_samples
 
@@ -122,7 +122,7 @@ def _opened(source: bytes | Path, reading: Reading, image_id: str) -> Image.Imag
     try:
         with Image.open(file) as picture:
             if picture.format != "JPEG" and getattr(picture, "is_animated", False):
-                remark("frames", f"Of pictures with several frames or pages (first: '{image_id}') the first is read.")
+                tell(f"Of pictures with several frames or pages (first: '{image_id}') the first is read.", "frames")
             if picture.format == "TIFF" and not (reading == AS_FILED and pillow_knows(picture)):
                 return _made(tiff_samples(io.BytesIO(_bytes(source)), picture), reading, image_id)
             if is_deep(picture):

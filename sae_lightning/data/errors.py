@@ -19,39 +19,33 @@ class DataWarning(UserWarning):
 warnings.filterwarnings("once", category=DataWarning)
 
 
-def tell(sentence: str) -> None:
-    """Say ``sentence`` as a DataWarning: once in a process, however often the data are opened."""
-    warnings.warn_explicit(sentence, DataWarning, "data", 1)
-
-
 def brief(error: BaseException) -> str:
     """The first 300 characters of what ``error`` says, on one line, for the brackets of a sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "…"
 
 
-_KNOWN: set[str] = set()  # kinds that this process has remarked on
-
-_PRINTED: set[str] = set()
+_SAID: set[str] = set()  # kinds of sentences that this process has said
 
 _GATHERED: ContextVar[dict[str, str] | None] = ContextVar("gathered", default=None)
 
 
-def remark(kind: str, sentence: str) -> None:
-    """Print ``sentence``, the first of its ``kind`` in this process, or leave it to who is ``gathering``."""
-    if kind in _KNOWN:
-        return
-    _KNOWN.add(kind)
+def tell(sentence: str, kind: str | None = None) -> None:
+    """Say ``sentence`` as a DataWarning: once in a process, however often the data are opened.
+
+    Of a ``kind`` the first is said, or left to who is ``gathering``.
+    """
     gathered = _GATHERED.get()
-    if gathered is None:
-        say({kind: sentence})
-    else:
-        gathered[kind] = sentence
+    if kind is not None and gathered is not None:
+        gathered.setdefault(kind, sentence)
+    elif kind is None or kind not in _SAID:
+        _SAID.update([] if kind is None else [kind])
+        warnings.warn_explicit(sentence, DataWarning, "data", 1)
 
 
 @contextmanager
 def gathering() -> Iterator[dict[str, str]]:
-    """Sentences by kind that are remarked inside, unprinted: for a worker, whose parent hears the same from others."""
+    """Sentences by kind that are told inside, unsaid: for a worker, whose parent hears the same from others."""
     found: dict[str, str] = {}
     token = _GATHERED.set(found)
     try:
@@ -61,14 +55,11 @@ def gathering() -> Iterator[dict[str, str]]:
 
 
 def say(sentences: Mapping[str, str]) -> None:
-    """Print the sentences of kinds of which none was printed yet."""
+    """Say what was gathered."""
     for kind, sentence in sentences.items():
-        if kind not in _PRINTED:
-            _PRINTED.add(kind)
-            print(sentence, flush=True)
+        tell(sentence, kind)
 
 
 def begin_anew() -> None:
-    """Forget what was said, as another data set comes."""
-    _KNOWN.clear()
-    _PRINTED.clear()
+    """Forget what was said of kinds, as another data set comes."""
+    _SAID.clear()

@@ -8,6 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from sae_lightning.data.contents import Contents
 from sae_lightning.data.errors import DataError, tell
-from sae_lightning.data.images import ImageData, TextFiles, Texts
+from sae_lightning.data.images import ImageData, Texts, data_source
 from sae_lightning.data.splits import (
     SPLITS,
     UNLABELLED,
@@ -174,6 +175,7 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterat
             yield prefix + entry.name, entry
 
 
+@data_source("folder")
 def load_folder(cfg: dict[str, Any], split: str) -> ImageData:
     """``path/<split>/<class>/…``, ``path/<class>/…``, ``path/<split>/…`` or just ``path/…``.
 
@@ -273,31 +275,36 @@ def labels_of(found: Scan, names: Sequence[str], below: str) -> np.ndarray:
     return np.array([place[folder] if rest else position[UNLABELLED] for folder, rest in folders], dtype=np.int64)
 
 
+def _file(root: str, paths: Sequence[str], row: int) -> Path:
+    """The full path of picture ``row``."""
+    return Path(root, paths[row])
+
+
+def _text_beside(root: str, paths: Sequence[str], row: int) -> str:
+    """The text beside picture ``row``, of the same stem with the suffix .txt; DataError when it has gone."""
+    path = Path(root, paths[row].rpartition(".")[0] + ".txt")
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The caption {path} cannot be read ({error}); it must be a UTF-8 text file.") from error
+
+
 def from_scan(name: str, split: str, found: Scan, labels: np.ndarray, names: Sequence[str]) -> ImageData:
     """ImageData over the scanned files, with their texts as captions where each has one."""
     captions = None
     if found.texts and found.texts.issuperset(path.rpartition(".")[0] for path in found.paths):
-        captions = Texts(TextFiles(found.root, found.paths), np.arange(len(found.paths)))
+        captions = Texts(partial(_text_beside, found.root, found.paths), len(found.paths))
     tell_left_out(found.root, found.left_out | {"txt": 0 if captions else len(found.texts)})
     return ImageData(
-        name, split, names, labels, found.paths, Files(found.root, found.paths),
+        name, split, names, labels, found.paths, partial(_file, found.root, found.paths),
         Contents(found.root, found.paths, found.marks), captions,
     )  # fmt: skip
-
-
-class Files:
-    """The full path of picture i."""
-
-    def __init__(self, root: str, paths: Sequence[str]) -> None:
-        self.root, self.paths = root, paths
-
-    def __call__(self, row: int) -> Path:
-        return Path(self.root, self.paths[row])
 
 
 WNID = re.compile(r"n\d{8}")
 
 
+@data_source("imagenet")
 def load_imagenet(cfg: dict[str, Any], split: str) -> ImageData:
     """ImageNet-1K as ``path/train/<wnid>/…`` and ``path/val/<wnid>/…``.
 

@@ -6,42 +6,34 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from torchvision import transforms
 
 from sae_lightning.data.errors import DataError
 
 OUTSIDE = -1  # of positions that padding made
-PIXELWISE = (transforms.ToTensor, transforms.PILToTensor, transforms.ConvertImageDtype, transforms.Normalize)
 
 Axes = tuple[np.ndarray, np.ndarray]
 Step = Callable[[Axes], Axes]
 
 
-class MiddleCrop(transforms.CenterCrop):
-    """Cuts the middle out of a picture as transformers does: of two middles the upper left one, black around it."""
-
-    def forward(self, img: Image.Image) -> Image.Image:
-        (height, width), (across, down) = self.size, img.size
-        left, top = (across - width) // 2, (down - height) // 2
-        return img.crop((left, top, left + width, top + height))
-
-
 def steps_of(transform: Any) -> list[Step]:
     """What ``transform`` (of torchvision or timm) does to the rows and columns of a picture; nothing for None.
 
-    ``Resize`` and ``CenterCrop`` are known, and steps that leave pixels where they are. DataError for others.
+    ``Resize`` and ``CenterCrop`` are known, of crops also one that is ``upper_left`` of two middles, and steps that
+    leave pixels where they are. DataError for others.
     """
     if transform is None:
         return []
+    from torchvision import transforms  # which takes seconds
+
+    pixelwise = (transforms.ToTensor, transforms.PILToTensor, transforms.ConvertImageDtype, transforms.Normalize)
     if hasattr(transform, "transforms"):  # a Compose, or something that tells its steps as one
         return [step for part in transform.transforms for step in steps_of(part)]
     if isinstance(transform, transforms.Resize) and transform.max_size is None:
         return [_resizing(transform.size)]
     if isinstance(transform, transforms.CenterCrop):
         height, width = transform.size
-        return [_cropping(height, width, _middle if isinstance(transform, MiddleCrop) else _centre)]
-    if isinstance(transform, PIXELWISE):
+        return [_cropping(height, width, _middle if getattr(transform, "upper_left", False) else _centre)]
+    if isinstance(transform, pixelwise):
         return []
     raise DataError(
         f"Masks cannot follow the step {transform} of the encoder's transform; only Resize and CenterCrop are known. "
@@ -87,7 +79,7 @@ def _cropping(height: int, width: int, cut: Callable[[np.ndarray, int], np.ndarr
 
 
 def _middle(axis: np.ndarray, size: int) -> np.ndarray:
-    """The ``size`` positions that ``MiddleCrop`` takes."""
+    """The ``size`` positions, of two middles the upper left one, and nothing beyond the picture."""
     places = (len(axis) - size) // 2 + np.arange(size)
     inside = (places >= 0) & (places < len(axis))
     return np.where(inside, axis[places.clip(0, len(axis) - 1)], OUTSIDE)

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sae_lightning.data.columns import Captions, Columns, Pictures, find_columns, row_id
+from sae_lightning.data.columns import Columns, captions, find_columns, pictures, row_id
 from sae_lightning.data.errors import DataError, tell
 from sae_lightning.data.hf_source import Opened, open_source
-from sae_lightning.data.images import ImageData, Texts
+from sae_lightning.data.images import ImageData, data_source
 from sae_lightning.data.splits import (
     UNLABELLED,
     as_text,
@@ -121,6 +121,7 @@ def _class_names(
     return merged(labels.declared or present[name] for name, labels in found.items())
 
 
+@data_source("hf")
 def load_hf(cfg: dict[str, Any], split: str) -> ImageData | ImageStream:
     """``split`` of the data set ``id`` (on the hub or a local path); an ImageStream if ``streaming``.
 
@@ -139,9 +140,8 @@ def load_hf(cfg: dict[str, Any], split: str) -> ImageData | ImageStream:
         raise DataError(f"'{opened.name}' does not say what its columns hold, so it cannot be streamed; "
                         "set data.streaming=false.")  # fmt: skip
     columns = _columns(opened, names, split, cfg)
-    if cfg.get("streaming"):
-        return _stream(cfg, split, opened, names, columns, held_out)
-    return _images(cfg, split, opened, names, columns, held_out)
+    part = Part(split, opened, names, columns, held_out, cfg["seed"])
+    return part.stream(checked_limit(cfg.get("limit")), cfg.get("config")) if cfg.get("streaming") else part.images()
 
 
 def _columns(opened: Opened, names: Mapping[str, str], split: str, cfg: Mapping[str, Any]) -> Columns:
@@ -165,62 +165,62 @@ def _columns(opened: Opened, names: Mapping[str, str], split: str, cfg: Mapping[
     return replace(columns, label=label)
 
 
-def _images(
-    cfg: Mapping[str, Any],
-    split: str,
-    opened: Opened,
-    names: Mapping[str, str],
-    columns: Columns,
-    held_out: Mapping[str, float],
-) -> ImageData:
-    """Random access to the data set in the library's cache; ids are ``<split of the data set>-<row>``."""
-    source = names[split]
-    data = opened.splits[source]
-    labels, classes = _labels(opened, names, split, columns)
-    mark = json.dumps([opened.mark, source, columns.image, columns.label])
-    captions = Texts(Captions(data, columns.caption), np.arange(len(data))) if columns.caption else None
-    images = ImageData(
-        opened.name, split, classes, labels, [row_id(source, row) for row in range(len(data))],
-        Pictures(data, columns.image), mark.encode(), captions,
-    )  # fmt: skip
-    return images.take(cut(labels, held_out, split, cfg["seed"])) if held_out else images
+@dataclass(frozen=True)
+class Part:
+    """One of our splits of the data set: ``names`` are the data set's own of ours, ``held_out`` what is cut from it."""
 
+    split: str
+    opened: Opened
+    names: Mapping[str, str]
+    columns: Columns
+    held_out: Mapping[str, float]
+    seed: int
 
-def _labels(opened: Opened, names: Mapping[str, str], split: str, columns: Columns) -> tuple[np.ndarray, list[str]]:
-    """Labels [n] int64 of ``split``, and class names that are the same for all splits."""
-    if columns.label is None:
-        return np.zeros(len(opened.splits[names[split]]), dtype=np.int64), [UNLABELLED]
-    used = dict.fromkeys(names.values())
-    having = {s: opened.splits[s] for s in used if columns.label in opened.splits[s].column_names}
-    return common_labels(having, columns.label, opened.name, names["train"], names[split], split)
+    @property
+    def source(self) -> str:
+        """The data set's own split."""
+        return self.names[self.split]
 
+    def images(self) -> ImageData:
+        """Random access to the data set in the library's cache; ids are ``<split of the data set>-<row>``."""
+        data, columns = self.opened.splits[self.source], self.columns
+        labels, classes = self.labels()
+        mark = json.dumps([self.opened.mark, self.source, columns.image, columns.label])
+        images = ImageData(
+            self.opened.name, self.split, classes, labels, [row_id(self.source, row) for row in range(len(data))],
+            pictures(data, columns.image), mark.encode(),
+            captions(data, columns.caption) if columns.caption else None,
+        )  # fmt: skip
+        return images.take(cut(labels, self.held_out, self.split, self.seed)) if self.held_out else images
 
-def _stream(
-    cfg: Mapping[str, Any],
-    split: str,
-    opened: Opened,
-    names: Mapping[str, str],
-    columns: Columns,
-    held_out: Mapping[str, float],
-) -> ImageStream:
-    """The split as a stream; its fingerprint is of what chooses the images, not of the images."""
-    source, label = names[split], columns.label
-    data = opened.splits[source].decode(False)
-    classes: list[str] | None = [UNLABELLED]
-    places, train = None, None
-    if label is not None:
-        own = declared_names(data.features[label])
-        declared = [declared_names((opened.splits[s].features or {}).get(label)) for s in names.values()]
-        classes = merged(declared) if own else None
-        places = [classes.index(name) for name in own] if classes else None
-        train = None if source == names["train"] else opened.splits[names["train"]].select_columns([label])
-    share = StreamCut.of(held_out, split, cfg["seed"]) if held_out else None
-    limit = checked_limit(cfg.get("limit"))
-    known = (data.info.splits or {}).get(source)
-    count = known.num_examples if known is not None and share is None else None
-    chosen = [opened.mark, cfg.get("config"), source, split, repr(columns), repr(share), limit]
-    return ImageStream(
-        opened.name, split, data.select_columns(columns.all), columns, source, classes, length=count,
-        fingerprint=hashlib.sha256(json.dumps(chosen).encode()).hexdigest(), cut=share, limit=limit, places=places,
-        train=train, files=opened.files.get(source, ()),
-    )  # fmt: skip
+    def labels(self) -> tuple[np.ndarray, list[str]]:
+        """Labels [n] int64, and class names that are the same for all splits."""
+        splits, label = self.opened.splits, self.columns.label
+        if label is None:
+            return np.zeros(len(splits[self.source]), dtype=np.int64), [UNLABELLED]
+        having = {s: splits[s] for s in dict.fromkeys(self.names.values()) if label in splits[s].column_names}
+        return common_labels(having, label, self.opened.name, self.names["train"], self.source, self.split)
+
+    def stream(self, limit: int | None, config: str | None) -> ImageStream:
+        """The split as a stream; its fingerprint is of what chooses the images, not of the images."""
+        opened, source, label = self.opened, self.source, self.columns.label
+        data = opened.splits[source].decode(False)
+        classes: list[str] | None = [UNLABELLED]
+        places, train = None, None
+        if label is not None:
+            own = declared_names(data.features[label])
+            declared = [declared_names((opened.splits[s].features or {}).get(label)) for s in self.names.values()]
+            classes = merged(declared) if own else None
+            places = [classes.index(name) for name in own] if classes else None
+            train = (
+                None if source == self.names["train"] else opened.splits[self.names["train"]].select_columns([label])
+            )
+        share = StreamCut.of(self.held_out, self.split, self.seed) if self.held_out else None
+        known = (data.info.splits or {}).get(source)
+        count = known.num_examples if known is not None and share is None else None
+        chosen = [opened.mark, config, source, self.split, repr(self.columns), repr(share), limit]
+        return ImageStream(
+            opened.name, self.split, data.select_columns(self.columns.all), self.columns, source, classes,
+            length=count, fingerprint=hashlib.sha256(json.dumps(chosen).encode()).hexdigest(), cut=share, limit=limit,
+            places=places, train=train, files=opened.files.get(source, ()),
+        )  # fmt: skip

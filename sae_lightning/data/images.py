@@ -7,8 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import repeat
-from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
@@ -18,13 +17,17 @@ from sae_lightning.data.contents import Contents
 from sae_lightning.data.decode import Item, Source, to_rgb
 from sae_lightning.data.errors import DataError
 from sae_lightning.data.levels import AS_FILED, Reading
+from sae_lightning.registry import Registry
 
 
 class Texts(Sequence[str]):
-    """``texts[i]`` is ``read(rows[i])``. ``read`` must be picklable for DataLoader workers."""
+    """``texts[i]`` is ``read(rows[i])``, of ``n`` rows where they are not given.
 
-    def __init__(self, read: Callable[[int], str], rows: np.ndarray) -> None:
-        self._read, self._rows = read, rows
+    ``read`` must be picklable for DataLoader workers: a function of a module with its first arguments (``partial``).
+    """
+
+    def __init__(self, read: Callable[[int], str], rows: np.ndarray | int) -> None:
+        self._read, self._rows = read, np.arange(rows) if isinstance(rows, int) else rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -49,20 +52,6 @@ def take_texts(texts: Iterable[str] | None, index: np.ndarray) -> Sequence[str] 
         return None if texts is None else texts.take(index)
     texts = list(texts)
     return [texts[i] for i in index]
-
-
-class TextFiles:
-    """Reads the text beside picture i: ``<root>/<path>`` with the suffix .txt; DataError when it has gone."""
-
-    def __init__(self, root: str, paths: Sequence[str]) -> None:
-        self.root, self.paths = root, paths
-
-    def __call__(self, row: int) -> str:
-        path = Path(self.root, self.paths[row].rpartition(".")[0] + ".txt")
-        try:
-            return path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"The caption {path} cannot be read ({error}); it must be a UTF-8 text file.") from error
 
 
 class ImageData(Dataset):
@@ -166,3 +155,8 @@ class ImageData(Dataset):
             digest.update(image_id.encode())
             digest.update(content)
         return digest.hexdigest()
+
+
+data_source: Registry[Any] = Registry(
+    "data.source", DataError
+)  # functions of (settings, split) to ImageData or a stream

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from sae_lightning.data.errors import DataError, remark
+from sae_lightning.data.errors import DataError, tell
 
 DEPTHS = (1, 8, 10, 12, 14, 16)  # bits that sensors and files have, whatever they are stored in
 CONTAINERS = (16, 32, 64)  # bits that may hold samples of fewer
@@ -78,10 +78,10 @@ def picture_of(samples: Samples, reading: Reading, image_id: str) -> Image.Image
         span = span_of(values, samples.bits, samples.exact, reading.white)
         levels = _levels(values, span, samples.inverted, image_id)
         kind = f"{samples.bits}-bit {'floats' if values.dtype.kind == 'f' else 'integers'}"
-        remark(
-            f"{kind} {OWN_RANGE if span.why == OWN_RANGE else span}",
+        tell(
             f"Pictures of {kind} (first: '{image_id}') are read with {span.black:g} as black and {span.white:g} as "
             f"white, {span.why}; set data.white to change that.",
+            f"{kind} {OWN_RANGE if span.why == OWN_RANGE else span}",
         )
     return Image.fromarray(np.ascontiguousarray(np.broadcast_to(levels, (*levels.shape[:2], 3))))
 
@@ -112,10 +112,10 @@ def say_channels(count: int, colours: int, image_id: str) -> None:
     """Say once what is made of pictures with ``count`` channels, of which the first ``colours`` are looked at."""
     made = "grey, given as three equal channels" if colours == 1 else "red, green and blue"
     left = f", and {count - colours} more (transparency, say) left out" if count > colours else ""
-    remark(
-        f"{count} channels {colours}",
+    tell(
         f"Pictures with {count} channel{'s' * (count > 1)} (first: '{image_id}') are read as {made}{left}; choose "
         "three with data.channels.",
+        f"{count} channels {colours}",
     )
 
 
@@ -159,10 +159,10 @@ def _levels(values: np.ndarray, span: Span, inverted: bool, image_id: str) -> np
     levels = np.nan_to_num(levels, nan=0.0, posinf=2.0, neginf=-1.0)
     beyond = np.mean((levels < 0) | (levels > 1))
     if beyond > CLIPPED:
-        remark(
-            "clipped",
-            f"Warning: {beyond:.0%} of the values of image '{image_id}' lie beyond black ({span.black:g}) or white "
+        tell(
+            f"{beyond:.0%} of the values of image '{image_id}' lie beyond black ({span.black:g}) or white "
             f"({span.white:g}), {span.why}, and are clipped; set data.white.",
+            "clipped",
         )
     levels = levels.clip(0, 1) * 255
     return ((255 - levels if inverted else levels) + 0.5).astype(np.uint8)

@@ -6,16 +6,18 @@ import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from sae_lightning.data.bundled import load_mosaic_masks
+from sae_lightning.data.bundled import load_mosaic
 from sae_lightning.data.decode import Source
 from sae_lightning.data.errors import DataError, brief
 from sae_lightning.data.folder import load_folder
+from sae_lightning.data.geometry import steps_of, through
 from sae_lightning.data.huggingface import load_hf
 from sae_lightning.data.images import ImageData
 from sae_lightning.data.splits import arrange, check_split
@@ -65,8 +67,6 @@ class Masks:
         self.name, self.split, self.class_names, self.first = name, split, list(class_names), first
         self.image_ids, self._read = list(image_ids), read
         self._rows = np.arange(len(self.image_ids))
-        from sae_lightning.data.geometry import steps_of  # with torchvision, which takes seconds
-
         self._steps = steps_of(transform)
         self._pixels: dict[Grid, PatchPixels] = {}
 
@@ -80,8 +80,6 @@ class Masks:
         """
         image_id = self.image_ids[index]
         values = class_map(self._read(int(self._rows[index])), image_id)
-        from sae_lightning.data.geometry import through
-
         rows, columns = through(self._steps, *values.shape)
         seen = values[np.ix_(rows, columns)].astype(np.int64) - self.first
         nothing = (seen < 0) | (seen == IGNORE - self.first) | (rows < 0)[:, None] | (columns < 0)
@@ -187,16 +185,18 @@ def load_masks(data: Mapping[str, Any], split: str, transform: Any = None) -> Ma
     check_split(split)
     cfg = dict(data)
     source = cfg["source"]
-    if source == "mosaic":
-        images = arrange(load_mosaic_masks(cfg, split), cfg)
-        return Masks(images.name, split, images.class_names, images.image_ids, Sources(images), transform=transform)
     read: Callable[[int], Source]
+    if source == "mosaic":
+        images = arrange(load_mosaic(cfg, split, masks=True), cfg)
+        read = partial(_undecoded, images)
+        return Masks(images.name, split, images.class_names, images.image_ids, read, transform=transform)
     if source == "hf" and cfg.get("mask_column"):
         images = _column(cfg, split)
-        read = Sources(images)
+        read = partial(_undecoded, images)
     elif source == "folder" and cfg.get("mask_folder"):
         images = arrange(load_folder(cfg, split), cfg)
-        read = Beside(cfg["path"], images.image_ids, cfg["image_folder"], cfg["mask_folder"])
+        root = Path(cfg["path"]).expanduser()
+        read = partial(_beside, root, images.image_ids, cfg["image_folder"], cfg["mask_folder"])
     else:
         raise DataError(
             f"data={cfg.get('name')} has no masks. Take data=mosaic or data=ade20k, or name a Hugging Face data set's "
@@ -224,24 +224,13 @@ def _column(cfg: dict[str, Any], split: str) -> ImageData:
     return arrange(masks, cfg)
 
 
-class Sources:
-    """Picture i of ``images``, undecoded."""
-
-    def __init__(self, images: ImageData) -> None:
-        self.images = images
-
-    def __call__(self, index: int) -> Source:
-        return self.images.item(index).image
+def _undecoded(images: ImageData, index: int) -> Source:
+    return images.item(index).image
 
 
-class Beside:
-    """The path of the mask of picture ``paths[i]``: the folder ``masks`` in place of ``images``, and a PNG."""
-
-    def __init__(self, root: str, paths: Sequence[str], images: str, masks: str) -> None:
-        self.root, self.paths, self.images, self.masks = Path(root).expanduser(), paths, images, masks
-
-    def __call__(self, index: int) -> Path:
-        path = Path(self.paths[index])
-        if not path.is_relative_to(self.images):
-            raise DataError(f"Picture {path} does not lie in data.image_folder={self.images}; correct it.")
-        return (self.root / self.masks / path.relative_to(self.images)).with_suffix(".png")
+def _beside(root: Path, paths: Sequence[str], images: str, masks: str, index: int) -> Path:
+    """The mask of picture ``paths[index]``: in the folder ``masks`` in place of ``images``, and a PNG."""
+    path = Path(paths[index])
+    if not path.is_relative_to(images):
+        raise DataError(f"Picture {path} does not lie in data.image_folder={images}; correct it.")
+    return (root / masks / path.relative_to(images)).with_suffix(".png")

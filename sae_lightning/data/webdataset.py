@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from sae_lightning.data.contents import Contents
 from sae_lightning.data.errors import DataError, tell
 from sae_lightning.data.folder import level
-from sae_lightning.data.images import ImageData, Texts
+from sae_lightning.data.images import ImageData, Texts, data_source
 from sae_lightning.data.splits import (
     SPLITS,
     UNLABELLED,
@@ -137,14 +137,9 @@ class TarPictures:
         return data
 
 
-class ArrowTexts:
-    """Text i of an Arrow array."""
-
-    def __init__(self, texts: pa.StringArray) -> None:
-        self.texts = texts
-
-    def __call__(self, row: int) -> str:
-        return self.texts[row].as_py()
+def _text(texts: pa.StringArray, row: int) -> str:
+    """Text ``row`` of an Arrow array."""
+    return texts[row].as_py()
 
 
 class _File:
@@ -164,6 +159,7 @@ def _open(path: str, time: int) -> _File:
     return _File(path)
 
 
+@data_source("webdataset")
 def load_webdataset(cfg: dict[str, Any], split: str) -> ImageData:
     """``split`` of the tar files that ``path`` and ``splits`` name; ids are ``<tar>/<key>``.
 
@@ -302,5 +298,5 @@ def _images(name: str, split: str, index: TarIndex, labels: np.ndarray, names: S
     return ImageData(
         name, split, names, labels, [f"{stems[t]}/{key}" for t, key in zip(tar.tolist(), keys, strict=True)],
         TarPictures(index), content.digest(),
-        Texts(ArrowTexts(captions), np.arange(len(captions))) if not captions.null_count else None,
+        Texts(partial(_text, captions), len(captions)) if not captions.null_count else None,
     )  # fmt: skip

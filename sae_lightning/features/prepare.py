@@ -100,7 +100,9 @@ class Captions(Dataset):
 def collate(samples: Sequence[Sample]) -> Collated:
     """One batch of ``samples``."""
     errors = {i: sample.input for i, sample in enumerate(samples) if isinstance(sample.input, DataError)}
-    said = {kind: sentence for sample in samples for kind, sentence in sample.said.items()}
+    said = {
+        kind: sentence for sample in reversed(samples) for kind, sentence in sample.said.items()
+    }  # the first of each
     pixels = [sample.input for sample in samples if isinstance(sample.input, Tensor)]
     if pixels:
         return torch.stack(pixels), errors, said

@@ -43,7 +43,7 @@ SECTION = Kind("a section", lambda value: isinstance(value, dict))
 SOURCES = ("demo", "cifar10", "digits", "mosaic", "folder", "imagenet", "hf", "webdataset", "store")
 SHARES: Section = {"train": SHARE, "val": SHARE, "test": SHARE}
 NAMES_OF_SPLITS: Section = {"train": Maybe(TEXT), "val": Maybe(TEXT), "test": Maybe(TEXT)}
-SOURCE = choice(*SOURCES, registry="sae_lightning.data:SOURCES")
+SOURCE = choice(*SOURCES, registry="sae_lightning.data:data_source")
 DATA_SETTINGS: Section = {
     "name": NAME, "source": SOURCE, "backbones": choice("tiny", "published"), "k": number(above=0),
     "batch_size": whole(1), "max_epochs": whole(1), "seed": SEED, "shuffle": FLAG, "limit": Maybe(whole(1)),

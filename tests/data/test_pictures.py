@@ -25,6 +25,10 @@ def _nothing_said_yet():
     begin_anew()
 
 
+def told(recwarn) -> str:
+    return " ".join(str(warning.message) for warning in recwarn)
+
+
 def seen(source, **reading) -> np.ndarray:
     """The picture as [H, W, 3] of 0 to 1."""
     return np.asarray(to_rgb(source, "x", Reading(**reading))) / 255
@@ -189,28 +193,26 @@ def test_what_is_white_can_be_said():
         (saved(COLOUR.convert("LA"), "PNG"), "with 2 channels (first: 'x') are read as grey, given as three equal"),
     ],
 )  # fmt: skip
-def test_what_is_made_of_unusual_pictures_is_said_once(source, sentence, capsys):
+def test_what_is_made_of_unusual_pictures_is_said_once(source, sentence, recwarn):
     for _ in range(2):
         to_rgb(source, "x")
-    assert capsys.readouterr().out.count(sentence) == 1
+    assert told(recwarn).count(sentence) == 1
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "GIF", "PNG", "WEBP", "AVIF"])
-def test_of_several_frames_the_first_is_read_and_said(kind, capsys):
+def test_of_several_frames_the_first_is_read_and_said(kind, recwarn):
     first, second = (Image.new("RGB", (32, 24), colour) for colour in ("red", "blue"))
     data = saved(first, kind, save_all=True, append_images=[second])
     assert np.abs(seen(data) - [1, 0, 0]).max() < 0.05
     to_rgb(data, "y")
-    assert capsys.readouterr().out.count("several frames or pages (first: 'x') the first is read") == 1
+    assert told(recwarn).count("several frames or pages (first: 'x') the first is read") == 1
 
 
-def test_clipping_nearly_all_is_a_warning(capsys):
+def test_clipping_nearly_all_is_a_warning(recwarn):
     for name in "xy":
         to_rgb(tiff(of("f4", 255)), name, Reading(white=1))
-    said = capsys.readouterr().out
-    assert (
-        said.count("Warning: 99% of the values of image 'x' lie beyond black (0) or white (1), as data.white says") == 1
-    )
+    said = told(recwarn)
+    assert said.count("99% of the values of image 'x' lie beyond black (0) or white (1), as data.white says") == 1
     assert "'y'" not in said
 
 

@@ -77,10 +77,10 @@ def test_an_error_in_resizing_is_one_of_the_picture(tmp_path):
     assert FeatureStore.open(tmp_path / "s").manifest.skipped_images == 1
 
 
-def test_what_workers_see_of_pictures_is_said_once(tmp_path, capfd):
+def test_what_workers_see_of_pictures_is_said_once(tmp_path, recwarn):
     deep = {i: Image.fromarray(np.full((4, 4), 4095, np.uint16)) for i in range(9)}
     extract_pixels(tmp_path / "s", images(deep), num_workers=2)
-    said = capfd.readouterr().out
+    said = " ".join(str(warning.message) for warning in recwarn)
     assert said.count("Pictures of 16-bit integers (first: 'image-0') are read with 0 as black and 4095 as white") == 1
     loader = DataLoader(Pictures(images(deep), PixelEncoder()), 9, collate_fn=collate)
     assert all(pixels.min() == 255 for pixels, _, _ in loader)
