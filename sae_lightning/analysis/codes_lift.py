@@ -10,9 +10,9 @@ import pandas as pd
 
 from sae_lightning.analysis.correlation import NO_TASKS, spearman, task_title
 from sae_lightning.analysis.figures import lifts
-from sae_lightning.analysis.grid import Grid, backbone_means, backbone_stds, tasks
+from sae_lightning.analysis.grid import Grid, backbone_means, backbone_stds, section, tasks
 from sae_lightning.analysis.paper import PAPER, Paper
-from sae_lightning.rendering.page import Picture, Section, lacking
+from sae_lightning.rendering.page import Block, Picture, lacking
 from sae_lightning.rendering.table import Head, P, Spread, Table
 
 
@@ -57,19 +57,19 @@ def codes_lift(table: pd.DataFrame) -> Lift:
     return Lift(pd.DataFrame(overall, columns=overall_columns), pd.DataFrame(each, columns=each_columns))
 
 
-def lift(grid: Grid, paper: Paper) -> Section:
+@section("Codes lift")
+def lift(grid: Grid, paper: Paper) -> Block:
     """What codes give over raw features, and whether weak backbones gain most [App. O, Table 8]."""
     found = codes_lift(grid.main)
     if found.tasks.empty:
-        return lacking("Codes lift", NO_TASKS)
+        return lacking(NO_TASKS)
     each = found.backbones.assign(title=found.backbones["backbone"].map(grid.names))
     panels = {task_title(str(task)): own for task, own in each.groupby("task", sort=False)}
-    return Section(
-        "Codes lift",
+    return [
         "Lift is the score of codes over that of raw features, averaged over settings. A negative ρ of raw score and "
         "lift says that weaker backbones gain more. [ViSAEBench App. O]",
         Picture(lifts(panels, grid.colours)), grid.key, _table_8(grid, found, paper), _each_lift(each, grid.titles),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def _table_8(grid: Grid, found: Lift, paper: Paper) -> Table:

@@ -6,9 +6,9 @@ import pandas as pd
 
 from sae_lightning.analysis.correlation import across_backbones, spearman
 from sae_lightning.analysis.figures import scatter
-from sae_lightning.analysis.grid import Grid, over_seeds
+from sae_lightning.analysis.grid import Grid, over_seeds, section
 from sae_lightning.analysis.paper import Paper
-from sae_lightning.rendering.page import EVALUATE, Picture, Section, lacking
+from sae_lightning.rendering.page import EVALUATE, Block, Picture, lacking
 from sae_lightning.rendering.table import Head, P, Table
 
 ALL = "all"
@@ -28,11 +28,12 @@ def dissociation(table: pd.DataFrame, x: str = "M2", y: str = "M3") -> pd.DataFr
     return pd.DataFrame(rows, columns=["backbone", "rho", "p", "p_t", "n", "x", "y"])
 
 
-def dissociation_section(grid: Grid, paper: Paper) -> Section:
+@section("FVU and preservation")
+def dissociation_section(grid: Grid, paper: Paper) -> Block:
     """Preservation against FVU [Fig. 2a]."""
     own = grid.main.dropna(subset=["M2", "M3"])
     if own.empty:
-        return lacking("FVU and preservation", f"No run has both M2 and M3; `{EVALUATE}` makes them.")
+        return lacking(f"No run has both M2 and M3; `{EVALUATE}` makes them.")
     picture = Picture(
         scatter(own, "M2", "M3", ("M2 FVU (lower is better)", "M3 preservation"), grid.colours), "",
         "One mark a run: the shape is its expansion, the larger the larger its k. Rings: means of backbones.",
@@ -46,4 +47,4 @@ def dissociation_section(grid: Grid, paper: Paper) -> Section:
     rows.append(["means of backbones", *found.loc[ALL, ["rho", "p", "n", "x", "y"]]])
     table = Table("fvu-preservation", "Spearman’s ρ of FVU and preservation", heads, rows,
                   "A negative ρ: the lower FVU, the more is preserved. p is exact for n ≤ 8, of t above.")  # fmt: skip
-    return Section("FVU and preservation", about, picture, grid.key, table)
+    return [about, picture, grid.key, table]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from sae_lightning.analysis.figures import ORDER, colours
+from sae_lightning.analysis.paper import Paper
 from sae_lightning.metrics.part import HEADLINES, headline
-from sae_lightning.rendering.page import Key
+from sae_lightning.registry import Registry
+from sae_lightning.rendering.page import Block, Key, Section
 from sae_lightning.runs.identity import monoloss_of, same_but
 from sae_lightning.runs.run import SCORES, Run
 from sae_lightning.runs.scores import read_rows, value_of
@@ -244,6 +247,24 @@ def load(runs: Sequence[Path]) -> Grid:
     found = [row for run in scored for row in read_rows(run, strict=True) if row["split"] == splits[0]]
     rows = pd.DataFrame(found, columns=["run", "metric", "setting", "value"])
     return Grid(frame, main_family(frame), rows, splits[0], colours(frame))
+
+
+Analysis = Callable[[Grid, Paper], Section]
+
+SECTIONS: Registry[Analysis] = Registry("section")
+
+
+def section(title: str) -> Callable[[Callable[[Grid, Paper], Block]], Analysis]:
+    """A decorator that makes ``analysis(grid, paper)``, which gives blocks, a section of pages over a grid."""
+
+    def decorate(analysis: Callable[[Grid, Paper], Block]) -> Analysis:
+        @wraps(analysis)
+        def made(grid: Grid, paper: Paper) -> Section:
+            return Section(title, analysis(grid, paper))
+
+        return SECTIONS.add(title, made)
+
+    return decorate
 
 
 def in_order(frame: pd.DataFrame) -> pd.DataFrame:

@@ -19,9 +19,9 @@ from sae_lightning.analysis.correlation import (
     task_title,
 )
 from sae_lightning.analysis.figures import correlation_map, correlations
-from sae_lightning.analysis.grid import METRICS, Grid, tasks
+from sae_lightning.analysis.grid import METRICS, Grid, section, tasks
 from sae_lightning.analysis.paper import PAPER, Paper
-from sae_lightning.rendering.page import TRAIN, Picture, Section, lacking
+from sae_lightning.rendering.page import TRAIN, Block, Picture, lacking
 from sae_lightning.rendering.table import Head, P, Table
 
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable"
@@ -104,12 +104,13 @@ def _tested(table: pd.DataFrame, h: Hypothesis, task: str | None, check: bool = 
     }  # fmt: skip
 
 
-def metric_task(grid: Grid, paper: Paper) -> Section:
+@section("Metrics and tasks")
+def metric_task(grid: Grid, paper: Paper) -> Block:
     """ρ of each metric and task across backbones [Fig. 2b, Fig. 7]."""
     found = metric_tasks(grid.main)
     if found.empty or found["rho"].isna().all():
         few = f"Correlations across backbones need at least three of them; `{TRAIN}` trains five."
-        return lacking("Metrics and tasks", NO_TASKS if found.empty else few)
+        return lacking(NO_TASKS if found.empty else few)
     names, all_tasks = list(METRICS), list(dict.fromkeys(found["task"]))
     rho, p = (found.pivot(index="metric", columns="task", values=c).loc[names, all_tasks] for c in ("rho", "p"))
     tested = check_hypotheses(grid.main)
@@ -120,8 +121,7 @@ def metric_task(grid: Grid, paper: Paper) -> Section:
                                for t in all_tasks for sign in ("ρ", "p"))]  # fmt: skip
     rows = [[METRICS[m].title, *(f.at[m, t] for t in all_tasks for f in (rho, p))] for m in names]
     n = int(found["n"].max())
-    return Section(
-        "Metrics and tasks",
+    return [
         f"Spearman’s ρ across {n} backbones of a metric’s mean over settings and of the task solved with raw features "
         "(sparse probing: with codes). Of M2 and M7 less is better: there a negative ρ says that the better by the "
         f"metric, the better at the task. With n = {n}, p is exact: over all orderings.",
@@ -129,7 +129,7 @@ def metric_task(grid: Grid, paper: Paper) -> Section:
         Picture(correlations(panels, names), caption="The same, a panel a task. [ViSAEBench Fig. 7]"),
         Table("metric-tasks", "Spearman’s ρ of metrics and tasks across backbones, exact two-sided p", heads, rows),
         _paper_correlations(rho, paper),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def _paper_correlations(rho: pd.DataFrame, paper: Paper) -> list[Table]:
@@ -148,7 +148,8 @@ def _paper_correlations(rho: pd.DataFrame, paper: Paper) -> list[Table]:
     return [Table("metric-tasks-paper", "Correlations that the paper prints, and ours", heads, rows)]
 
 
-def hypotheses(grid: Grid, paper: Paper) -> Section:
+@section("Hypotheses H1–H4")
+def hypotheses(grid: Grid, paper: Paper) -> Block:
     """H1–H4 with both p-values and the verdict, beside the paper's [§4.5, §5.8]."""
     found, printed = check_hypotheses(grid.main), paper.hypotheses()
     claims = {h.name: h.claim for h in HYPOTHESES}
@@ -175,10 +176,9 @@ def hypotheses(grid: Grid, paper: Paper) -> Section:
             ]
     counts = found[~found["check"]]["verdict"].value_counts()
     says = f"Of {counts.sum()} hypotheses, here: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "."
-    return Section(
-        "Hypotheses H1–H4",
+    return [
         "Fixed in advance: " + "; ".join(f"{name}, {claim}" for name, claim in claims.items()) + ".",
         f"{says} A hypothesis is supported when ρ reaches its threshold, as in the paper; with five backbones the "
         "smallest exact p is 0.017 at ρ = ±1, and ρ = 0.9 has 0.083, where the t-approximation says 0.037.",
         Table("hypotheses", "H1–H4: rank correlations of metrics and tasks across backbones", heads, rows),
-    )  # fmt: skip
+    ]  # fmt: skip

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from sae_lightning.analysis.figures import steps
-from sae_lightning.analysis.grid import CONFIGURATION, FAMILY, METRICS, Grid
+from sae_lightning.analysis.grid import CONFIGURATION, FAMILY, METRICS, Grid, section
 from sae_lightning.analysis.paper import Paper
-from sae_lightning.rendering.page import TRAIN, Picture, Section, lacking
+from sae_lightning.rendering.page import TRAIN, Block, Picture, lacking
 from sae_lightning.rendering.table import Head, Table
 
 MATCH = [*FAMILY, "backbone", *CONFIGURATION, "seed"]
@@ -44,12 +44,12 @@ def layer_differences(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def layers(grid: Grid, paper: Paper) -> Section:
+@section("Layers")
+def layers(grid: Grid, paper: Paper) -> Block:
     """Differences of metrics between an early and a late layer [App. D, Fig. 4]."""
-    title = "Layers"
     found = layer_differences(grid.frame)
     if found.empty:
-        return lacking(title, "No backbone has runs on two layers that differ by nothing else: "
+        return lacking("No backbone has runs on two layers that differ by nothing else: "
                        f"`{TRAIN.replace('grid', 'layers')}` adds an early one; evaluate them.")  # fmt: skip
     found = found.assign(title=found["backbone"].map(grid.names))
     same = found["early_layer"].nunique() == found["late_layer"].nunique() == 1
@@ -58,11 +58,11 @@ def layers(grid: Grid, paper: Paper) -> Section:
     for metric, own in found.groupby("metric", sort=False):
         frame = own.set_index("title")[["early", "late"]].T
         panels[METRICS[str(metric)].title] = frame.set_axis(ends, axis=0)
-    return Section(
-        title, "Means over runs that differ by nothing but the layer. The paper compares layers 3 and 11 of CLIP, "
+    return [
+        "Means over runs that differ by nothing but the layer. The paper compares layers 3 and 11 of CLIP, "
         "DINOv2 and SigLIP. [ViSAEBench App. D, Fig. 4]",
         Picture(steps(panels, grid.colours)), grid.key, _layer_table(found),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def _layer_table(found: pd.DataFrame) -> Table:

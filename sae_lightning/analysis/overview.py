@@ -7,13 +7,14 @@ import math
 import pandas as pd
 
 from sae_lightning.analysis.figures import ORDER, normalised, profile, setting_frames, setting_maps
-from sae_lightning.analysis.grid import KIND, METRICS, Grid, missing_cells
+from sae_lightning.analysis.grid import KIND, METRICS, Grid, missing_cells, section
 from sae_lightning.analysis.paper import PAPER, Paper, spelled
-from sae_lightning.rendering.page import EVALUATE, TRAIN, Picture, Section, lacking, plural, some
+from sae_lightning.rendering.page import EVALUATE, TRAIN, Block, Picture, lacking, plural, some
 from sae_lightning.rendering.table import Head, Spread, Table
 
 
-def what_was_run(grid: Grid, paper: Paper) -> Section:
+@section("What was run")
+def what_was_run(grid: Grid, paper: Paper) -> Block:
     """Scale, data, settings and seeds, a line a backbone, with the paper's; what lacks."""
     main, absent = grid.main, _lacking(grid)
     heads = [Head("backbone"), Head("data"), Head("features"), Head("layer"), Head("d_in", ".0f"), Head("expansion"),
@@ -28,7 +29,7 @@ def what_was_run(grid: Grid, paper: Paper) -> Section:
             sum(name == title for name, _ in absent),
         ])  # fmt: skip
     rows.append(["paper: 5 × ViT-B", "ImageNet-1K", "patch", "11", 768, "8, 16, 32", "64, 128, 192, 256", "42", 60, 0])
-    return Section("What was run", _about(grid, absent), Table("runs", "Runs", heads, rows))
+    return [_about(grid, absent), Table("runs", "Runs", heads, rows)]
 
 
 def _lacking(grid: Grid) -> list[tuple[str, str]]:
@@ -76,26 +77,27 @@ def _levels(values: pd.Series) -> str:
     return ", ".join(f"{value:g}" for value in sorted(values.dropna().unique()))
 
 
-def profiles(grid: Grid, paper: Paper) -> Section:
+@section("Profiles of backbones")
+def profiles(grid: Grid, paper: Paper) -> Block:
     """Normalised scores of backbones [Fig. 1a], with the scores table beside."""
     means = grid.means(list(METRICS)).dropna(axis=1, how="all")
     if len(means) < 2:
-        return lacking("Profiles of backbones", f"A profile compares backbones; here is one. `{TRAIN}` trains five.")
+        return lacking(f"A profile compares backbones; here is one. `{TRAIN}` trains five.")
     scores = normalised(means, {m: METRICS[m].better for m in means})
     firsts = {t: [str(m) for m in scores if scores[m].max() == scores.at[t, m]] for t in scores.index}
     lasts = {t: [str(m) for m in scores if scores[m].min() == scores.at[t, m]] for t in scores.index}
     rows = [[t, *scores.loc[t], ", ".join(firsts[t]) or "–", ", ".join(lasts[t]) or "–"] for t in scores.index]
     heads = [Head("backbone"), *(Head(str(m), ".2f") for m in scores), Head("first in"), Head("last in")]
-    return Section(
-        "Profiles of backbones",
+    return [
         "Means over all settings, each metric from the worst backbone (0) to the best (1); FVU and absorption count "
         "downwards. [ViSAEBench Fig. 1a]",
         Picture(profile(scores, [METRICS[str(m)].title for m in scores], grid.colours)), grid.key,
         Table("profiles", "Normalised scores of backbones", heads, rows),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
-def means_table(grid: Grid, paper: Paper) -> Section:
+@section("Means of backbones")
+def means_table(grid: Grid, paper: Paper) -> Block:
     """Mean and standard deviation of M1–M7 over each backbone's settings."""
     names = [m for m in METRICS if grid.main[m].notna().any()]
     heads = [Head("backbone"), *(Head(METRICS[m].title, better=METRICS[m].better) for m in names), Head("L0", ".1f"),
@@ -107,11 +109,11 @@ def means_table(grid: Grid, paper: Paper) -> Section:
         spreads = {c: Spread(means.at[t, c], stds.at[t, c]) for c in columns}
         rows.append([t, *(spreads[m] for m in names), spreads["l0"].mean, spreads["dead_share"]])
     about = "Mean ± standard deviation over a backbone’s settings; an arrow shows the better direction."
-    return Section(
-        "Means of backbones", about,
+    return [
+        about,
         Table("means", "M1–M7 by backbone, mean and standard deviation over settings", heads, rows),
         _printed_means(paper),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def _printed_means(paper: Paper) -> list[Table]:
@@ -124,13 +126,14 @@ def _printed_means(paper: Paper) -> list[Table]:
     return [Table("means-paper", f"Means of backbones, {PAPER}", heads, rows, note)] if found else []
 
 
-def settings(grid: Grid, paper: Paper) -> Section:
+@section("Every setting")
+def settings(grid: Grid, paper: Paper) -> Block:
     """Heat maps of each metric over expansion and k, a map a backbone."""
     main = grid.main.dropna(subset=["k"])
     if main.empty or (main["k"].nunique() < 2 and main["expansion"].nunique() < 2):
-        return lacking("Every setting", f"All runs have one expansion and one k; `{TRAIN}` trains twelve settings.")
+        return lacking(f"All runs have one expansion and one k; `{TRAIN}` trains twelve settings.")
     pictures = []
     for name, (title, better) in METRICS.items():
         if maps := setting_frames(main, name, grid.titles):
             pictures.append(Picture(setting_maps(maps, ".3f", better), title))
-    return Section("Every setting", "Means over seeds; one scale a metric, dark is better.", pictures)
+    return ["Means over seeds; one scale a metric, dark is better.", pictures]

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import pandas as pd
 
 from sae_lightning.analysis.correlation import spearman
-from sae_lightning.analysis.grid import CELL, METRICS, Grid, backbone_means, main_family, over_seeds
+from sae_lightning.analysis.grid import CELL, METRICS, Grid, backbone_means, main_family, over_seeds, section
 from sae_lightning.analysis.paper import PAPER, Paper
-from sae_lightning.rendering.page import TRAIN, Section, lacking, some
+from sae_lightning.rendering.page import TRAIN, Block, lacking, some
 from sae_lightning.rendering.table import Head, P, Table
 
 
@@ -103,13 +103,14 @@ def _one_sign(values: pd.Series) -> bool:
     return bool((values > 0).all() or (values < 0).all())
 
 
-def families(grid: Grid, paper: Paper) -> Section:
+@section("Families of SAEs")
+def families(grid: Grid, paper: Paper) -> Block:
     """Whether another variant ranks the backbones alike [App. Q, Table 9]."""
-    title, first = "Families of SAEs", str(grid.main["variant"].iloc[0])
+    first = str(grid.main["variant"].iloc[0])
     comparable = grid.comparable()
     others = [v for v in dict.fromkeys(comparable["variant"]) if v != first]
     if not others:
-        return lacking(title, f"All runs are of {first}: train a second variant on the same backbones, "
+        return lacking(f"All runs are of {first}: train a second variant on the same backbones, "
                        f"`{TRAIN.replace('grid', 'jumprelu')}`, and evaluate it.")  # fmt: skip
     about, tables = ["Backbones from best to worst by their means, over runs whose L0 is within 2 of k. "
                      "[ViSAEBench App. Q, Table 9]"], []  # fmt: skip
@@ -119,7 +120,7 @@ def families(grid: Grid, paper: Paper) -> Section:
             left = [f"{run} ({why})" for run, why in zip(found.dropped["run"], found.dropped["reason"], strict=True)]
             about.append(f"Left out with {second}: {some(left, 4)}.")
         tables += [_table_9(grid, found, first, second, paper), *_differences(grid, found, first, second)]
-    return Section(title, about, tables)
+    return [about, tables]
 
 
 def _table_9(grid: Grid, found: Consistency, first: str, second: str, paper: Paper) -> Table:

@@ -11,9 +11,9 @@ import pandas as pd
 
 from sae_lightning.analysis.correlation import NO_TASKS, metric_tasks, stands_in, task_column, task_title
 from sae_lightning.analysis.figures import Route, flowchart
-from sae_lightning.analysis.grid import METRICS, Grid, backbone_means, tasks
+from sae_lightning.analysis.grid import METRICS, Grid, backbone_means, section, tasks
 from sae_lightning.analysis.paper import PAPER, Paper
-from sae_lightning.rendering.page import TRAIN, Picture, Section, lacking
+from sae_lightning.rendering.page import TRAIN, Block, Picture, lacking
 from sae_lightning.rendering.table import Head, Table
 
 # kinds of task in the order of App. P.1, by patterns of their names, of which the first that fits counts
@@ -144,8 +144,6 @@ def _last(table: pd.DataFrame, found: Sequence[str]) -> tuple[str, ...]:
     return tuple(str(name) for name in ranks.index[(ranks >= len(ranks) - 1).all(axis=1)])
 
 
-TITLE = "Recommendations"
-
 OF_PAPER = (  # App. P.1: kind of task, by raw features, by codes, supporting metric
     ("dense spatial prediction", "DINOv2", "DINOv2", "M1, ρ = 0.90"),
     ("fine-grained concepts", "DINOv2", "DINOv2 or SigLIP", "M4, ρ = 0.80 to 0.90"),
@@ -154,19 +152,20 @@ OF_PAPER = (  # App. P.1: kind of task, by raw features, by codes, supporting me
 )
 
 
-def guide(grid: Grid, paper: Paper) -> Section:
+@section("Recommendations")
+def guide(grid: Grid, paper: Paper) -> Block:
     """A flowchart from tasks to backbones, what to select on and what not, beside the paper's advice."""
     found = recommend(grid.main)
     if not found.routes or len(grid.titles) < 2:
         few = f"A choice needs several backbones: `{TRAIN}` trains five."
-        return lacking(TITLE, few if found.routes else NO_TASKS)
+        return lacking(few if found.routes else NO_TASKS)
     routes = [_drawn_route(grid, r) for r in found.routes]
     chart = flowchart(routes, "What is the SAE for?")
-    return Section(
-        TITLE, _about(grid, found),
+    return [
+        _about(grid, found),
         Picture(chart, caption="Task, backbone, and the metrics that rank the backbones most as the task does."),
         _routes(grid, found, bool(paper.files)), _metrics(grid, found),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def _about(grid: Grid, found: Guide) -> tuple[str, ...]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 
 from sae_lightning.analysis.figures import curves
-from sae_lightning.analysis.grid import Grid, tasks
+from sae_lightning.analysis.grid import Grid, section, tasks
 from sae_lightning.analysis.paper import PAPER, Paper, spelled
 from sae_lightning.rendering.figures import limits_of
-from sae_lightning.rendering.page import EVALUATE, Picture, Section, lacking
+from sae_lightning.rendering.page import EVALUATE, Block, Picture, lacking
 from sae_lightning.rendering.table import Head, Spread, Table
 
 
-def probing(grid: Grid, paper: Paper) -> Section:
+@section("Sparse-probing curves")
+def probing(grid: Grid, paper: Paper) -> Block:
     """Sparse-probing AUC over budgets, by expansion and by k [App. I, Fig. 6]."""
-    title, rows = "Sparse-probing curves", grid.curves("sparse_probing_auc")
+    rows = grid.curves("sparse_probing_auc")
     rows = rows[rows["setting"].str.fullmatch(r"k=\d+")].dropna(subset=["value"])
     if rows.empty:
-        return lacking(title, f"No run has sparse probing; `{EVALUATE}` makes it.")
+        return lacking(f"No run has sparse probing; `{EVALUATE}` makes it.")
     rows = rows.assign(budget=rows["setting"].str[2:].astype(int))
     limits = limits_of(rows["value"].to_numpy())
     pictures = []
@@ -31,16 +32,17 @@ def probing(grid: Grid, paper: Paper) -> Section:
     table = Table("probing", "Sparse-probing AUC by the number of latents, mean over settings", heads,
                   [[t, *means.loc[t]] for t in means.index])  # fmt: skip
     about = "Mean AUC over classes of probes that see k latents; dotted: k = 128, which is M4. [ViSAEBench Fig. 6]"
-    return Section(title, about, pictures, grid.key, table)
+    return [about, pictures, grid.key, table]
 
 
-def thresholds(grid: Grid, paper: Paper) -> Section:
+@section("Thresholds of M7")
+def thresholds(grid: Grid, paper: Paper) -> Block:
     """Absorption rates over the thresholds α and β [App. N, Table 7]."""
-    title, rows = "Thresholds of M7", grid.curves("absorption")
+    rows = grid.curves("absorption")
     found = rows["setting"].str.extract(r"alpha=([\d.]+),beta=([\d.]+)").astype(float)
     rows = rows.assign(alpha=found[0], beta=found[1]).dropna(subset=["alpha", "beta", "value"])
     if rows.empty:
-        return lacking(title, f"No run has absorption; `{EVALUATE}` makes it.")
+        return lacking(f"No run has absorption; `{EVALUATE}` makes it.")
     means = rows.groupby(["alpha", "beta", "title"])["value"].mean().unstack("title")[grid.titles]
     printed = paper.thresholds()
     names = list(next(iter(printed.values()))) if printed else []
@@ -59,7 +61,7 @@ def thresholds(grid: Grid, paper: Paper) -> Section:
     says += "; in the paper it is DeiT in 7 of 9." if printed else "."
     about = "Absorption is the share of tasks with F1(1 latent) < α and F1(4 latents) > β. [ViSAEBench App. N, Table 7]"
     table = Table("thresholds", "Absorption rate by thresholds, mean over settings", heads, cells)
-    return Section(title, about, says, table)
+    return [about, says, table]
 
 
 def _lowest(row: dict[str, float]) -> list[str]:
@@ -67,11 +69,12 @@ def _lowest(row: dict[str, float]) -> list[str]:
     return [name for name, value in known.items() if value == min(known.values())]
 
 
-def raw_moran(grid: Grid, paper: Paper) -> Section:
+@section("Spatial order of the features themselves")
+def raw_moran(grid: Grid, paper: Paper) -> Block:
     """Moran's I of the channels of a backbone, and how much of it its SAEs keep [App. G, Table 4]."""
-    title, rows = "Spatial order of the features themselves", grid.curves("channel_moran")
+    rows = grid.curves("channel_moran")
     if rows["value"].notna().sum() == 0:
-        return lacking(title, f"No run has Moran's I of its features' channels; `{EVALUATE}` makes it.")
+        return lacking(f"No run has Moran's I of its features' channels; `{EVALUATE}` makes it.")
     own, m1 = rows.groupby("title")["value"].mean(), grid.means(["M1"])["M1"]
     nulls = grid.curves("channel_moran_null").groupby("title")["value"].mean()
     theirs, means = paper.raw_moran(), paper.means()
@@ -87,15 +90,15 @@ def raw_moran(grid: Grid, paper: Paper) -> Section:
         lines.append([*line, *([printed, kept, kept / printed if printed > 0 else None] if theirs else [])])
     about = ("Moran’s I of the features’ own channels: whether spatial order, or its lack, is the backbone’s or the "
              "SAE’s. [ViSAEBench App. G, Table 4]")  # fmt: skip
-    return Section(title, about, Table("raw-moran", "Moran’s I of channels and of latents", heads, lines))
+    return [about, Table("raw-moran", "Moran’s I of channels and of latents", heads, lines)]
 
 
-def cross_domain(grid: Grid, paper: Paper) -> Section:
+@section("Other data sets")
+def cross_domain(grid: Grid, paper: Paper) -> Block:
     """Probes on other data sets, by raw features and reconstructions, and M6 [App. M, Table 6]."""
-    title = "Other data sets"
     sets = [task.partition(":")[2] for task in tasks(grid.main) if task.startswith("accuracy:")]
     if not sets:
-        return lacking(title, f"No run has probes on another data set; `{EVALUATE}` makes them.")
+        return lacking(f"No run has probes on another data set; `{EVALUATE}` makes them.")
     frame = grid.main.copy()
     for name in sets:
         frame[f"{name}/kept"] = frame[f"accuracy:{name}/reconstruction"] / frame[f"accuracy:{name}/raw"]
@@ -112,12 +115,12 @@ def cross_domain(grid: Grid, paper: Paper) -> Section:
         [t, *(means.at[t, c] if c.endswith("/raw") else Spread(means.at[t, c], stds.at[t, c]) for c in columns)]
         for t in grid.titles
     ]  # fmt: skip
-    return Section(
-        title, "Preservation is the accuracy of probes of reconstructions over that of probes of raw features; M6 is "
+    return [
+        "Preservation is the accuracy of probes of reconstructions over that of probes of raw features; M6 is "
         "its mean over data sets. [ViSAEBench App. M, Table 6]",
         Table("cross-domain", "Accuracy of probes on other data sets, mean ± standard deviation over settings",
               heads, rows), _printed(paper),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def _printed(paper: Paper) -> list[Table]:

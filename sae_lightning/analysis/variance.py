@@ -13,9 +13,9 @@ import statsmodels.formula.api as smf
 from scipy import stats
 
 from sae_lightning.analysis.figures import SHARES, shares
-from sae_lightning.analysis.grid import CELL, METRICS, Grid, configuration_names, missing_cells, over_seeds
+from sae_lightning.analysis.grid import CELL, METRICS, Grid, configuration_names, missing_cells, over_seeds, section
 from sae_lightning.analysis.paper import PAPER, Paper
-from sae_lightning.rendering.page import EVALUATE, TRAIN, Picture, Section, lacking
+from sae_lightning.rendering.page import EVALUATE, TRAIN, Block, Picture, lacking
 from sae_lightning.rendering.table import Head, P, Table
 
 # terms by name, each the factors that it is made of
@@ -185,26 +185,25 @@ def _pooled(groups: pd.api.typing.SeriesGroupBy) -> float:
     return math.sqrt((groups.var()[freedom.index] * freedom).sum() / freedom.sum()) if len(freedom) else math.nan
 
 
-TITLE = "Variance decomposition"
-
 PARTS = tuple(SHARES)
 
 OUTLIER = "mae"  # which the paper leaves out to show that the finding does not rest on it
 
 
-def decomposition(grid: Grid, paper: Paper) -> Section:
+@section("Variance decomposition")
+def decomposition(grid: Grid, paper: Paper) -> Block:
     """η² of backbone, settings and the rest, as bars and tables, with the paper's."""
     found = variance(grid.main).set_index("metric")
     found = found[found[["eta_backbone", "eta_hp"]].notna().all(axis=1)]
     if found.empty:
-        return lacking(TITLE, "A decomposition needs several backbones, each with several expansions or k: "
+        return lacking("A decomposition needs several backbones, each with several expansions or k: "
                        f"`{TRAIN}`, then `{EVALUATE}`.")  # fmt: skip
     own = {METRICS[m].title: _parts(row) for m, row in found.iterrows()}
     theirs = {METRICS[m].title: parts for m, parts in paper.variance().items() if m in found.index}
-    return Section(
-        TITLE, _about(found), Picture(shares(own, theirs), caption=_caption(bool(theirs))),
+    return [
+        _about(found), Picture(shares(own, theirs), caption=_caption(bool(theirs))),
         _table_3(grid, found, paper), _tests(grid, found), _seeds(grid),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def _parts(row: pd.Series) -> dict[str, float]:

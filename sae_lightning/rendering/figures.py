@@ -26,6 +26,14 @@ STYLE: Any = {
 HEADLINE_K = 128
 
 
+def svg(made: Figure) -> str:
+    """A figure as an inline SVG element, without a date."""
+    buffer = io.StringIO()
+    made.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
 @dataclass
 class Drawing:
     """A figure's ``axes`` [rows, columns]; when it is finished, its inline ``svg``."""
@@ -52,10 +60,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, title: 
         if title:
             drawing.axis.set_title(title, loc="left", fontsize=9)
         yield drawing
-        buffer = io.StringIO()
-        made.savefig(buffer, format="svg", metadata={"Date": None})
-        text = buffer.getvalue()
-        drawing.svg = text[text.index("<svg") :]
+        drawing.svg = svg(made)
 
 
 @contextmanager

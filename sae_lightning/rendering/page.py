@@ -146,9 +146,9 @@ class Section:
         return next((block.text for block in self.blocks if isinstance(block, Note) and block.lacks), "")
 
 
-def lacking(title: str, text: str) -> Section:
-    """A section that has nothing to show: ``text`` says in a line what is missing, and which command makes it."""
-    return Section(title, Note(text, lacks=True))
+def lacking(text: str) -> Note:
+    """In place of what there is nothing to show of: what is missing, and which command makes it."""
+    return Note(text, lacks=True)
 
 
 def _flat(blocks: Iterable[Any]) -> Iterator[Any]:
@@ -198,7 +198,7 @@ def headlines(lines: Iterable[Any], title: str = "") -> Table:
          line.baseline, line.against]
         for line in lines
     ]  # fmt: skip
-    return Table("headlines", title, heads, rows)
+    return Table("", title, heads, rows)
 
 
 @cache

@@ -16,6 +16,7 @@ from sae_lightning.rendering.page import Beside, Block, Fold, Heading, Note, Pic
 from sae_lightning.rendering.table import Head, Keyed, Table
 from sae_lightning.report import figures
 from sae_lightning.report.benchmark import MAIN, Scored, scored_runs, scores_csv, table, topics
+from sae_lightning.report.grid import analyses, grid_of, tables_folder, write_tables
 from sae_lightning.report.latents import audit, latent_groups, latents, pictures
 from sae_lightning.report.monoloss import as_csv, as_markdown, first_of_settings, groups_of, keys, monosemanticity
 from sae_lightning.runs.identity import monoloss_of
@@ -189,7 +190,7 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
             "Backbones marked (tiny) are small stand-ins trained on CIFAR-10 with the published models' paradigms, 128 "
             "wide; the published ViT-B are 768 wide."))  # fmt: skip
     used = applications(folders, out)
-    sections = [
+    sections: list[Section | None] = [
         Section("Runs", runs_table(runs), Note("A click on a heading sorts. The best value of a column is marked.")),
         Section("Training", Picture(figures.training_curves(runs), wide=True), keys(runs)),
         reconstruction(runs), monosemanticity(runs, groups, grids), benchmark(saes, len(runs), detailed > 0),
@@ -198,8 +199,20 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
         latents(runs, len(in_detail)),
     ]  # fmt: skip
     texts = {"monoloss.csv": as_csv(groups), "monoloss.md": as_markdown(groups)} if groups else {}
+    grid = grid_of([sae.run["folder"] for sae in saes]) if saes else None
+    if grid is not None:
+        analysed = [made for made in analyses(grid) if not made.missing]
+        write_tables(analysed, out)
+        lead.append(
+            Note(
+                f"They make a grid, analysed from “{analysed[0].title}” on. The tables of its analyses are in "
+                f"{tables_folder(out).name}/ beside this page, as csv with unrounded numbers and as LaTeX."
+            )
+        )
+        sections += analysed
     html = page(f"Sparse autoencoders: {plural(len(runs), 'run')}", lead, [made for made in sections if made],
-                heading="Sparse autoencoders on vision features")  # fmt: skip
+                tables_folder(out).name if grid else "", "Sparse autoencoders on vision features")  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
     for name, text in (texts | files(saes)).items():
         write_text(out.parent / name, text)
     write_text(out, html)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 
+from sae_lightning.analysis import grid as grids
 from sae_lightning.analysis.figures import ORDER, Route, colours, correlation_map, flowchart, normalised
 from sae_lightning.analysis.grid import METRICS, load
 from sae_lightning.analysis.hypotheses import hypotheses
@@ -26,10 +27,12 @@ from sae_lightning.analysis.tables import cross_domain, raw_moran, thresholds
 from sae_lightning.analysis.variance import decomposition
 from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.part import HEADLINES
+from sae_lightning.registry import Registry
 from sae_lightning.rendering import figures
 from sae_lightning.rendering.figures import limits_of
 from sae_lightning.rendering.page import plural, prose, some
-from sae_lightning.report.grid import SECTIONS, build_grid
+from sae_lightning.rendering.table import Head, Table
+from sae_lightning.report.grid import OURS, analyses, build_grid
 from sae_lightning.runs.scores import TABLE, put_scores
 
 BUDGETS, EXPANSIONS, KS = (1, 4, 128, 256), (8, 16), (16, 32)
@@ -129,7 +132,7 @@ def test_every_section_has_something_and_every_link_leads_somewhere(page):
     parsed = Parsed(page.read_text())
     assert parsed.open == []
     anchors = [link[1:] for link in parsed.links if link.startswith("#")]
-    assert len(anchors) == len(SECTIONS)
+    assert len(anchors) == len(OURS)
     assert all(f'<section id="{name}">' in page.read_text() for name in anchors)
     files = [link for link in parsed.links if not link.startswith("#")]
     assert len(files) == 2 * len(tables_of(page)) > 0
@@ -283,11 +286,20 @@ def test_a_metric_without_scores_leaves_a_page(name, tmp_path):
         kept = [metric != SEVEN[name] for metric in table["metric"].to_pylist()]
         pq.write_table(table.filter(kept), run / TABLE)
     grid = load(runs)
-    for made in SECTIONS:
-        section = made(grid, Paper({}))
+    for section in analyses(grid, tmp_path / "no paper"):
         assert section.pictures or section.tables or section.missing
     titles = [head.title for head in means_table(grid, Paper({})).tables[0].heads]
     assert [m for m in METRICS if METRICS[m].title not in titles] == [name]
+
+
+def test_an_analysis_of_another_package_follows_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(grids, "SECTIONS", Registry("section"))
+    mine = grids.section("Mine")(lambda grid, paper: [f"{len(grid.main)} run", Table("mine", "", [Head("a")], [[1]])])
+    grid = load([write_run(tmp_path, "clip", 8, 16)])
+    assert (mine(grid, Paper({})).title, mine(grid, Paper({})).about) == ("Mine", ["1 run"])
+    monkeypatch.undo()
+    monkeypatch.setitem(grids.SECTIONS, "Mine", mine)
+    assert [made.title for made in analyses(grid)] == [*OURS, "Mine"]
 
 
 def test_normalised_scores_are_1_for_the_best_and_0_for_the_worst():

@@ -421,7 +421,11 @@ def test_the_page_has_tables_figures_files_and_latents_by_their_moran(tmp_path, 
         tuple(row[name] for name in key): row["value"] for row in expected
     }
     assert (tmp_path / "visaebench.md").read_text().count("\n") == 6
-    assert "href=" not in page.replace("xlink:href=", "").replace('href="#', "")
+    links = set(re.findall(r'href="([^#][^"]*)"', page.replace("xlink:href=", "")))
+    assert links == {f"page-tables/{path.name}" for path in (tmp_path / "page-tables").iterdir()}
+    assert "They make a grid, analysed from “What was run” on." in page
+    assert '<section id="means-of-backbones">' in page
+    assert '<section id="layers">' not in page  # of which nothing can be said
     assert all(part.startswith("data:") for part in page.split('src="')[1:])
     assert "Latents of high, mean and low" not in build(runs, tmp_path / "few.html", detailed=0).read_text()
 
