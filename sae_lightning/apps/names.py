@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from sae_lightning.data import DataError
 from sae_lightning.evaluation.by_latent import dominant
 from sae_lightning.runs.run import Run
 
@@ -16,15 +17,19 @@ def names_of(opened: Run) -> list[str]:
     """One name for each of d_sae latents, "" where there is none.
 
     Of the application naming where it has been run, else the class with at least half of the latent's activation over
-    the train images. All "" for data without classes. DataError where the run has no pictures.
+    the train images. All "" for data without classes or pictures.
     """
     found = opened.results("naming") / TABLE
     if found.is_file():
         table = pd.read_parquet(found, columns=["latent", "shown"]).sort_values("latent")
         if len(table) == opened.sae.d_sae:
             return table["shown"].tolist()
-    classes = opened.images("train").class_names
-    label, purity, images = dominant(opened.codes("train"), opened.images("train").labels, len(classes))
+    try:
+        data = opened.images("train")
+    except DataError:
+        return [""] * opened.sae.d_sae
+    classes = data.class_names
+    label, purity, images = dominant(opened.codes("train"), data.labels, len(classes))
     return label_names(label, purity, images, classes)
 
 

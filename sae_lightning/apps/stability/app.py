@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 from tqdm.auto import tqdm
 
 from sae_lightning.apps.app import app
+from sae_lightning.apps.stability import page
 from sae_lightning.apps.stability.activations import SAME_START, View, views_of
-from sae_lightning.apps.stability.page import context
 from sae_lightning.apps.stability.pairs import (
     ACTIVATION,
     RELATIONS,
@@ -21,6 +21,7 @@ from sae_lightning.apps.stability.pairs import (
     matched_directions,
 )
 from sae_lightning.apps.stability.universal import set_name, sets_of, universal
+from sae_lightning.rendering.page import Note, plural
 from sae_lightning.runs.results import Headline, Result
 from sae_lightning.runs.run import Run
 
@@ -64,16 +65,21 @@ def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
         found.append((of, table, numbers))
     in_sets = pd.concat(tables, ignore_index=True) if tables else long_form(pd.DataFrame(), [], 0)
     headlines = [*pair_headlines(pairs), *(line for each in found for line in universal_headlines(*each))]
-    shown = context(views, pairs, matches, found, ids, options, cfg.split, in_all)
     about = f"{len(views)} runs on {views[0].opened.store(options.fit).data}"
+    n_pairs = len(pairs[["run_a", "run_b"]].drop_duplicates())
     numbers = {
-        "runs": [view.name for view in views], "pairs": len(pairs[["run_a", "run_b"]].drop_duplicates()),
-        "pairs_in_all": in_all, "images": {split: len(each) for split, each in ids.items()},
+        "runs": [view.name for view in views], "pairs": n_pairs, "pairs_in_all": in_all,
+        "images": {split: len(each) for split, each in ids.items()},
         "universal": [{"runs": [view.name for view in of], **numbers} for of, _, numbers in found],
     }  # fmt: skip
+    intervals = (
+        "Intervals: t intervals over a pair's latents, which do not tell what other trainings would vary; of several "
+        "pairs their means." + (f" {n_pairs} of {in_all} pairs were matched (app.pairs)." if n_pairs < in_all else "")
+    )
     return Result(
-        "Stability of latents", headlines, tables={PAIRS: pairs, MATCHES: matches, UNIVERSAL: in_sets},
-        numbers=numbers, about=about, context=shown,
+        "Stability of latents", headlines, [page.LEAD, Note(intervals)],
+        page.sections(views, pairs, matches, found, ids, options, cfg.split),
+        {PAIRS: pairs, MATCHES: matches, UNIVERSAL: in_sets}, numbers=numbers, about=about,
     )  # fmt: skip
 
 
@@ -116,14 +122,14 @@ def pair_headlines(pairs: pd.DataFrame) -> list[Headline]:
     for how in RELATIONS[:-1]:
         of = pairs[(pairs["relation"] == how) & (pairs["kind"] == "decoder")]
         if len(of):
-            what = f"decoder cosine of matched latents, {WORDS[how]} ({_counted(len(of), 'pair')})"
+            what = f"decoder cosine of matched latents, {WORDS[how]} ({plural(len(of), 'pair')})"
             bounds = float(of["low"].mean()), float(of["high"].mean())
             baseline = (float(of["start_mean"].mean()), "one's untrained start") if how.endswith(SAME_START) else (
                 float(of["null_mean"].mean()), "matched to a random dictionary")  # fmt: skip
             lines.append(Headline(what, float(of["mean"].mean()), *baseline, bounds))
     of = pairs[(pairs["relation"] == "backbone") & (pairs["kind"] == ACTIVATION)]
     if len(of):
-        what = f"held-out correlation of matched latents, {WORDS['backbone']} ({_counted(len(of), 'pair')})"
+        what = f"held-out correlation of matched latents, {WORDS['backbone']} ({plural(len(of), 'pair')})"
         bounds = float(of["held_out_low"].mean()), float(of["held_out_high"].mean())
         known = "classes_mean" in of and of["classes_mean"].notna().all()
         baseline = (float(of["classes_mean"].mean()), "what class means alone give") if known else (
@@ -134,7 +140,7 @@ def pair_headlines(pairs: pd.DataFrame) -> list[Headline]:
 
 def universal_headlines(views: Sequence[View], table: pd.DataFrame, numbers: dict) -> list[Headline]:
     """How many latents all backbones of a set share beside what shuffled images give, and how alike they are."""
-    name = f"shared by {_counted(len(views), 'backbone')} ({set_name(views)})"
+    name = f"shared by {plural(len(views), 'backbone')} ({set_name(views)})"
     lines = [Headline(f"latents {name}", numbers["found"], numbers["by_chance"], "found on shuffled images")]
     if len(table):
         known = table["classes"].notna().all()
@@ -144,7 +150,3 @@ def universal_headlines(views: Sequence[View], table: pd.DataFrame, numbers: dic
             interval(table["held_out"].to_numpy()) if len(table) > 1 else None,
         ))  # fmt: skip
     return lines
-
-
-def _counted(n: int, what: str) -> str:
-    return f"{n} {what}" + ("s" if n != 1 else "")

@@ -17,7 +17,9 @@ from sae_lightning.apps.stability.universal import set_name
 from sae_lightning.data import DataError, ImageData
 from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.rendering.figures import COLOURS, figure
+from sae_lightning.rendering.page import Card, Cards, Fold, Heading, Picture, Section, Strip, plural
 from sae_lightning.rendering.pictures import strip, thumbnail
+from sae_lightning.rendering.table import Head, Table, number
 from sae_lightning.runs.run import Run
 
 NULL, CLASSES = "#9aa0ac", "#e08e1b"
@@ -33,6 +35,10 @@ COLOUR = dict(zip(RELATIONS, COLOURS, strict=False))
 PANELS = 3  # of the distributions beside each other
 
 NUMBERED = 16  # runs up to which a cell of the map has its number
+
+
+LEAD = """Which latents recur when a dictionary is trained again: with another seed, larger, with other settings, or on
+another backbone. Latents are matched one to one so that the sum of similarities is largest."""
 
 
 def run_map(names: Sequence[str], labels: Sequence[str], pairs: pd.DataFrame) -> str:
@@ -159,79 +165,139 @@ def beyond_class(tables: Mapping[str, pd.DataFrame]) -> str:
 Found = tuple[Sequence[View], pd.DataFrame, Mapping[str, Any]]  # a set of runs, its universal latents, and numbers
 
 
-def context(
+def sections(
     views: Sequence[View], pairs: pd.DataFrame, matches: pd.DataFrame, found: Sequence[Found],
-    ids: Mapping[str, Sequence[str]], options: DictConfig, split: str, in_all: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Everything that the template takes."""
-    order = sorted(range(len(views)), key=lambda i: (views[i].space, views[i].opened.sae.d_sae))
-    placed = [views[i] for i in order]
-    return {
-        "runs": [{"label": v.label, "name": v.name, "d_sae": v.opened.sae.d_sae, "alive": int((v.fired > 0).sum()),
-                  "matched": len(v.latents)} for v in placed],
-        "map": run_map([v.name for v in placed], [v.label for v in placed], pairs),
-        "directions": direction_rows(pairs), "backbones": backbone_rows(pairs),
-        "same_start": bool(pairs["relation"].str.endswith(SAME_START).any()),
-        "distributions": distributions(matches), "frequency": frequency(matches),
-        "sets": [shown_set(*each, split, ids[split], options.universal.shown, options.universal.images)
-                 for each in found],
-        "beyond": beyond_class({set_name(of): table for of, table, _ in found if len(table)}),
-        "fit": options.fit, "split": split, "n_fit": len(ids[options.fit]), "n_split": len(ids[split]),
-        "min_images": options.min_images, "shuffles": options.universal.shuffles,
-        "n_pairs": len(pairs[["run_a", "run_b"]].drop_duplicates()), "in_all": in_all,
-    }  # fmt: skip
+    ids: Mapping[str, Sequence[str]], options: DictConfig, split: str,
+) -> list[Section]:  # fmt: skip
+    """All that the page shows below the headline figures."""
+    placed = sorted(views, key=lambda view: (view.space, view.opened.sae.d_sae))
+    same_start = bool(pairs["relation"].str.endswith(SAME_START).any())
+    heads = [Head("run"), *(Head(title, ".0f") for title in ("latents", "alive", "matched by activation"))]
+    rows = [[v.label, v.opened.sae.d_sae, int((v.fired > 0).sum()), len(v.latents)] for v in placed]
+    shown = [
+        Section(
+            "All runs by what their latents fire on",
+            f"Mean correlation of matched latents' activations: matched on {len(ids[options.fit])} images of "
+            f"{options.fit}, measured on {len(ids[split])} of {split}, above the diagonal. Below it, what is left when "
+            "each latent is known only by its class means: the baseline of backbones that merely know the classes. "
+            f"Latents that fire on {options.min_images} images or more are matched."
+            + (" Runs of one backbone and seed also share their start (below)." if same_start else ""),
+            Picture(run_map([v.name for v in placed], [v.label for v in placed], pairs)),
+            Fold("The runs", [Table("runs", "", heads, rows)], str(len(rows))),
+        ),
+        Section(
+            "How alike partners are",
+            "Assignment picks what chance makes large, so each null is matched in the same way: to a random dictionary "
+            "with the second's mean and covariance, or on shuffled images.",
+            Picture(distributions(matches), wide=True),
+            Picture(frequency(matches), "By how often a latent fires", wide=True),
+        ),
+    ]
+    if (pairs["kind"] == "decoder").any():
+        shown.append(Section("Runs on the same features", *same_features(pairs, same_start)))
+    rows = backbone_rows(pairs)
+    if rows:
+        titles = ("correlation, as matched", "on shuffled images", "held out", "class means alone")
+        heads = [Head("runs"), Head("latents"), Head("matched", ".0f"), *map(Head, titles), Head("above 0.5", ".2f")]
+        fold = Fold("All pairs", [Table("backbones", "", heads, rows)], plural(len(rows), "pair"))
+        shown.append(Section("Runs of different backbones", fold))
+    if found:
+        about = (
+            f"One latent of each backbone, all correlated with all others above what the best of "
+            f"{options.universal.shuffles} shufflings of the images reached (a level of 5 % for the whole search). The "
+            f"score is the lowest correlation of any two members; held out, it is measured on {len(ids[split])} images "
+            f"of {split} that played no part in the search. Below the diagonal of the figure, classes explain it."
+        )
+        beyond = beyond_class({set_name(of): table for of, table, _ in found if len(table)})
+        sets = [shown_set(*each, split, ids[split], options.universal) for each in found]
+        shown.append(Section("Universal latents", about, Picture(beyond) if beyond else "", sets))
+    return shown
 
 
-def direction_rows(pairs: pd.DataFrame) -> list[dict[str, Any]]:
-    """One row a pair of runs on the same features: decoder, encoder and activation side by side."""
+def same_features(pairs: pd.DataFrame, same_start: bool) -> list[Any]:
+    """Runs on the same features: decoder, encoder and activation side by side, one row a pair."""
+    heads = [Head("runs"), Head("differ in"), Head("decoder"), *([Head("untrained start")] if same_start else []),
+             Head("above 0.7"), Head("first's nearest", ".2f"), Head("second's nearest", ".2f"), Head("encoder"),
+             Head("agree", ".2f"), Head("correlation, held out")]  # fmt: skip
     rows = []
     for _, of in pairs[pairs["kind"] == "decoder"].iterrows():
         same = pairs[(pairs["run_a"] == of["run_a"]) & (pairs["run_b"] == of["run_b"])].set_index("kind")
-        rows.append({
-            "relation": of["relation"], "a": of["label_a"], "b": of["label_b"], "decoder": of, "agree": of["agree"],
-            "encoder": same.loc["encoder"], "activation": same.loc[ACTIVATION],
-        })  # fmt: skip
-    return rows
+        rows.append([
+            f"{of['label_a']} – {of['label_b']}", of["relation"], _beside(of, "mean"),
+            *([of["start_mean"]] if same_start else []), _beside(of, "above_0.7", ".2f"), of["nearest_a_above_0.7"],
+            of["nearest_b_above_0.7"], _beside(same.loc["encoder"], "mean"), of["agree"],
+            same.loc[ACTIVATION, "held_out_mean"],
+        ])  # fmt: skip
+    about = (
+        "Cosines of matched decoder rows, and apart from that of encoder rows, over alive latents; in brackets a "
+        "random dictionary's. “Above 0.7” is the share of the smaller dictionary that recurs, “nearest” the share of each "
+        "run's latents with any of the other's that near: of a larger second run, how much of it is new. “Agree”: the "
+        "same partner by decoder and by encoder."
+    )
+    start = (
+        "Runs of one seed start from the same directions (the smaller dictionary's are the first of the larger one's), "
+        "so that what stays near its start looks stable. “Untrained start” is the cosine that the first run's "
+        "directions have with the second's before training: only what is above it was learnt alike. Train with other "
+        "seeds to tell nesting from this."
+    )
+    return [about, start if same_start else "", Table("directions", "", heads, rows)]
 
 
-def backbone_rows(pairs: pd.DataFrame) -> list[dict[str, Any]]:
+def _beside(of: pd.Series, name: str, form: str = ".3f") -> str:
+    """A figure of a pair with its null in brackets."""
+    return f"{number(of[name], form)} ({number(of[f'null_{name}'], form)})"
+
+
+def backbone_rows(pairs: pd.DataFrame) -> list[list[Any]]:
     """One row a pair of runs of different backbones, the most alike first."""
     of = pairs[(pairs["relation"] == "backbone") & (pairs["kind"] == ACTIVATION)]
-    return of.sort_values("held_out_mean", ascending=False).to_dict("records")
+    return [
+        [f"{row['label_a']} – {row['label_b']}", f"{row['latents_a']}, {row['latents_b']}", row["matched"],
+         row["mean"], row["null_mean"], row["held_out_mean"], row.get("classes_mean"), row["above_0.5"]]
+        for row in of.sort_values("held_out_mean", ascending=False).to_dict("records")
+    ]  # fmt: skip
 
 
 def shown_set(
     views: Sequence[View], table: pd.DataFrame, numbers: Mapping[str, Any], split: str, image_ids: Sequence[str],
-    shown: int, n_images: int,
-) -> dict[str, Any]:  # fmt: skip
-    """A set's universal latents: numbers of all, and pictures of the first ``shown``."""
-    names = [latent_names(view.opened) for view in views]
-    titles = backbone_titles(views)
+    options: DictConfig,
+) -> list[Any]:  # fmt: skip
+    """A set's universal latents: numbers of all, and pictures of the first ``options.shown``."""
+    names, titles = [names_of(view.opened) for view in views], backbone_titles(views)
     pictures = image_data(views[0].opened, split)
     places = None if pictures is None else pictures.index_of(image_ids)
-    cards: list[dict[str, Any]] = []
+    cards, rows = [], []
     for row in table.to_dict("records"):
-        members: list[dict[str, Any]] = []
-        for i, view in enumerate(views):
-            latent = int(row[f"latent_{i}"])
-            images = None
-            if pictures is not None and places is not None and len(cards) < shown:
-                images = picture_row(pictures, places[strongest(view, latent, n_images)])
-            members.append({"title": titles[i], "latent": latent, "name": names[i][latent], "images": images})
-        cards.append({**row, "members": members, "pictured": members[0]["images"] is not None,
-                      "title": common_name([member["name"] for member in members])})  # fmt: skip
-    return {"title": set_name(views), "backbones": titles, "cards": cards, **numbers}
+        members = [int(row[f"latent_{i}"]) for i in range(len(views))]
+        called = [of[latent] for of, latent in zip(names, members, strict=True)]
+        rows.append([row["rank"], row["score"], row["held_out"], row["classes"],
+                     *(f"{latent} {name}".strip() for latent, name in zip(members, called, strict=True))])  # fmt: skip
+        if pictures is None or places is None or len(cards) == options.shown:
+            continue
+        strips = []
+        for view, title, latent, name in zip(views, titles, members, called, strict=True):
+            images = places[strongest(view, latent, options.images)].tolist()
+            if images:
+                uri, alt = strip([thumbnail(pictures[i]) for i in images]), f"top images of latent {latent} of {title}"
+                strips.append(Strip(uri, alt, left=title, right=f"{latent} {name}".strip()))
+        right = f"held out {number(row['held_out'], '.2f')} · class means {number(row['classes'], '.2f')}"
+        name = common_name(called)
+        cards.append(Card(f"{row['rank']} · {name}" if name else str(row["rank"]), strips, right=right))
+    heads = [Head("rank", ".0f"), *map(Head, ("as found", "held out", "class means", *titles))]
+    found, held_out = numbers["found"], numbers["held_out"]
+    return [
+        Heading(set_name(views), ", ".join(titles)),
+        f"{plural(found, 'universal latent')} above {numbers['threshold']:.3f}; {numbers['by_chance']} by the same "
+        f"search on shuffled images. Held out, {held_out} {'is' if held_out == 1 else 'are'} still above.",
+        Cards(cards) if cards else "",
+        Fold("All of them", [Table("universal", "", heads, rows)], str(len(rows))) if rows else "",
+    ]
 
 
 def strongest(view: View, latent: int, n: int) -> np.ndarray:
     """The held-out images that ``latent`` fires on most, at most ``n``, the strongest first."""
     images = top_images(view.held_out.codes[np.searchsorted(view.latents, [latent])].T, n)[0]
     return images[images >= 0]
-
-
-def picture_row(pictures: ImageData, images: np.ndarray) -> str | None:
-    """The images side by side as a data URI; None without any."""
-    return strip([thumbnail(pictures[i]) for i in images.tolist()]) if len(images) else None
 
 
 def common_name(names: Sequence[str]) -> str:
@@ -247,14 +313,6 @@ def backbone_titles(views: Sequence[View]) -> list[str]:
         backbone if backbones.count(backbone) == 1 else f"{backbone} {view.space[2]} layer {view.space[1]}"
         for backbone, view in zip(backbones, views, strict=True)
     ]
-
-
-def latent_names(opened: Run) -> list[str]:
-    """``names_of``; all "" where the run has no pictures to name them by."""
-    try:
-        return names_of(opened)
-    except DataError:
-        return [""] * opened.sae.d_sae
 
 
 def image_data(opened: Run, split: str) -> ImageData | None:
