@@ -184,6 +184,13 @@ def prose(text: str) -> Markup:
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
+def pictured(uri: str, alt: str, *lines: str, width: int = 76, frame: str = "") -> Markup:
+    """A cell of a table: a picture, in a ``frame`` of that colour, above ``lines`` of small text."""
+    style = f"width:{width}px;image-rendering:pixelated;display:block" + (f";border:3px solid {frame}" if frame else "")
+    image = Markup('<img src="{}" alt="{}" style="{}">').format(uri, alt, style)
+    return image + Markup("").join(Markup("<small>{}</small><br>").format(line) for line in lines)
+
+
 def some(items: list[str], most: int = 8) -> str:
     """The first ``most`` items joined by commas, with the number of the others."""
     rest = f" and {len(items) - most} more" if len(items) > most else ""

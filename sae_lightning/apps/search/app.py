@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig
 
 from sae_lightning.apps.app import app
 from sae_lightning.apps.names import names_of
+from sae_lightning.apps.search import page
 from sae_lightning.apps.search.dose import (
     LATENT,
     OTHER,
@@ -31,11 +32,9 @@ from sae_lightning.apps.search.neighbours import (
     queries_of,
     spaces,
 )
-from sae_lightning.apps.search.page import dose_figure, precision_figure, shown_neighbours, shown_turned
 from sae_lightning.apps.statistics import mean_interval
 from sae_lightning.evaluation.by_latent import dominant
 from sae_lightning.registry import one_of
-from sae_lightning.rendering.pictures import data_uri, thumbnail
 from sae_lightning.runs.results import Headline, Result
 from sae_lightning.runs.run import Run
 
@@ -66,13 +65,16 @@ def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     to, units = magnitudes(opened, list(options.turn.to), options.turn.unit)
     shown, rows = [], []
     for query, latents in zip(queries, chosen, strict=True):
-        methods, table = shown_neighbours(query, features, codes, images, called, options.neighbours, options.shared)
-        rows += table
-        turns = []
-        for latent in latents:
-            turns.append(shown_turned(opened.sae, query, latent, to, units, features, images, called,
-                                      options.neighbours, options.turn.keep_error))  # fmt: skip
-        shown.append({"query": query, "image": _uri(query), "methods": methods, "turns": turns})
+        neighbours, found = page.shown_neighbours(
+            query, features, codes, images, called, options.neighbours, options.shared
+        )
+        rows += found
+        turns = [
+            (page.caption(i, called), page.shown_turned(opened.sae, query, i, to, units, features, images,
+                                                        options.neighbours, options.turn.keep_error))
+            for i in latents
+        ]  # fmt: skip
+        shown.append((query, neighbours, turns))
 
     scored = np.sort(np.random.default_rng(seed).permutation(len(images))[: options.scored])
     table, found = precisions(spaces(features, codes, opened.features("train").mean(0), seed), images.labels, scored)
@@ -86,16 +88,13 @@ def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     means = dose_means(doses) if len(doses) else pd.DataFrame(columns=["of", "arm", "dose", "share", "low", "high"])
 
     lines = [*_of_precision(table), *_of_shared(explained), *_of_dose(means, doses, options.dose.neighbours)]
-    context = {
-        "queries": shown, "precision": table.to_dict("records"), "ks": KS, "figure": precision_figure(table),
-        "dose": dose_figure(means, options.dose.neighbours) if len(doses) else "", "scored": len(scored),
-        "gallery": len(images), "n_latents": doses["latent"].nunique() if len(doses) else 0,
-        "keep_error": options.turn.keep_error, "images": options.dose.images,
-        "tokens": opened.cfg["features"] == "patch",
-    }  # fmt: skip
     numbers = {"precision": table.to_dict("records"), "dose": means.to_dict("records")}
+    sections = [
+        *page.scores(table, doses, means, len(scored), len(images), opened.cfg["features"] == "patch", options),
+        page.queries_section(shown, options.turn.keep_error),
+    ]
     tables = {PRECISION: table, DOSE: doses, SHOWN: pd.DataFrame(rows)}
-    return Result("Similarity search", lines, tables=tables, numbers=numbers, context=context)
+    return Result("Similarity search", lines, [page.LEAD], sections, tables, numbers=numbers)
 
 
 def turned_latents(
@@ -143,10 +142,6 @@ def _latent(one: object, names: Sequence[str]) -> int:
         f"app.turn.latents names '{one}', which is neither a latent (0 to {len(names) - 1}) nor a name of one. Names "
         f"are: {', '.join(known[:20]) or 'none'}{' …' if len(known) > 20 else ''}."
     )
-
-
-def _uri(query: Query) -> str:
-    return data_uri(thumbnail(query.image))
 
 
 def _of_precision(table: pd.DataFrame) -> list[Headline]:

@@ -1,12 +1,15 @@
-"""The pictures of the search page: neighbours with the latents that explain them, turned queries, two figures."""
+"""What the search page shows: neighbours with the latents that explain them, turned queries, two figures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
+from omegaconf import DictConfig
 from scipy.sparse import csr_matrix
 
 from sae_lightning.apps.edits import edited, whole_images
@@ -23,7 +26,9 @@ from sae_lightning.apps.search.neighbours import (
 )
 from sae_lightning.data import ImageData
 from sae_lightning.rendering.figures import COLOURS, figure
+from sae_lightning.rendering.page import Heading, Picture, Section, pictured
 from sae_lightning.rendering.pictures import data_uri, thumbnail
+from sae_lightning.rendering.table import Head, Table
 from sae_lightning.saes import SAE
 
 
@@ -32,15 +37,18 @@ def caption(latent: int, names: Sequence[str]) -> str:
     return f"{latent} {names[latent]}".strip()
 
 
+GREEN, ORANGE = "#2e8b57", "#e08e1b"  # frames: of the query's class, and new among its neighbours
+
+
 def shown_neighbours(
     query: Query, features: np.ndarray, codes: csr_matrix, images: ImageData, names: Sequence[str], k: int, n: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What the page shows of one query's ``k`` neighbours by each method with up to ``n`` latents each, and table rows.
+) -> tuple[Table, list[dict[str, Any]]]:
+    """One query's ``k`` neighbours by each method with up to ``n`` latents each as the page shows them, and table rows.
 
     Neighbours by features are explained by the cosine of the codes.
     """
     own = np.array([query.index])
-    methods, rows = [], []
+    cells, rows = [], []
     for method, (of_query, gallery, by) in {
         FEATURES: (query.pooled, features, "cosine"),
         MANHATTAN: (query.codes, codes, "manhattan"),
@@ -50,38 +58,37 @@ def shown_neighbours(
         there = found.images[0][found.images[0] >= 0]
         pairs = csr_matrix(query.codes[np.zeros(len(there), dtype=np.int64)])
         explained = top_shared(contributions(pairs, codes[there], codes, by), n)
-        cards = _cards(found, images, query.label)
-        for card, shared in zip(cards, explained, strict=True):
-            card["shared"] = [(caption(latent, names), value) for latent, value in shared]
+        lines = [[f"{value:.2g} · {caption(latent, names)}" for latent, value in shared] for shared in explained]
+        cells.append([method, *_neighbours(found, images, query.label, lines)])
+        for index, distance, shared in zip(there.tolist(), found.distances[0].tolist(), explained, strict=False):
             rows.append({
-                "query": query.title, "method": method, "image": card["id"], "class": card["label"],
-                "distance": card["distance"], "shared": [latent for latent, _ in shared],
-                "names": [names[latent] for latent, _ in shared], "contributions": [value for _, value in shared],
+                "query": query.title, "method": method, "image": images.image_ids[index],
+                "class": images.class_names[images.labels[index]], "distance": distance,
+                "shared": [latent for latent, _ in shared], "names": [names[latent] for latent, _ in shared],
+                "contributions": [value for _, value in shared],
             })  # fmt: skip
-        methods.append({"name": method, "found": cards})
-    return methods, rows
+    return _table("searched by", cells), rows
 
 
 def shown_turned(
     sae: SAE, query: Query, latent: int, to: Sequence[float], units: Sequence[str], features: np.ndarray,
-    images: ImageData, names: Sequence[str], k: int, keep_error: bool,
-) -> dict[str, Any]:  # fmt: skip
+    images: ImageData, k: int, keep_error: bool,
+) -> Table:  # fmt: skip
     """The neighbours of ``query`` by features before and after ``latent`` is turned to each of ``to`` [MSAE Fig. 7].
 
     ``units`` says of each magnitude what is printed beside it.
     """
     own = np.array([query.index])
     first = neighbours(query.pooled, features, k, "cosine", own)
-    now = float(query.codes[0, latent])
-    rows = [{"to": "as it is", "unit": f"code {now:.3g}", "found": _cards(first, images, query.label)}]
+    before = f"as it is (code {float(query.codes[0, latent]):.3g})"
+    rows = [[before, *_neighbours(first, images, query.label)]]
     decoded = whole_images(sae, [query.features])
     for value, unit, moved in zip(to, units, edited(sae, decoded, latent, to, keep_error=keep_error), strict=True):
         found = neighbours(moved, features, k, "cosine", own)
-        cards = _cards(found, images, query.label)
-        for card in cards:
-            card["new"] = card["image_index"] not in first.images[0]
-        rows.append({"to": f"{value:.3g}", "unit": unit, "found": cards})
-    return {"latent": caption(latent, names), "rows": rows}
+        known = set(first.images[0].tolist())
+        title = f"{value:.3g} ({unit})" if unit else f"{value:.3g}"
+        rows.append([title, *_neighbours(found, images, query.label, known=known)])
+    return _table("turned to", rows)
 
 
 def picture(images: ImageData, index: int) -> str:
@@ -89,16 +96,87 @@ def picture(images: ImageData, index: int) -> str:
     return data_uri(thumbnail(images[index]))
 
 
-def _cards(found: Found, images: ImageData, label: int) -> list[dict[str, Any]]:
-    cards = []
-    for index, distance in zip(found.images[0].tolist(), found.distances[0].tolist(), strict=True):
+def _neighbours(
+    found: Found, images: ImageData, label: int, lines: Sequence[Sequence[str]] = (), known: set[int] | None = None
+) -> list[Markup]:
+    """A cell for each image found, with ``lines`` below; images that are not ``known`` before are framed as new."""
+    cells = []
+    for i, (index, distance) in enumerate(zip(found.images[0].tolist(), found.distances[0].tolist(), strict=True)):
         if index >= 0:
             of = int(images.labels[index])
-            cards.append({
-                "image": picture(images, index), "image_index": index, "id": images.image_ids[index],
-                "label": images.class_names[of], "same": of == label, "distance": distance, "new": False,
-            })  # fmt: skip
-    return cards
+            name, new = images.class_names[of], known is not None and index not in known
+            frame = ORANGE if new else GREEN if of == label else ""
+            said = [f"{name} {distance:.3g}", *(["new"] if new else []), *(lines[i] if lines else ())]
+            cells.append(pictured(picture(images, index), f"{name}, {images.image_ids[index]}", *said, frame=frame))
+    return cells
+
+
+def _table(first: str, rows: Sequence[Sequence[str]]) -> Table:
+    """Rows of neighbours, the nearest first; those that find fewer end in empty cells."""
+    most = max(map(len, rows))
+    heads = [Head(first), *(Head(str(i)) for i in range(1, most))]
+    return Table("neighbours", "", heads, [[*row, *[""] * (most - len(row))] for row in rows])
+
+
+LEAD = """Nearest images by the encoder's features and by the dictionary's codes, the latents that explain each
+neighbour, and what becomes of the neighbours when a latent is turned."""
+
+
+def scores(
+    table: pd.DataFrame, doses: pd.DataFrame, means: pd.DataFrame, scored: int, gallery: int, tokens: bool,
+    options: DictConfig,
+) -> list[Section]:  # fmt: skip
+    """How precise each search is, and what turning latents does to it."""
+    heads = [Head("searched by"), Head("k", ".0f"), Head("precision"), Head("95 % interval"),
+             Head("gain over features", sign=True), Head("95 % interval")]  # fmt: skip
+    rows = [
+        [row.method, row.k, row.precision, f"{row.low:.3f} to {row.high:.3f}", row.gain,
+         f"{row.gain_low:+.3f} to {row.gain_high:+.3f}"]
+        for row in table.itertuples()
+    ]  # fmt: skip
+    shown = [
+        Section(
+            "Class precision",
+            f"The share of images of the query's class among its nearest, over {scored} queries against {gallery} "
+            "images, the query itself left out; 95 % bootstrap intervals over queries, those of the gain paired. A "
+            "random projection has as many dimensions as there are latents; shuffled codes keep each latent's "
+            "activations and lose what they are of.",
+            Picture(precision_figure(table), wide=True),
+            Table("precision", "", heads, rows),
+        )
+    ]
+    if len(doses):
+        where = "on all tokens " if tokens else ""
+        shown.append(Section(
+            "Turning a latent",
+            f"{doses['latent'].nunique()} latents, of those that a class dominates the ones it activates most on the "
+            f"training images, turned {where}on up to {options.dose.images} images each; the result is decoded and "
+            "searched for among the features. A magnitude of one spread moves an image as far as images lie from their "
+            "mean; the other arms move it by the same length. Bands: 95 % bootstrap intervals over latents.",
+            Picture(dose_figure(means, options.dose.neighbours), wide=True),
+        ))  # fmt: skip
+    return shown
+
+
+def queries_section(shown: Sequence[Any], keep_error: bool) -> Section:
+    """The queries ``shown``: of each the query, its neighbours, and of latents that are turned a name and a table."""
+    blocks: list[Any] = []
+    turned_note = "Orange: not among the neighbours of the unturned picture."
+    if not keep_error:
+        turned_note += " Turned pictures are what the dictionary decodes, without its error."
+    for query, table, turns in shown:
+        uri = data_uri(thumbnail(query.image))
+        blocks += [Heading(query.title), pictured(uri, query.title, width=120), table]
+        for latent, turned in turns:
+            title = f"Latent {latent} turned, then searched by features"
+            blocks.append(replace(turned, title=title, note=turned_note))
+    return Section(
+        "Queries",
+        "Green frames: the query's class. Below each neighbour its distance and the latents that bring it nearer than "
+        "the average image, with their part of the nearness (neighbours by features are explained by the cosine of the "
+        "codes). In brackets, where a latent has no name: the class that most of its activation is of.",
+        blocks,
+    )
 
 
 def precision_figure(table: pd.DataFrame) -> str:

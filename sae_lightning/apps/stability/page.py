@@ -230,9 +230,9 @@ def same_features(pairs: pd.DataFrame, same_start: bool) -> list[Any]:
         ])  # fmt: skip
     about = (
         "Cosines of matched decoder rows, and apart from that of encoder rows, over alive latents; in brackets a "
-        "random dictionary's. “Above 0.7” is the share of the smaller dictionary that recurs, “nearest” the share of each "
-        "run's latents with any of the other's that near: of a larger second run, how much of it is new. “Agree”: the "
-        "same partner by decoder and by encoder."
+        "random dictionary's. “Above 0.7” is the share of the smaller dictionary that recurs, “nearest” the share of "
+        "each run's latents with any of the other's that near: of a larger second run, how much of it is new. “Agree”: "
+        "the same partner by decoder and by encoder."
     )
     start = (
         "Runs of one seed start from the same directions (the smaller dictionary's are the first of the larger one's), "
