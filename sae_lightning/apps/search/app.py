@@ -65,10 +65,10 @@ def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     to, units = magnitudes(opened, list(options.turn.to), options.turn.unit)
     shown, rows = [], []
     for query, latents in zip(queries, chosen, strict=True):
-        neighbours, found = page.shown_neighbours(
+        neighbours, about = page.shown_neighbours(
             query, features, codes, images, called, options.neighbours, options.shared
         )
-        rows += found
+        rows += about
         turns = [
             (page.caption(i, called), page.shown_turned(opened.sae, query, i, to, units, features, images,
                                                         options.neighbours, options.turn.keep_error))

@@ -266,7 +266,8 @@ def shown_set(
     names, titles = [names_of(view.opened) for view in views], backbone_titles(views)
     pictures = image_data(views[0].opened, split)
     places = None if pictures is None else pictures.index_of(image_ids)
-    cards, rows = [], []
+    cards: list[Card] = []
+    rows: list[list[Any]] = []
     for row in table.to_dict("records"):
         members = [int(row[f"latent_{i}"]) for i in range(len(views))]
         called = [of[latent] for of, latent in zip(names, members, strict=True)]
