@@ -88,8 +88,8 @@ def test_an_application_of_another_package_is_given_each_run_and_appears_in_the_
         (run / "sae.safetensors").touch()
         os.utime(run / "sae.safetensors", (0, 0))
     shown = applications(runs, tmp_path / "report.html")
-    assert [(of["title"], of["runs"]) for of in shown] == [("Counting", "topk-clip"), ("Counting", "topk-mae")]
-    assert "Called topk-clip." in (tmp_path / shown[0]["href"]).read_text()
+    assert [(of.text, of.aside) for of in shown[::2]] == [("Counting", "topk-clip"), ("Counting", "topk-mae")]
+    assert "Called topk-clip." in (tmp_path / shown[0].href).read_text()
 
 
 def test_one_for_several_runs_is_called_once_and_may_leave_nothing(mine, runs, tmp_path):
