@@ -11,11 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sae_lightning.registry import one_of
+from sae_lightning.registry import Registry, one_of
 
 
 class BackboneError(ValueError):
     """A backbone that cannot be had, or a tap, layer or image that does not fit it."""
+
+
+backbone_library: Registry[Any] = Registry("backbone.published.library", BackboneError)
+"""Classes with ``load(cfg) -> Backbone`` and ``depth(wanted: Published) -> int``, the latter without weights."""
 
 
 def reason(error: Exception) -> str:
@@ -240,6 +244,12 @@ class Backbone(nn.Module):
         }
         shapes = [(reading.layers[layer].grid, reading.layers[layer].patch.shape[-1]) for layer in range(self.depth)]
         return shapes, tuple(kind for kind in KINDS if has[kind])
+
+
+def list_of_blocks(model: nn.Module, depth: int | None) -> list[nn.Module] | None:
+    """The first list of ``depth`` modules in ``model``, which are its blocks; None where there is none."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
+    return next((list(found) for found in lists), None)
 
 
 class _Enough(Exception):  # noqa: N818 - no error: it leaves a forward pass from which nothing more is wanted

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
-from sae_lightning.backbones.backbone import KINDS, Backbone, BackboneError, Tap
-from sae_lightning.backbones.settings import asked_layer, check_size, digest, published
+from sae_lightning.backbones.backbone import KINDS, Backbone, BackboneError, Tap, backbone_library
+from sae_lightning.backbones.settings import LIBRARIES, asked_layer, check_size, digest, published
 from sae_lightning.backbones.tiny import DEPTH, load_tiny, tiny_identity
 from sae_lightning.settings.resolvers import folder_name
 
@@ -34,13 +35,15 @@ def _depth(cfg: Mapping[str, Any], size: str) -> int:
     if size == "tiny":
         return DEPTH
     wanted = published(cfg)
-    if wanted.library == "timm":
-        from sae_lightning.backbones.timm import timm_anatomy
+    return _library(wanted.library).depth(wanted)
 
-        return timm_anatomy(wanted.model, wanted.image_size).depth
-    from sae_lightning.backbones.transformers import transformers_depth
 
-    return transformers_depth(wanted)
+def _library(name: str) -> Any:
+    if name in LIBRARIES:
+        import_module(
+            f"sae_lightning.backbones.{name}"
+        )  # here, as it takes seconds, which names of runs need not wait for
+    return backbone_library[name]
 
 
 def load_backbone(cfg: Mapping[str, Any]) -> Backbone:
@@ -51,13 +54,7 @@ def load_backbone(cfg: Mapping[str, Any]) -> Backbone:
     """
     if check_size(cfg["size"]) == "tiny":
         return load_tiny(cfg)
-    if published(cfg).library == "timm":  # either takes seconds to import, which names of runs need not wait for
-        from sae_lightning.backbones.timm import load_timm
-
-        return load_timm(cfg)
-    from sae_lightning.backbones.transformers import load_transformers
-
-    return load_transformers(cfg)
+    return _library(published(cfg).library).load(cfg)
 
 
 def identity(cfg: Mapping[str, Any]) -> str:

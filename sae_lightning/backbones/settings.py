@@ -14,12 +14,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from sae_lightning.backbones.backbone import BackboneError
+from sae_lightning.backbones.backbone import BackboneError, backbone_library
 from sae_lightning.registry import one_of
 
 SIZES = ("tiny", "published")
 
-LIBRARIES = ("timm", "transformers")
+LIBRARIES = ("timm", "transformers")  # ours, each a module here; others register when they are imported
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Published:
 
 def check_size(size: str) -> str:
     """``size`` itself; BackboneError unless it is one that a config can choose."""
-    one_of(size, SIZES, "backbone.size", BackboneError)
-    return size
+    return one_of(size, SIZES, "backbone.size", BackboneError)
 
 
 def asked_layer(cfg: Mapping[str, Any], size: str) -> int:
@@ -63,7 +62,7 @@ def published(cfg: Mapping[str, Any]) -> Published:
     node = cfg["published"]
     section: dict[str, Any] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)  # type: ignore[assignment]
     library, model = section["library"], section["model"]
-    one_of(library, LIBRARIES, "backbone.published.library", BackboneError)
+    one_of(library, dict.fromkeys([*LIBRARIES, *backbone_library]), backbone_library.setting, BackboneError)
     if model in (None, "", "???"):
         raise BackboneError(f"backbone.published.model is missing; set it to the id of a {library} model.")
     if model.startswith("local-dir:") or (library == "transformers" and Path(model).is_dir()):

@@ -12,7 +12,7 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
-from sae_lightning.backbones.backbone import Backbone, BackboneError, LayerTokens, Reading, reason
+from sae_lightning.backbones.backbone import Backbone, BackboneError, LayerTokens, Reading, backbone_library, reason
 from sae_lightning.backbones.settings import Published, asked_layer, fixed_seed, fully_loaded, published
 
 
@@ -132,3 +132,14 @@ def _build(wanted: Published, anatomy: Anatomy) -> Any:
             f"The weights of '{wanted.model}' cannot be loaded from {source}: {reason(error)}. Check the model's id "
             "and the connection, or give a local file as backbone.published.weights; data=demo works offline."
         ) from error
+
+
+@backbone_library("timm")
+class Timm:
+    """timm as a library of backbones."""
+
+    load = staticmethod(load_timm)
+
+    @staticmethod
+    def depth(wanted: Published) -> int:
+        return timm_anatomy(wanted.model, wanted.image_size).depth

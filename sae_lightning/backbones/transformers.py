@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_lightning.backbones.backbone import Backbone, BackboneError, LayerTokens, Reading, block_outputs, reason
+from sae_lightning.backbones.backbone import (
+    Backbone,
+    BackboneError,
+    LayerTokens,
+    Reading,
+    backbone_library,
+    block_outputs,
+    list_of_blocks,
+    reason,
+)
 from sae_lightning.backbones.settings import Published, asked_layer, fixed_seed, published
 from sae_lightning.backbones.transformers_images import image_size_and_transform, silent
 
@@ -256,11 +265,6 @@ def load_transformers(cfg: Mapping[str, Any]) -> Backbone:
     )
 
 
-def transformers_depth(wanted: Published) -> int:
-    """Number of blocks, from the model's config alone; BackboneError if it is no vision transformer."""
-    return _image_half(wanted, architecture(wanted)).num_hidden_layers
-
-
 def _image_half(wanted: Published, whole: Any) -> Any:
     """The config of the model's image half, or of all of it; BackboneError if it is no plain vision transformer."""
     from transformers import MODEL_MAPPING, PreTrainedConfig
@@ -286,11 +290,22 @@ def _unsupported(wanted: Published, config: Any, why: str) -> BackboneError:
 
 
 def _blocks(model: nn.Module, depth: int) -> list[nn.Module]:
-    """The first list of as many modules as the model has blocks."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return list(module)
-    raise BackboneError(
-        f"{type(model).__name__} has no list of {depth} blocks and is not supported; timm may have it: try "
-        "backbone=timm."
-    )
+    blocks = list_of_blocks(model, depth)
+    if blocks is None:
+        raise BackboneError(
+            f"{type(model).__name__} has no list of {depth} blocks and is not supported; timm may have it: try "
+            "backbone=timm."
+        )
+    return blocks
+
+
+@backbone_library("transformers")
+class Transformers:
+    """transformers as a library of backbones."""
+
+    load = staticmethod(load_transformers)
+
+    @staticmethod
+    def depth(wanted: Published) -> int:
+        """Number of blocks, from the model's config alone; BackboneError if it is no vision transformer."""
+        return _image_half(wanted, architecture(wanted)).num_hidden_layers

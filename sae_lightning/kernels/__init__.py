@@ -1,4 +1,4 @@
-"""Sparse products and selections behind the SAEs, chosen by device (see dispatch.py)."""
+"""Sparse products and selections behind the SAEs, chosen by device (``products.choose``)."""
 
 from sae_lightning.kernels.products import level_errors, nested_decode, sparse_decode, sparse_pre_acts
 

@@ -99,7 +99,7 @@ class SparseCodes:
 
     def by_image(self, each: int) -> tuple[Tensor, Tensor, Tensor]:
         """Which latents are active on each image of ``each`` consecutive tokens, offsets of the images, and the place
-        of every entry's latent among them; see ``kernels.grouping.union``. Found once.
+        of every entry's latent among them; see ``kernels.products.union``. Found once.
         """
         if self._images is None or self._images[0] != each:
             self._images = (each, union(self.latents, self.offsets, each, self.d_sae))

@@ -62,8 +62,9 @@ DATA_SETTINGS: Section = {
     "mask_folder": TEXT, "mask_first": whole(0), "mask_classes": either(whole(1), list_of(TEXT)),
 }  # fmt: skip
 DATA: Rule = Chosen("source", dict.fromkeys(SOURCES, DATA_SETTINGS), SOURCE)
+LIBRARY = choice("timm", "transformers", registry="sae_lightning.backbones.backbone:backbone_library")
 PUBLISHED: Section = {
-    "library": choice("timm", "transformers"), "model": TEXT, "title": Maybe(TEXT), "image_size": Maybe(whole(1)),
+    "library": LIBRARY, "model": TEXT, "title": Maybe(TEXT), "image_size": Maybe(whole(1)),
     "layer": Maybe(LAYER), "pretrained": FLAG, "weights": Maybe(PATH), "architecture": Maybe(SECTION),
 }  # fmt: skip
 BACKBONE: Section = {  # size null: as the run's own encoder

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sae_lightning.backbones.backbone import block_outputs
+from sae_lightning.backbones.backbone import block_outputs, list_of_blocks
 
 
 class VLMError(ValueError):
@@ -43,9 +43,8 @@ def anatomy(model: Any, tower: str | None = None, blocks: str | None = None) -> 
 def _blocks(tower: nn.Module) -> list[nn.Module]:
     config: Any = getattr(tower, "config", None)
     depth = getattr(config, "num_hidden_layers", None) or getattr(config, "depth", None)
-    for module in tower.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return list(module)
+    if (found := list_of_blocks(tower, depth)) is not None:
+        return found
     raise VLMError(
         f"{type(tower).__name__} has no list of {depth or 'as many'} blocks; give the list's path in the vision tower "
         "as vlm.blocks, for example encoder.layers."

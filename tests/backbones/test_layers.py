@@ -3,7 +3,7 @@
 import pytest
 
 from sae_lightning.backbones import timm as library
-from sae_lightning.backbones.backbone import BackboneError
+from sae_lightning.backbones.backbone import BackboneError, backbone_library
 from sae_lightning.backbones.registry import default_layer, load_backbone
 from sae_lightning.settings.resolvers import folder_name
 from tests.backbones.models import CLIP, VISION, backbone, timm, transformers
@@ -47,6 +47,19 @@ def test_finding_a_large_models_last_layer_takes_no_weights(monkeypatch):
     before = library.timm_anatomy.cache_info().hits
     assert default_layer(cfg) == 39
     assert library.timm_anatomy.cache_info().hits == before + 1
+
+
+def test_a_library_of_another_package_is_found_by_its_name(monkeypatch):
+    class Mine:
+        load, depth = staticmethod(lambda cfg: cfg["name"]), staticmethod(lambda wanted: len(wanted.model))
+
+    monkeypatch.setitem(backbone_library, "mine", Mine)
+    cfg = backbone("deit", "published", layer=-2)
+    cfg["published"] = cfg["published"] | {"library": "mine", "model": "seven77"}
+    assert (load_backbone(cfg), default_layer(cfg)) == ("deit", 5)
+    cfg["published"]["library"] = "keras"
+    with pytest.raises(BackboneError, match=r"backbone\.published\.library=keras; choose one of timm, .*mine"):
+        load_backbone(cfg)
 
 
 def test_layers_beyond_the_first_are_refused():

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sae_lightning.data import DataError, load_images
+from sae_lightning.data import DataError, data_source, load_images
 from sae_lightning.data.bundled import DEMO
 from tests.data.making import folder_cfg, png
 
@@ -66,6 +66,11 @@ def test_cifar10_parquet_and_what_it_refuses(tmp_path):
         load_images(cfg, "test")
     with pytest.raises(DataError, match="shares to cut from train"):
         load_images(cfg | {"val_share": 1.0}, "train")
+
+
+def test_a_source_of_another_package_is_read_by_its_name(monkeypatch):
+    monkeypatch.setitem(data_source, "mine", lambda cfg, split: load_images(DEMO_CFG, split))
+    assert len(load_images({"source": "mine", "limit": 30}, "val")) == 30
 
 
 @pytest.mark.parametrize(
