@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from sae_lightning.analysis.correlation import NO_TASKS, spearman, task_title
-from sae_lightning.analysis.figures import lifts
 from sae_lightning.analysis.grid import Grid, backbone_means, backbone_stds, section, tasks
 from sae_lightning.analysis.paper import PAPER, Paper
+from sae_lightning.rendering.figures import NULL, panels
 from sae_lightning.rendering.page import Block, Picture, lacking
 from sae_lightning.rendering.table import Head, P, Spread, Table
 
@@ -64,11 +65,21 @@ def lift(grid: Grid, paper: Paper) -> Block:
     if found.tasks.empty:
         return lacking(NO_TASKS)
     each = found.backbones.assign(title=found.backbones["backbone"].map(grid.names))
-    panels = {task_title(str(task)): own for task, own in each.groupby("task", sort=False)}
+    frames = {task_title(str(task)): own for task, own in each.groupby("task", sort=False)}
+    with panels(list(frames), 2.75, 2.3) as drawing:
+        for axis, frame in zip(drawing.axes.flat, frames.values(), strict=False):
+            for _, row in frame.iterrows():
+                axis.errorbar(
+                    row["raw"], row["lift"], row["lift_std"], fmt="o", ms=6, lw=1, color=grid.colours[row["title"]]
+                )
+            axis.axhline(1, color=NULL, lw=1, ls=":")
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+            axis.set_xlabel("raw features")
+        drawing.axis.set_ylabel("codes / raw")
     return [
         "Lift is the score of codes over that of raw features, averaged over settings. A negative ρ of raw score and "
         "lift says that weaker backbones gain more. [ViSAEBench App. O]",
-        Picture(lifts(panels, grid.colours)), grid.key, _table_8(grid, found, paper), _each_lift(each, grid.titles),
+        Picture(drawing.svg), grid.key, _table_8(grid, found, paper), _each_lift(each, grid.titles),
     ]  # fmt: skip
 
 

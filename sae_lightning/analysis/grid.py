@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from sae_lightning.analysis.figures import ORDER, colours
 from sae_lightning.analysis.paper import Paper
 from sae_lightning.metrics.part import HEADLINES, headline
 from sae_lightning.registry import Registry
+from sae_lightning.rendering.figures import COLOURS
 from sae_lightning.rendering.page import Block, Key, Section
 from sae_lightning.runs.identity import monoloss_of, same_but
 from sae_lightning.runs.run import SCORES, Run
 from sae_lightning.runs.scores import read_rows, value_of
+
+ORDER = ("dinov2", "clip", "siglip", "mae", "deit")  # of the paper; others follow, and take the next colours
 
 
 class About(NamedTuple):
@@ -265,6 +267,13 @@ def section(title: str) -> Callable[[Callable[[Grid, Paper], Block]], Analysis]:
         return SECTIONS.add(title, made)
 
     return decorate
+
+
+def colours(frame: pd.DataFrame) -> dict[str, str]:
+    """Colours by title of a grid's backbones: the paper's in its order, each in a colour of its own, then others."""
+    titles = dict(zip(frame["backbone"], frame["title"], strict=True))
+    order = [*ORDER, *sorted(set(titles) - set(ORDER))]
+    return {titles[name]: COLOURS[i % len(COLOURS)] for i, name in enumerate(order) if name in titles}
 
 
 def in_order(frame: pd.DataFrame) -> pd.DataFrame:

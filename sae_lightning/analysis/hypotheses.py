@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import NamedTuple
 
 import pandas as pd
+from matplotlib.patches import Rectangle
 
 from sae_lightning.analysis.correlation import (
     NO_TASKS,
@@ -18,9 +20,9 @@ from sae_lightning.analysis.correlation import (
     task_column,
     task_title,
 )
-from sae_lightning.analysis.figures import correlation_map, correlations
 from sae_lightning.analysis.grid import METRICS, Grid, section, tasks
 from sae_lightning.analysis.paper import PAPER, Paper
+from sae_lightning.rendering.figures import COLOURS, figure, numbered, panels
 from sae_lightning.rendering.page import TRAIN, Block, Picture, lacking
 from sae_lightning.rendering.table import Head, P, Table
 
@@ -104,6 +106,42 @@ def _tested(table: pd.DataFrame, h: Hypothesis, task: str | None, check: bool = 
     }  # fmt: skip
 
 
+def correlation_map(rho: pd.DataFrame, marked: Sequence[tuple[str, str]] = ()) -> str:
+    """ρ [metric, task] from -1 to 1 with its numbers; ``marked`` pairs are framed [Fig. 2b]."""
+    with figure(1.9 + 0.98 * rho.shape[1], 0.7 + 0.42 * rho.shape[0]) as drawing:
+        axis = drawing.axis
+        numbered(axis, rho.to_numpy(float), (-1.0, 1.0), "RdBu_r", "+.2f", 9)
+        axis.set_xticks(range(rho.shape[1]), [textwrap.fill(str(task), 14) for task in rho.columns])
+        axis.set_yticks(range(rho.shape[0]), [str(metric) for metric in rho.index])
+        for metric, task in marked:
+            if metric in rho.index and task in rho.columns:
+                x, y = list(rho.columns).index(task), list(rho.index).index(metric)
+                axis.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, lw=1.8,
+                                                            ec="#222"))  # fmt: skip
+    return drawing.svg
+
+
+def correlations(tasks: Mapping[str, pd.Series], names: Sequence[str]) -> str:
+    """Spearman's ρ of each metric in ``names`` with each of the tasks, a panel a task [Fig. 7]."""
+    with panels(list(tasks), 2.8, 2.0) as drawing:
+        for axis, rho in zip(drawing.axes.flat, tasks.values(), strict=False):
+            for x, name in enumerate(names):
+                value = rho.get(name, math.nan)
+                if not math.isfinite(value):
+                    axis.text(x, 0.04, "–", ha="center", color="#888")
+                    continue
+                axis.bar(x, value, 0.68, color=COLOURS[0] if value > 0 else COLOURS[1])
+                place = value + math.copysign(0.05, value) if value else 0.05
+                axis.text(x, place, f"{value:.1f}", ha="center", va="bottom" if value >= 0 else "top", fontsize=7)
+            axis.axhline(0, color="#888", lw=0.8)
+            axis.set_xticks(range(len(names)), names)
+            axis.tick_params(axis="x", length=0)
+            axis.grid(False, axis="x")
+            axis.set_ylim(-1.25, 1.25)
+            axis.set_yticks((-1, 0, 1))
+    return drawing.svg
+
+
 @section("Metrics and tasks")
 def metric_task(grid: Grid, paper: Paper) -> Block:
     """ρ of each metric and task across backbones [Fig. 2b, Fig. 7]."""
@@ -116,7 +154,7 @@ def metric_task(grid: Grid, paper: Paper) -> Block:
     tested = check_hypotheses(grid.main)
     framed = [(METRICS[h["metric"]].title, task_title(h["task"])) for _, h in tested[~tested["check"]].iterrows()]
     shown = rho.rename(index={m: METRICS[m].title for m in names}, columns=task_title)
-    panels = {task_title(task): rho[task] for task in all_tasks}
+    by_task = {task_title(task): rho[task] for task in all_tasks}
     heads = [Head("metric"), *(Head(sign, ".2f" if sign == "ρ" else P, over=task_title(t), sign=sign == "ρ")
                                for t in all_tasks for sign in ("ρ", "p"))]  # fmt: skip
     rows = [[METRICS[m].title, *(f.at[m, t] for t in all_tasks for f in (rho, p))] for m in names]
@@ -126,7 +164,7 @@ def metric_task(grid: Grid, paper: Paper) -> Block:
         "(sparse probing: with codes). Of M2 and M7 less is better: there a negative ρ says that the better by the "
         f"metric, the better at the task. With n = {n}, p is exact: over all orderings.",
         Picture(correlation_map(shown, framed), caption="Framed: the pairs of H1–H4. [ViSAEBench Fig. 2b]"),
-        Picture(correlations(panels, names), caption="The same, a panel a task. [ViSAEBench Fig. 7]"),
+        Picture(correlations(by_task, names), caption="The same, a panel a task. [ViSAEBench Fig. 7]"),
         Table("metric-tasks", "Spearman’s ρ of metrics and tasks across backbones, exact two-sided p", heads, rows),
         _paper_correlations(rho, paper),
     ]  # fmt: skip

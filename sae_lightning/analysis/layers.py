@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from sae_lightning.analysis.figures import steps
 from sae_lightning.analysis.grid import CONFIGURATION, FAMILY, METRICS, Grid, section
 from sae_lightning.analysis.paper import Paper
+from sae_lightning.rendering.figures import panels
 from sae_lightning.rendering.page import TRAIN, Block, Picture, lacking
 from sae_lightning.rendering.table import Head, Table
 
@@ -54,14 +54,20 @@ def layers(grid: Grid, paper: Paper) -> Block:
     found = found.assign(title=found["backbone"].map(grid.names))
     same = found["early_layer"].nunique() == found["late_layer"].nunique() == 1
     ends = [f"layer {found[f'{end}_layer'].iloc[0]:g}" if same else f"{end} layer" for end in ("early", "late")]
-    panels = {}
+    frames = {}
     for metric, own in found.groupby("metric", sort=False):
-        frame = own.set_index("title")[["early", "late"]].T
-        panels[METRICS[str(metric)].title] = frame.set_axis(ends, axis=0)
+        sides = own.set_index("title")[["early", "late"]].T
+        frames[METRICS[str(metric)].title] = sides.set_axis(ends, axis=0)
+    with panels(list(frames), 2.75, 2.1) as drawing:
+        for axis, frame in zip(drawing.axes.flat, frames.values(), strict=False):
+            for title in frame.columns:
+                axis.plot(range(len(frame)), frame[title], "o-", color=grid.colours[str(title)], ms=5, lw=1.5)
+            axis.set_xticks(range(len(frame)), list(map(str, frame.index)))
+            axis.set_xlim(-0.35, len(frame) - 0.65)
     return [
         "Means over runs that differ by nothing but the layer. The paper compares layers 3 and 11 of CLIP, "
         "DINOv2 and SigLIP. [ViSAEBench App. D, Fig. 4]",
-        Picture(steps(panels, grid.colours)), grid.key, _layer_table(found),
+        Picture(drawing.svg), grid.key, _layer_table(found),
     ]  # fmt: skip
 
 

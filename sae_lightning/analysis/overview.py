@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
-from sae_lightning.analysis.figures import ORDER, normalised, profile, setting_frames, setting_maps
-from sae_lightning.analysis.grid import KIND, METRICS, Grid, missing_cells, section
+from sae_lightning.analysis.grid import KIND, METRICS, ORDER, Grid, missing_cells, section
 from sae_lightning.analysis.paper import PAPER, Paper, spelled
+from sae_lightning.rendering.figures import figure, limits_of, numbered
 from sae_lightning.rendering.page import EVALUATE, TRAIN, Block, Picture, lacking, plural, some
 from sae_lightning.rendering.table import Head, Spread, Table
 
@@ -77,6 +79,16 @@ def _levels(values: pd.Series) -> str:
     return ", ".join(f"{value:g}" for value in sorted(values.dropna().unique()))
 
 
+def normalised(means: pd.DataFrame, better: Mapping[str, bool]) -> pd.DataFrame:
+    """Means [backbone, metric], each metric from 0 at the worst backbone to 1 at the best [Fig. 1a].
+
+    NaN where a metric does not differ between backbones, or is not known.
+    """
+    signed = means * pd.Series({m: 1.0 if better[m] else -1.0 for m in means.columns})
+    width = signed.max() - signed.min()
+    return (signed - signed.min()) / width.where(width > 0)
+
+
 @section("Profiles of backbones")
 def profiles(grid: Grid, paper: Paper) -> Block:
     """Normalised scores of backbones [Fig. 1a], with the scores table beside."""
@@ -88,10 +100,19 @@ def profiles(grid: Grid, paper: Paper) -> Block:
     lasts = {t: [str(m) for m in scores if scores[m].min() == scores.at[t, m]] for t in scores.index}
     rows = [[t, *scores.loc[t], ", ".join(firsts[t]) or "–", ", ".join(lasts[t]) or "–"] for t in scores.index]
     heads = [Head("backbone"), *(Head(str(m), ".2f") for m in scores), Head("first in"), Head("last in")]
+    with figure(8.2, 3.0) as drawing:
+        axis = drawing.axis
+        for title, row in scores.iterrows():
+            axis.plot(range(len(row)), row.to_numpy(), "o-", ms=5, lw=1.5, color=grid.colours[str(title)], alpha=0.9)
+        names = [METRICS[str(m)].title.replace(" ", "\n", 1) for m in scores]
+        axis.set_xticks(range(len(names)), names)
+        axis.set_ylim(-0.06, 1.06)
+        axis.set_yticks((0, 0.5, 1), ("worst", "", "best"))
+        axis.tick_params(length=0)
     return [
         "Means over all settings, each metric from the worst backbone (0) to the best (1); FVU and absorption count "
         "downwards. [ViSAEBench Fig. 1a]",
-        Picture(profile(scores, [METRICS[str(m)].title for m in scores], grid.colours)), grid.key,
+        Picture(drawing.svg), grid.key,
         Table("profiles", "Normalised scores of backbones", heads, rows),
     ]  # fmt: skip
 
@@ -124,6 +145,41 @@ def _printed_means(paper: Paper) -> list[Table]:
     rows = [[spelled(b), *(found.get((b, m)) for m in names)] for b in ORDER]
     note = "Only those that its text gives; M6 and its deviations are under Other data sets."
     return [Table("means-paper", f"Means of backbones, {PAPER}", heads, rows, note)] if found else []
+
+
+def setting_frames(runs: pd.DataFrame, metric: str, titles: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Means of a metric over seeds by title: [k descending, expansion], of the same k and expansions for all."""
+    known = runs.dropna(subset=["k", metric])
+    ks, expansions = sorted(known["k"].unique(), reverse=True), sorted(known["expansion"].unique())
+    return {
+        t: own.pivot_table(metric, "k", "expansion").reindex(index=ks, columns=expansions)
+        for t in titles if len(own := known[known["title"] == t])
+    }  # fmt: skip
+
+
+def setting_maps(maps: Mapping[str, pd.DataFrame], form: str, better: bool) -> str:
+    """One metric over k (rows) and expansion (columns), a map a backbone, on one scale; dark is better.
+
+    All maps have the rows of the first; ``setting_frames`` makes them so.
+    """
+    limits = limits_of(np.concatenate([frame.to_numpy(float).ravel() for frame in maps.values()]), 0.0)
+    rows = list(next(iter(maps.values())).index)
+
+    with figure(max(4.4, 2.2 * len(maps)), 0.75 + 0.27 * len(rows)) as drawing:
+        axis = drawing.axis
+        left = 0.0
+        ticks: dict[float, str] = {}
+        for name, frame in maps.items():
+            numbered(axis, frame.to_numpy(float), limits, "YlGnBu" if better else "YlGnBu_r", form, 7.5, left)
+            axis.text(left - 0.5, -0.62, name, fontsize=8.5, va="bottom")
+            ticks |= {left + i: f"×{expansion:g}" for i, expansion in enumerate(frame.columns)}
+            left += frame.shape[1] + 0.4
+        axis.set_xlim(-0.5, left - 0.9)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_xticks(list(ticks), list(ticks.values()))
+        axis.set_yticks(range(len(rows)), [f"{k:g}" for k in rows])
+        axis.set_ylabel("k", rotation=0)
+    return drawing.svg
 
 
 @section("Every setting")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
+from matplotlib.patches import FancyBboxPatch
 
 from sae_lightning.analysis.correlation import NO_TASKS, metric_tasks, stands_in, task_column, task_title
-from sae_lightning.analysis.figures import Route, flowchart
 from sae_lightning.analysis.grid import METRICS, Grid, backbone_means, section, tasks
 from sae_lightning.analysis.paper import PAPER, Paper
+from sae_lightning.rendering.figures import figure
 from sae_lightning.rendering.page import TRAIN, Block, Picture, lacking
 from sae_lightning.rendering.table import Head, Table
 
@@ -142,6 +145,48 @@ def _last(table: pd.DataFrame, found: Sequence[str]) -> tuple[str, ...]:
     if ranks.empty or len(ranks) < 4:
         return ()
     return tuple(str(name) for name in ranks.index[(ranks >= len(ranks) - 1).all(axis=1)])
+
+
+TEAL, PURPLE, BLUE = ("#d9efec", "#2f7f76"), ("#e6e0f3", "#6b4fa0"), ("#dde9f6", "#1b6ca8")  # fill and edge
+
+
+@dataclass(frozen=True)
+class Route:
+    """A column of the flowchart: a ``task``, the ``backbone`` to take, the ``metric`` that says so, and a ``note``."""
+
+    task: str
+    backbone: str
+    metric: str
+    note: str = ""
+
+
+def flowchart(routes: Sequence[Route], start: str) -> str:
+    """From ``start`` to a column for each route: task (teal), backbone (purple), metric (blue) [Fig. 8]."""
+    width, gap = 2.5, 0.25
+    whole = len(routes) * (width + gap) - gap
+
+    with figure(whole, 4.6) as drawing:
+        axis = drawing.axis
+        _box(axis, whole / 2, 4.3, 3.4, 0.5, start, ("#fff", "#667"), 10)
+        for i, route in enumerate(routes):
+            x = i * (width + gap) + width / 2
+            axis.plot([whole / 2, whole / 2, x, x], [4.05, 3.87, 3.87, 3.7], color="#99a", lw=1, zorder=0)
+            axis.plot([x, x], [3.3, 1.2], color="#99a", lw=1, zorder=0)
+            _box(axis, x, 3.35, width, 0.7, route.task, TEAL, 9.5)
+            _box(axis, x, 2.25, width, 0.85, route.backbone, PURPLE, 9.5)
+            _box(axis, x, 1.15, width, 0.85, route.metric, BLUE, 9)
+            axis.text(x, 0.6, textwrap.fill(route.note, 36), ha="center", va="top", fontsize=8, color="#667")
+        axis.set_xlim(-0.05, whole + 0.05)
+        axis.set_ylim(0, 4.6)
+        axis.set_axis_off()
+    return drawing.svg
+
+
+def _box(axis: Any, x: float, y: float, w: float, h: float, text: str, look: tuple[str, str], size: float) -> None:
+    axis.add_patch(FancyBboxPatch((x - w / 2 + 0.06, y - h / 2 + 0.06), w - 0.12, h - 0.12, lw=1.2, fc=look[0],
+                                  ec=look[1], boxstyle="round,pad=0.04,rounding_size=0.08"))  # fmt: skip
+    lines = [textwrap.fill(line, int(w * 13.5)) for line in text.splitlines()]
+    axis.text(x, y, "\n".join(lines), ha="center", va="center", fontsize=size, color="#1d2129")
 
 
 OF_PAPER = (  # App. P.1: kind of task, by raw features, by codes, supporting metric

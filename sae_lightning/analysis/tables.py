@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from sae_lightning.analysis.figures import curves
+import pandas as pd
+
 from sae_lightning.analysis.grid import Grid, section, tasks
 from sae_lightning.analysis.paper import PAPER, Paper, spelled
-from sae_lightning.rendering.figures import limits_of
+from sae_lightning.rendering.figures import HEADLINE_K, NULL, budget_axis, limits_of, panels
 from sae_lightning.rendering.page import EVALUATE, Block, Picture, lacking
 from sae_lightning.rendering.table import Head, Spread, Table
+
+
+def _curves(frames: Mapping[str, pd.DataFrame], of: Mapping[str, str], ylabel: str, limits: tuple[float, float]) -> str:
+    """Lines over budgets, a panel for each frame [title, budget, value]: means a backbone, bands from least to most."""
+    size = (11 / min(4, len(frames)) if len(frames) > 2 else 3.5, 2.5 if len(frames) < 5 else 2.4)
+    with panels(list(frames), *size, sharey=True) as drawing:
+        axes = drawing.axes
+        for axis, frame in zip(axes.flat, frames.values(), strict=False):
+            axis.axvline(HEADLINE_K, color=NULL, lw=0.8, ls=":")
+            for title, own in frame.groupby("title"):
+                by = own.groupby("budget")["value"]
+                axis.plot(by.mean().index, by.mean(), color=of[str(title)], lw=1.4)
+                axis.fill_between(by.min().index, by.min(), by.max(), color=of[str(title)], alpha=0.15, lw=0)
+            budget_axis(axis, sorted(frame["budget"].unique()))
+            axis.tick_params(axis="x", labelsize=7)
+            axis.set_ylim(limits)
+        for axis in axes[:, 0]:
+            axis.set_ylabel(ylabel)
+        for axis in axes[-1]:
+            axis.set_xlabel("latents k of the probe")
+    return drawing.svg
 
 
 @section("Sparse-probing curves")
@@ -23,10 +46,10 @@ def probing(grid: Grid, paper: Paper) -> Block:
     limits = limits_of(rows["value"].to_numpy())
     pictures = []
     for name, sign, over in (("expansion", "×", "k"), ("k", "k = ", "expansions")):
-        panels = {f"{sign}{level:g}": own for level, own in rows.groupby(name)}
-        if panels:
+        frames = {f"{sign}{level:g}": own for level, own in rows.groupby(name)}
+        if frames:
             text = f"By the SAE’s {name}: mean over its {over}, the band from the least to the most."
-            pictures.append(Picture(curves(panels, grid.colours, "AUC", limits), caption=text))
+            pictures.append(Picture(_curves(frames, grid.colours, "AUC", limits), caption=text))
     means = rows.groupby(["title", "budget"])["value"].mean().unstack("budget").loc[grid.titles]
     heads = [Head("backbone"), *(Head(f"{budget}", ".3f", True, "mean AUC at k latents") for budget in means)]
     table = Table("probing", "Sparse-probing AUC by the number of latents, mean over settings", heads,

@@ -6,15 +6,16 @@ import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import statsmodels.formula.api as smf
 from scipy import stats
 
-from sae_lightning.analysis.figures import SHARES, shares
 from sae_lightning.analysis.grid import CELL, METRICS, Grid, configuration_names, missing_cells, over_seeds, section
 from sae_lightning.analysis.paper import PAPER, Paper
+from sae_lightning.rendering.figures import figure
 from sae_lightning.rendering.page import EVALUATE, TRAIN, Block, Picture, lacking
 from sae_lightning.rendering.table import Head, P, Table
 
@@ -185,6 +186,10 @@ def _pooled(groups: pd.api.typing.SeriesGroupBy) -> float:
     return math.sqrt((groups.var()[freedom.index] * freedom).sum() / freedom.sum()) if len(freedom) else math.nan
 
 
+SHARES = {  # of a metric's variance: title and colour of each factor
+    "backbone": ("backbone", "#1b6ca8"), "hp": ("expansion × k", "#e08e1b"), "residual": ("residual", "#c9cdd6"),
+}  # fmt: skip
+
 PARTS = tuple(SHARES)
 
 OUTLIER = "mae"  # which the paper leaves out to show that the finding does not rest on it
@@ -204,6 +209,36 @@ def decomposition(grid: Grid, paper: Paper) -> Block:
         _about(found), Picture(shares(own, theirs), caption=_caption(bool(theirs))),
         _table_3(grid, found, paper), _tests(grid, found), _seeds(grid),
     ]  # fmt: skip
+
+
+def shares(parts: Mapping[str, Mapping[str, float]], paper: Mapping[str, Mapping[str, float]]) -> str:
+    """η² of a metric's factors as stacked bars, ``parts`` by metric's title; thin and paler below, the paper's."""
+    with figure(6.4, 0.7 + 0.47 * len(parts)) as drawing:
+        axis = drawing.axis
+        for y, (title, own) in enumerate(list(parts.items())[::-1]):
+            _stack(axis, own, y + (0.12 if title in paper else 0), 0.42, 1.0)
+            if title in paper:
+                _stack(axis, paper[title], y - 0.27, 0.2, 0.5)
+        axis.set_yticks(range(len(parts)), list(parts)[::-1])
+        axis.tick_params(axis="y", length=0)
+        axis.grid(False, axis="y")
+        axis.set_xlim(0, 1)
+        axis.set_ylim(-0.55, len(parts) - 0.4)
+        axis.set_xlabel("share of the variance, η²")
+    return drawing.svg
+
+
+def _stack(axis: Any, own: Mapping[str, float], y: float, height: float, alpha: float) -> None:
+    left = 0.0
+    for name, (_, colour) in SHARES.items():
+        width = own.get(name, math.nan)
+        if not math.isfinite(width):
+            continue
+        axis.barh(y, width, height, left=left, color=colour, alpha=alpha, lw=0)
+        if width > 0.07 and height > 0.3:
+            ink = "#222" if name == "residual" else "#fff"
+            axis.text(left + width / 2, y, f"{width:.2f}", ha="center", va="center", color=ink, fontsize=8)
+        left += width
 
 
 def _parts(row: pd.Series) -> dict[str, float]:

@@ -14,6 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
+from sae_lightning.rendering.table import number
+
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8a5fbf", "#e08e1b", "#4a4e69", "#00a5a5", "#a0522d")
 
 OTHERS, NULL = "#b9bec8", "#444"  # of what is not spoken of, and of what chance gives
@@ -92,3 +94,23 @@ def limits_of(values: Sequence[float] | np.ndarray, margin: float = 0.04) -> tup
         return 0.0, 1.0
     space = margin * max(float(known.max() - known.min()), 1e-3)
     return float(known.min()) - space, float(known.max()) + space
+
+
+def numbered(
+    axis: Any, values: np.ndarray, limits: tuple[float, float], cmap: str, form: str, size: float, left: float = 0.0
+) -> None:
+    """Cells of a matrix in colours between ``limits``, with their numbers; the first column is at x = ``left``."""
+    low, high = limits
+    rows, columns = values.shape
+    extent = (left - 0.5, left + columns - 0.5, rows - 0.5, -0.5)
+    image = axis.imshow(values, vmin=low, vmax=high if high > low else low + 1, cmap=cmap, aspect="auto", extent=extent)
+    for (r, c), value in np.ndenumerate(values):
+        if math.isfinite(value):
+            red, green, blue, _ = image.to_rgba(value)
+            ink = "#fff" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "#1d2129"
+        else:
+            ink = "#888"
+        axis.text(left + c, r, number(value, form), ha="center", va="center", fontsize=size, color=ink)
+    axis.grid(False)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)

@@ -16,13 +16,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from sae_lightning.analysis import grid as grids
-from sae_lightning.analysis.figures import ORDER, Route, colours, correlation_map, flowchart, normalised
-from sae_lightning.analysis.grid import METRICS, load
-from sae_lightning.analysis.hypotheses import hypotheses
-from sae_lightning.analysis.overview import means_table, what_was_run
+from sae_lightning.analysis.grid import METRICS, ORDER, colours, load
+from sae_lightning.analysis.hypotheses import correlation_map, hypotheses
+from sae_lightning.analysis.overview import means_table, normalised, what_was_run
 from sae_lightning.analysis.paper import Paper, read_paper
 from sae_lightning.analysis.rank_consistency import families
-from sae_lightning.analysis.recommendations import guide
+from sae_lightning.analysis.recommendations import Route, flowchart, guide
 from sae_lightning.analysis.tables import cross_domain, raw_moran, thresholds
 from sae_lightning.analysis.variance import decomposition
 from sae_lightning.metrics.base import Score
