@@ -49,6 +49,7 @@ class Registry(dict[str, T]):
 
 
 def _origin(made: Any) -> tuple[str, str]:
+    made = getattr(made, "compute", made)  # a metric's part is its function's
     return made.__module__, made.__qualname__
 
 

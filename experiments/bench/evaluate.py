@@ -34,16 +34,17 @@ from torch import Tensor
 from experiments.bench.dense_evaluation import Found
 from experiments.bench.dense_evaluation import evaluate as dense
 from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, print_table, shared_parser, write_json
-from sae_lightning.evaluation.scoring_pass import Gather, ScoringPass, stream
+from sae_lightning.evaluation.core import core_metrics
+from sae_lightning.evaluation.scoring_pass import ScoringPass, stream
 from sae_lightning.evaluation.similarity import Judge
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
-from sae_lightning.metrics import MonoScore
+from sae_lightning.metrics import MonoScore, Moran
 from sae_lightning.metrics import monosemanticity as m5
 from sae_lightning.metrics.absorption import absorption
 from sae_lightning.metrics.preservation import fit_raw, preservation
 from sae_lightning.metrics.sparse_probing import sparse_probing
-from sae_lightning.saes import BatchTopK, Normalizer
+from sae_lightning.saes import SAE, BatchTopK, Normalizer
 
 D, K, GRID, CLASSES, TOP = 768, 64, (14, 14), 100, 16
 DIRECTIONS, THINGS, OWN = 4096, 48, 24  # in the world, on an image, and those that a class prefers
@@ -138,10 +139,11 @@ class Task:
 def streamed(task: Task, folder: Path, saes: int = 1) -> list[ScoringPass]:
     """The pass, or that of several SAEs at once, finished."""
     store = task.store
-    gather = Gather(core=True, images=True, top=TOP, moran=MORAN | {"row_standardized": True})
-    passes = [
-        ScoringPass(task.run, store, Judge(store), folder / str(i), gather, range(task.images)) for i in range(saes)
-    ]
+    judge, sae, span = Judge(store), SAE.load(task.run), range(task.images)
+    passes = []
+    for i in range(saes):
+        metrics = core_metrics(sae, store, judge) | {"moran": Moran(sae.d_sae, GRID, **MORAN, row_standardized=True)}
+        passes.append(ScoringPass(task.run, store, judge, folder / str(i), metrics, True, span))
     stream(passes)
     return passes
 
@@ -149,13 +151,14 @@ def streamed(task: Task, folder: Path, saes: int = 1) -> list[ScoringPass]:
 def scored(task: Task, done: ScoringPass) -> Found:
     """The figures of a pass."""
     computed = {name: value for metric in done.metrics.values() for name, value in metric.compute().items()}
-    latents, judge, mono = m5.choose_live(done.top.peaks()), task.judge(), done.metrics["mono"]
+    top, judge, mono = done.top(TOP), task.judge(), done.metrics["mono"]
     assert isinstance(mono, MonoScore)
-    top = (done.top.images()[latents], done.top.strengths()[latents], mono.minimum()[latents])
+    latents = m5.choose_live(top.values[:, 0])
+    top = (top.images[latents], top.values[latents], mono.minimum()[latents])
     computed |= m5.summarize(m5.monosemanticity(*top, judge), m5.baseline(judge))
     names = ("moran", "moran_evaluable", "fvu", "l0", "dead_share", "monosemanticity")
     done.close()
-    raw, rebuilt = (done.pools[name].mapped() for name in ("raw", "reconstruction"))
+    raw, rebuilt = (done.pools[name].mapped() for name in ("features", "reconstruction"))
     return Found({name: float(computed[name]) for name in names}, raw, rebuilt, done.codes.matrix)
 
 

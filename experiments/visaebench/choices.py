@@ -20,17 +20,16 @@ from hydra import compose, initialize_config_dir
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
-from sae_lightning.evaluation.evaluated import Evaluated
 from sae_lightning.evaluation.job import PARTIAL, Job, Settings
-from sae_lightning.evaluation.scoring_pass import Gather, batches, stream
+from sae_lightning.evaluation.scoring_pass import batches, stream
 from sae_lightning.evaluation.similarity import Judge
-from sae_lightning.metrics import Moran, absorption, decoder_cosine, preservation, probes
+from sae_lightning.metrics import MonoScore, Moran, absorption, decoder_cosine, preservation, probes
 from sae_lightning.metrics import monosemanticity as m5
 from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.cknna import cknna
 from sae_lightning.metrics.part import MAIN
 from sae_lightning.metrics.retrieval import image_recall
-from sae_lightning.metrics.segmentation import Probing, segmentation
+from sae_lightning.metrics.segmentation import Probing, Sets, segmentation
 from sae_lightning.metrics.sparse_probing import sparse_probing
 from sae_lightning.runs.run import find_runs
 from sae_lightning.saes import SparseCodes
@@ -43,7 +42,7 @@ def find(scores: list[Score], metric: str, setting: str = "") -> float:
     return next(s.value for s in scores if (s.metric, s.setting) == (metric, setting))
 
 
-def moran_choices(run: Evaluated) -> Iterator[tuple[str, str, float]]:
+def moran_choices(run: Job) -> Iterator[tuple[str, str, float]]:
     """M1: weights, contiguity and the least number of active patches; FVU by sample."""
     store, sae = run.store(MAIN), run.sae
     changes: dict[str, dict[str, Any]] = {
@@ -65,7 +64,7 @@ def moran_choices(run: Evaluated) -> Iterator[tuple[str, str, float]]:
     yield "M2 FVU", "mean over samples of var(x − x̂) / var(x) (MSAE's code)", float(torch.cat(ratios).mean())
 
 
-def probe_choices(run: Evaluated) -> Iterator[tuple[str, str, float]]:
+def probe_choices(run: Job) -> Iterator[tuple[str, str, float]]:
     """M3, M4, M7 and retrieval."""
     images = run.images(MAIN)
     y, ours = images.labels, probes.split(images.labels)
@@ -103,17 +102,14 @@ def probe_choices(run: Evaluated) -> Iterator[tuple[str, str, float]]:
     yield "retrieval R@1, codes", "codes as 0 or 1", image_recall(binary, y)[1]
 
 
-def monosemanticity_choices(run: Evaluated) -> Iterator[tuple[str, str, float]]:
+def monosemanticity_choices(run: Job) -> Iterator[tuple[str, str, float]]:
     """M5: weights, number of images, which latents, and whose embeddings."""
-    done, store = run.passes[MAIN], run.store(MAIN)
-    own, other = Judge(store), Judge(store, run.judge("monosemanticity"))
-    everything, nothing = slice(0, len(store)), torch.empty(0)
-    embeddings = other.embeddings(everything, nothing)
-    least = done.metrics["mono"].minimum()  # type: ignore[operator]
+    store, top, least = run.store(), run.top(32), run.metric("mono", MonoScore).minimum()
+    embeddings, everything = run.embeddings("monosemanticity"), slice(0, len(store))
 
     def score(e: torch.Tensor, n: int = 16, seed: int = 42, latents: int = 2048) -> dict[str, float]:
-        chosen = m5.choose_live(done.top.peaks(), latents, seed)
-        images, strength = done.top.images()[chosen, :n], done.top.strengths()[chosen, :n]
+        chosen = m5.choose_live(top.values[:, 0], latents, seed)
+        images, strength = top.images[chosen, :n], top.values[chosen, :n]
         found = m5.monosemanticity(images, strength, least[chosen], e, store.labels)
         return m5.summarize(found, m5.baseline(e, size=n))
 
@@ -124,11 +120,11 @@ def monosemanticity_choices(run: Evaluated) -> Iterator[tuple[str, str, float]]:
     for n in (8, 32):
         yield "M5 monosemanticity", f"top {n} images", score(embeddings, n)["monosemanticity"]
     yield "M5 monosemanticity", "512 latents", score(embeddings, latents=512)["monosemanticity"]
-    mean = score(own.embeddings(everything, store.features(everything)))["monosemanticity"]
+    mean = score(Judge(store).embeddings(everything, store.features(everything)))["monosemanticity"]
     yield "M5 monosemanticity", "judged by the scored features themselves", mean
 
 
-def alignment_choices(run: Evaluated) -> Iterator[tuple[str, str, float]]:
+def alignment_choices(run: Job) -> Iterator[tuple[str, str, float]]:
     """CKNNA and the decoder's orthogonality."""
     images = run.images(MAIN)
     features, codes = torch.from_numpy(images.raw), SparseCodes.of_csr(images.codes)
@@ -146,19 +142,20 @@ def alignment_choices(run: Evaluated) -> Iterator[tuple[str, str, float]]:
     yield "decoder orthogonality", "mean magnitude", decoder["decoder_cosine"]
 
 
-def segmentation_choices(run: Evaluated) -> Iterator[tuple[str, str, float]]:
+def segmentation_choices(run: Job) -> Iterator[tuple[str, str, float]]:
     """Segmentation: how long probes are trained, and on what they are scored."""
     setting = "data=mosaic,input=codes"
+    sets = Sets(run.store("mosaic/train"), run.store("mosaic/test"), *run.masks("mosaic"))
     for how, probing in {
         "": Probing(),
         "scored by patch": Probing(resolution="patch"),
         "3 epochs": Probing(epochs=3),
     }.items():
-        found = segmentation(run.sae, run.masked("mosaic"), probing, name="mosaic", frame=run.frame)
+        found = segmentation(run.sae, sets, probing, name="mosaic", frame=run.frame)
         yield "segmentation mIoU, codes", how, find(found, "segmentation_miou", setting)
 
 
-CHOICES: tuple[Callable[[Evaluated], Iterator[tuple[str, str, float]]], ...] = (
+CHOICES: tuple[Callable[[Job], Iterator[tuple[str, str, float]]], ...] = (
     moran_choices, probe_choices, monosemanticity_choices, alignment_choices, segmentation_choices,
 )  # fmt: skip
 
@@ -166,11 +163,11 @@ CHOICES: tuple[Callable[[Evaluated], Iterator[tuple[str, str, float]]], ...] = (
 def measure(run: Path, settings: Settings) -> Found:
     """All figures of one run."""
     job = Job(run, settings)
-    passed = job.open_pass(MAIN, Gather(images=True, top=32))
+    passed = job.open_pass(MAIN)
     try:
         stream([passed], title=run.name)
-        evaluated = Evaluated(job, {MAIN: passed}, {})
-        found = {(metric, how): value for choice in CHOICES for metric, how, value in choice(evaluated)}
+        job.passes = {MAIN: passed}
+        found = {(metric, how): value for choice in CHOICES for metric, how, value in choice(job)}
         found["M2 FVU", ""] = float(passed.metrics["reconstruction"].compute()["fvu"])
         return found
     finally:

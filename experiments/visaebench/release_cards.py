@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCardData
 
-from sae_lightning.analysis.grid import METRICS, TASKS
-from sae_lightning.metrics.part import HEADLINES, headline
+from sae_lightning.analysis.grid import METRICS
+from sae_lightning.metrics.part import downstream, headlines
 from sae_lightning.runs.scores import value_of
 
 LIBRARY = "sae-lightning"
@@ -130,14 +130,13 @@ def results(data: str, scores: Rows, split: str) -> list[EvalResult]:
 
     Figures that are not finite are left out, which a model index cannot hold.
     """
-    found = [(h.metric, h.title, data, headline(scores, h)) for h in HEADLINES]
+    found = [(column.metric, column.title, data, column.of(scores)) for column in headlines()]
     found += [(metric, title, data, value_of(scores, metric)) for metric, title in PLAIN.items()]
     for row in scores:
-        for pattern, name in TASKS:
-            if match := pattern.fullmatch(f"{row['metric']} {row['setting']}"):
-                of = match.groupdict()
-                title = f"{name.partition(':')[0]}, {of.get('input', 'codes')}"
-                found.append((row["metric"], title, of.get("data", data), row["value"]))
+        for task in downstream():
+            if column := task.column(row["metric"], row["setting"]):
+                (kind, _, on), given = column.rpartition("/")[0].partition(":"), column.rpartition("/")[2]
+                found.append((row["metric"], f"{kind}, {given}", on or data, row["value"]))
     return [
         EvalResult(
             task_type="feature-extraction", dataset_type=DATASETS.get(on, on), dataset_name=on, dataset_split=split,
@@ -164,7 +163,7 @@ def datasets(names: Iterable[str]) -> list[str] | None:
 
 
 def _score_table(scores: Rows) -> str:
-    shown = {h.title: headline(scores, h) for h in HEADLINES}
+    shown = {column.title: column.of(scores) for column in headlines()}
     shown |= {title: value_of(scores, metric) for metric, title in PLAIN.items()}
     rows = [(title, number(value, title)) for title, value in shown.items() if math.isfinite(value)]
     return markdown(["metric", "value"], rows) if rows else "It has not been scored."

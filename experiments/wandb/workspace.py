@@ -14,14 +14,14 @@ import wandb_workspaces.expr as ex
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from sae_lightning.metrics.part import HEADLINES
+from sae_lightning.metrics.part import headlines
 from sae_lightning.report.publish import GOALS
 from sae_lightning.training.wandb_run import STEP
 
 TITLE = "ViSAEBench grid"
 AXES = ("backbone", "expansion", "k")
 CURVES = ("train/explained_variance", "train/loss", "train/l0", "train/dead_share", "val/explained_variance", "val/fvu")
-M = {f"test/{h.title[:2]}": h.title for h in HEADLINES}
+M = {f"test/{column.headline}": column.title for column in headlines()}
 SPEED = ("speed/samples_per_second", "speed/wait_share")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from sae_lightning.analysis.paper import Paper
-from sae_lightning.metrics.part import HEADLINES, headline
+from sae_lightning.metrics.part import INPUTS, downstream, headlines
 from sae_lightning.registry import Registry
 from sae_lightning.rendering.figures import COLOURS
 from sae_lightning.rendering.page import Block, Key, Section
@@ -31,9 +30,7 @@ class About(NamedTuple):
     better: bool
 
 
-METRICS = {h.title.split()[0]: About(h.title, h.better) for h in HEADLINES}
-
-INPUTS = ("raw", "reconstruction", "codes")
+METRICS = {column.headline: About(column.title, bool(column.better)) for column in headlines()}
 
 ENDS = tuple(f"/{name}" for name in INPUTS)
 
@@ -48,14 +45,6 @@ OTHER_COLUMNS = (  # leaves of a run's identity that the table has as columns
 )  # fmt: skip
 
 FLOATS = ("layer", "monoloss", "expansion", "k", "l0", "dead_share")
-
-# rows that are downstream tasks, as metric and setting; whose column they are, as groups of the match
-TASKS = [
-    (re.compile(r"retrieval_(?P<input>raw|reconstruction|codes) k=1"), "retrieval"),
-    (re.compile(r"segmentation_miou data=(?P<data>[^,]+),input=(?P<input>\w+)"), "segmentation:{data}"),
-    (re.compile(r"cross_domain_accuracy_(?P<input>raw|reconstruction|codes) data=(?P<data>[^,]+)"), "accuracy:{data}"),
-    (re.compile(r"cross_domain_sparse_probing_auc data=(?P<data>[^,]+),k=128"), "probing:{data}"),
-]
 
 
 def read_grid(runs: Sequence[Path], split: str = "test") -> pd.DataFrame:
@@ -90,15 +79,15 @@ def _row(run: Run, split: str) -> dict[str, Any]:
         "d_in": cfg["d_in"], "d_sae": cfg["d_sae"], "l0": value_of(scores, "l0"),
         "dead_share": value_of(scores, "dead_share"), "recipe": same_but(cfg, *OTHER_COLUMNS),
     }  # fmt: skip
-    return settings | {h.title.split()[0]: headline(scores, h) for h in HEADLINES} | dict(_tasks(scores))
+    return settings | {column.headline: column.of(scores) for column in headlines()} | dict(_tasks(scores))
 
 
 def _tasks(scores: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, float]]:
+    wanted = downstream()
     for row in scores:
-        for pattern, name in TASKS:
-            if match := pattern.fullmatch(f"{row['metric']} {row['setting']}"):
-                of = match.groupdict()
-                yield f"{name.format(**of)}/{of.get('input', 'codes')}", row["value"]
+        for task in wanted:
+            if column := task.column(row["metric"], row["setting"]):
+                yield column, row["value"]
 
 
 CONFIGURATION = ["expansion", "k"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -13,90 +13,42 @@ from sae_lightning.evaluation.image_codes import ImageCodes, LatentEntries
 from sae_lightning.kernels import native
 from sae_lightning.kernels.portable import offsets_of
 from sae_lightning.metrics import MonoScore
+from sae_lightning.metrics.part import TopImages
 from sae_lightning.saes import SparseCodes
 
 
-class TopImages:
-    """The ``n_top`` images of each latent by its activation on them, and on how many images it fires.
+@torch.no_grad()
+def strongest(batches: Iterable[SparseCodes], d_sae: int, n: int) -> TopImages:
+    """The ``n`` images of each latent by its activation on them, of equals the earlier, and on how many it fires.
 
-    ``update`` takes the codes of images, one sample each (those of patch tokens pooled by their maximum), in the
-    store's order from image ``first`` on. Memory is O(n_top * d_sae): without compiled kernels, entries that may enter
-    the list of their latent are collected and sorted in whenever they are as many as the lists hold.
+    ``batches`` are codes of consecutive images, one sample each (those of patch tokens pooled by their maximum).
     """
+    values, images = torch.zeros(d_sae, n), torch.full((d_sae, n), -1)
+    fired, first = torch.zeros(d_sae, dtype=torch.long), 0
+    for codes in batches:
+        latents, activations = codes.latents.contiguous(), codes.values.contiguous()
+        if native.available(activations):
+            native.rank_samples(latents, activations, codes.offsets, first, values, images, fired)
+        else:
+            fired += torch.bincount(latents, minlength=d_sae)
+            enters = activations > values[latents, -1]
+            _sort_in(values, images, latents[enters], activations[enters].float(), codes.rows()[enters] + first)
+        first += codes.n_samples
+    return TopImages(images, values, fired)
 
-    def __init__(self, d_sae: int, n_top: int = 9, first: int = 0) -> None:
-        self.n_top = n_top
-        self.seen = first
-        self.strength = torch.zeros(d_sae, n_top)
-        self.image = torch.full((d_sae, n_top), -1)
-        self.images_fired = torch.zeros(d_sae, dtype=torch.long)
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # latents, strengths, images
-        self._waiting_entries = 0
 
-    def update(self, codes: SparseCodes) -> None:
-        if native.available(codes.values):
-            latents, values = codes.latents.contiguous(), codes.values.detach().contiguous()
-            lists = (self.strength, self.image, self.images_fired)
-            native.rank_samples(latents, values, codes.offsets, self.seen, *lists)
-            self.seen += codes.n_samples
-            return
-        self.images_fired += torch.bincount(codes.latents, minlength=len(self.image))
-        enters = codes.values > self.strength[codes.latents, -1]
-        entries = (codes.latents[enters], codes.values[enters].float(), codes.rows()[enters] + self.seen)
-        self.seen += codes.n_samples
-        self._waiting.append(entries)
-        self._waiting_entries += len(entries[0])
-        if self._waiting_entries >= self.image.numel():
-            self._sort_in()
-
-    def merge(self, state: dict[str, Tensor]) -> None:
-        """Add what another object saw of later images, as its ``state`` says."""
-        self._sort_in()
-        self.images_fired += state["images_fired"]
-        latents, place = (state["image"] >= 0).nonzero(as_tuple=True)
-        self._waiting.append((latents, state["strength"][latents, place], state["image"][latents, place]))
-        self._sort_in()
-
-    def state(self) -> dict[str, Tensor]:
-        """All that it knows, as tensors."""
-        self._sort_in()
-        return {"strength": self.strength, "image": self.image, "images_fired": self.images_fired}
-
-    def load(self, state: dict[str, Tensor], seen: int) -> None:
-        """Go on from a ``state`` after image ``seen``."""
-        self.strength, self.image, self.images_fired = (state[n] for n in ("strength", "image", "images_fired"))
-        self.seen, self._waiting, self._waiting_entries = seen, [], 0
-
-    def images(self) -> Tensor:
-        """Image indices [d_sae, n_top], strongest first; -1 where a latent fires on fewer images."""
-        self._sort_in()
-        return self.image
-
-    def strengths(self) -> Tensor:
-        """The activations on them, [d_sae, n_top] float32; 0 where there is no image."""
-        self._sort_in()
-        return self.strength
-
-    def peaks(self) -> Tensor:
-        """Largest activation of each latent, [d_sae]; 0 for one that never fires."""
-        return self.strengths()[:, 0]
-
-    def _sort_in(self) -> None:
-        """Put what waits into the lists of its latents, of equal activations the earlier image first."""
-        if not self._waiting:
-            return
-        latents, strength, image = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
-        self._waiting, self._waiting_entries = [], 0
-        touched, group = latents.unique(return_inverse=True)
-        kept = torch.arange(len(touched)).repeat_interleave(self.n_top)
-        group = torch.cat([kept, group])
-        strength = torch.cat([self.strength[touched].flatten(), strength])
-        image = torch.cat([self.image[touched].flatten(), image])
-        order = strength.argsort(descending=True, stable=True)
-        order = order[group[order].argsort(stable=True)]
-        starts = offsets_of(torch.bincount(group, minlength=len(touched)))
-        best = order[starts[:-1, None] + torch.arange(self.n_top)]
-        self.strength[touched], self.image[touched] = strength[best], image[best]
+def _sort_in(values: Tensor, images: Tensor, latents: Tensor, strength: Tensor, image: Tensor) -> None:
+    """Put entries of later images into the lists ``values`` and ``images`` [d_sae, n] of their latents."""
+    n_top = values.shape[1]
+    touched, group = latents.unique(return_inverse=True)
+    group = torch.cat([torch.arange(len(touched)).repeat_interleave(n_top), group])
+    strength = torch.cat([values[touched].flatten(), strength])
+    image = torch.cat([images[touched].flatten(), image])
+    order = strength.argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]
+    starts = offsets_of(torch.bincount(group, minlength=len(touched)))
+    best = order[starts[:-1, None] + torch.arange(n_top)]
+    values[touched], images[touched] = strength[best], image[best]
 
 
 def top_purity(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,23 +78,6 @@ def choose_latents(
     key = purity[enough].double() - 1e-9 * images_fired[enough].double()
     purest = enough[key.argsort(descending=True, stable=True)[:n]]
     return {"most used": used, "random": random, "purest": purest}
-
-
-def spread_of_moran(moran: Tensor, n: int = 12, seed: int = 0) -> dict[str, Tensor]:
-    """Latents to show of a distribution of Moran's I [d_sae] (NaN: none) [ViSAEBench App. H].
-
-    ``high Moran`` are drawn by ``seed`` from its top 5 %, ``low Moran`` from its lowest; ``mean Moran`` are the ones
-    nearest to its mean.
-    """
-    known = (~moran.isnan()).nonzero().squeeze(1)
-    order = known[moran[known].argsort(stable=True)]
-    tail = min(len(order), max(n, -(-len(order) // 20)))
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(tail, generator=generator)[:n]
-    near = (moran[known] - moran[known].mean()).abs().argsort(stable=True)[:n]
-    return {
-        "high Moran": order[len(order) - tail :][drawn], "mean Moran": known[near], "low Moran": order[:tail][drawn]
-    }  # fmt: skip
 
 
 BANDS = ("top", "middle", "bottom")

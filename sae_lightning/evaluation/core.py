@@ -1,4 +1,4 @@
-"""What is written of an SAE once its pass is done: scores.json, figures of single latents, and images to show."""
+"""What is written of every evaluated SAE once its pass is done: scores.json, single latents, and images to show."""
 
 from __future__ import annotations
 
@@ -11,41 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lightning.evaluation.by_latent import (
-    TopImages,
-    bands,
-    choose_latents,
-    ranked,
-    spread_of_moran,
-    spread_ranks,
-    top_purity,
-)
+from sae_lightning.evaluation.by_latent import bands, choose_latents, ranked, spread_ranks, top_purity
 from sae_lightning.evaluation.image_codes import ImageCodes
-from sae_lightning.evaluation.scoring_pass import Gather, ScoringPass, labelled, stream
+from sae_lightning.evaluation.scoring_pass import ScoringPass, check_store, stream
 from sae_lightning.evaluation.similarity import Judge, Similarity
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import write_json, write_tensors
-from sae_lightning.metrics import Firing, MonoScore, Moran, Purity, decoder_cosine
+from sae_lightning.metrics import core, decoder_cosine
+from sae_lightning.metrics.base import SumMetric
+from sae_lightning.metrics.part import Streamed, TopImages
 from sae_lightning.runs.run import BAND_IMAGES, FILES, LATENTS, SCORES, TOP_IMAGES, Run
 from sae_lightning.saes import SAE
 from sae_lightning.saes.artefact import ArtefactError, put_tensors, tensor_names
 
 
 def save_top_images(
-    run: Path, sae: SAE, store: FeatureStore, images: Tensor, top: TopImages, counts: Tensor, purity: Tensor,
-    label: Tensor, chosen: dict[str, Tensor],
+    run: Path, sae: SAE, store: FeatureStore, top: TopImages, counts: Tensor, purity: Tensor, label: Tensor,
+    chosen: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """The chosen latents with the first of their top ``images`` [d_sae, n] and the patch activations there (fp16)."""
+    """The chosen latents with their ``top`` images and the patch activations there (fp16)."""
     latents = torch.cat(list(chosen.values()))
-    images = images[latents]
+    images = top.images[latents]
     tensors = {
         "latents": latents,
         "group": torch.cat([torch.full((len(v),), i) for i, v in enumerate(chosen.values())]),
         "images": images,
         "maps": activation_maps(sae, store, latents, images).half(),
         "firing_share": counts[latents] / store.n_tokens,
-        "images_fired": top.images_fired[latents],
-        "peak": top.peaks()[latents],
+        "images_fired": top.fired[latents],
+        "peak": top.values[latents, 0],
         "purity": purity[latents],
         "label": label[latents],
         "counts": counts,
@@ -109,28 +103,25 @@ def write_summary(
     """Write ``scores.json``, ``latents.safetensors``, ``top_images.safetensors`` and ``bands.safetensors``.
 
     They go into the run's folder; the first is returned. ``above`` are the MonoScores from which the share of latents
-    is counted; ``band_ranks`` latents get ``band_images`` images a band.
+    is counted; ``band_ranks`` latents get ``band_images`` images a band. ``anew``: what other parts said of single
+    latents goes.
     """
-    run, store, sae, top = scored.run, scored.store, scored.sae, scored.top
-    mono, firing = scored.metrics["mono"], scored.metrics["firing"]
-    assert isinstance(mono, MonoScore)
-    assert isinstance(firing, Firing)
-    monoscores, counts = mono.scores().cpu(), firing.counts.cpu()
+    run, store, sae, top = scored.run, scored.store, scored.sae, scored.top(SHOWN)
+    latents = {name: t.cpu() for metric in scored.metrics.values() for name, t in metric.of_latents().items()}
+    monoscores, counts = latents["monoscore"], latents["counts"]
     metrics = core_scores(scored)
     baseline = metrics.pop("similarity_baseline")  # says something of the judge, not of the SAE
     metrics |= shares_above(monoscores, above) | decoder_cosine(sae.W_dec)
-    images = top.images()[:, :SHOWN]
-    label, top_share = top_purity(images, store.labels)
-    enough = top.images_fired >= 10
-    known = labelled(store) and bool(enough.any())
+    label, top_share = top_purity(top.images, store.labels)
+    enough = top.fired >= 10
+    known = store.labelled and bool(enough.any())
     metrics["top_purity"] = float(top_share[enough].mean()) if known else float("nan")
-    chosen = choose_latents(counts, top.images_fired, top_share, latents_shown)
-    moran = scored.metrics.get("moran")
-    if isinstance(moran, Moran):
-        chosen |= spread_of_moran(moran.scores().cpu(), -(-latents_shown // 2))
-    save_top_images(run, sae.cpu(), store, images, top, counts, top_share, label, chosen)
+    chosen = choose_latents(counts, top.fired, top_share, latents_shown)
+    for metric in scored.metrics.values():
+        chosen |= metric.shown(latents_shown)
+    save_top_images(run, sae.cpu(), store, top, counts, top_share, label, chosen)
     save_bands(run, store, scored.codes, monoscores, band_ranks, band_images)
-    put_tensors(run / LATENTS, per_latent(scored), anew)
+    put_tensors(run / LATENTS, {**latents, "images_fired": top.fired}, anew)
     scores = {
         "schema": SCHEMA, "split": store.split, "store": store.fingerprint, "n_images": len(store),
         "n_tokens": store.n_tokens, "similarity": scored.judge.about() | {"baseline": baseline},
@@ -140,49 +131,26 @@ def write_summary(
     return scores
 
 
+def core_metrics(scored: SAE, store: FeatureStore, judge: Judge) -> dict[str, SumMetric]:
+    """What a pass must stream for it."""
+    return core.streams(Streamed(scored, store, judge.d), {})
+
+
 def core_scores(scored: ScoringPass) -> dict[str, float]:
     """What the core metrics' ``compute`` give."""
-    names = ("reconstruction", "l0", "firing", "mono", "purity")
-    found = [scored.metrics[name].compute() for name in names if name in scored.metrics]
+    names = [name for name in core_metrics(scored.sae, scored.store, scored.judge) if name in scored.metrics]
+    found = [scored.metrics[name].compute() for name in names]
     return {name: float(value) for each in found for name, value in each.items()}
 
 
 def shares_above(scores: Tensor, above: Sequence[float]) -> dict[str, float]:
     """The share of all latents whose MonoScore [d_sae] lies above each of ``above``."""
-    return {above_name(t): float((scores > t).double().mean()) for t in above}
-
-
-def above_name(threshold: float) -> str:
-    """The name of the share of latents above a MonoScore."""
-    return f"monoscore_above_{threshold:g}"
-
-
-def per_latent(scored: ScoringPass) -> dict[str, Tensor]:
-    """[d_sae] each: MonoScore and whether there is one, images and tokens fired on, purities and dominant class, and
-    Moran's I with the images it is a mean of.
-    """
-    m = scored.metrics
-    mono, firing, purity, moran = m["mono"], m["firing"], m.get("purity"), m.get("moran")
-    assert isinstance(mono, MonoScore)
-    assert isinstance(firing, Firing)
-    tensors: dict[str, Tensor] = {
-        "monoscore": mono.scores(), "scored": mono.scored(), "images_fired": scored.top.images_fired,
-        "counts": firing.counts,
-    }  # fmt: skip
-    if isinstance(purity, Purity):
-        found = purity.per_latent()
-        tensors |= {
-            "purity": found.purity, "weighted_purity": found.weighted_purity, "dominant_class": found.dominant
-        }  # fmt: skip
-    if isinstance(moran, Moran):
-        tensors |= {"moran": moran.scores(), "moran_images": moran.images}
-    return {name: torch.as_tensor(tensor).cpu() for name, tensor in tensors.items()}
+    return {f"monoscore_above_{t:g}": float((scores > t).double().mean()) for t in above}
 
 
 def evaluate_run(
-    run: Path, split: str = "test", batch_tokens: int = 4096, latents_shown: int = 12,
-    similarity: Similarity | None = None, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
+    run: Path, split: str = "test", similarity: Similarity | None = None, **options: Any
+) -> dict[str, Any]:
     """``score`` the SAE in ``run`` on ``split`` of its own data; extracts the store if it is missing.
 
     ``similarity`` judges how alike images are (by default the SAE's own features).
@@ -190,24 +158,25 @@ def evaluate_run(
     source = Run(run).source
     similarity, store = similarity or Similarity(), source.store(split)
     judge = Judge(store, similarity.open(source, split), similarity.key(source))
-    return score(run, store, batch_tokens, latents_shown, judge, **options)
+    return score(run, store, judge=judge, **options)
 
 
 def score(
-    run: Path, store: FeatureStore, batch_tokens: int = 4096, latents_shown: int = 12, judge: Judge | None = None,
-    **options: Any,
-) -> dict[str, Any]:  # fmt: skip
+    run: Path, store: FeatureStore, batch_tokens: int = 4096, judge: Judge | None = None, **options: Any
+) -> dict[str, Any]:
     """Score the SAE in ``run`` on ``store`` in one pass, write what ``write_summary`` says, and return the scores.
 
     MonoScore and purity work on codes of images: of patch tokens the maximum over an image's patches. ``judge`` gives
     the images' embeddings (by default their own features); ``options`` are those of ``write_summary``. Raises
     StoreError when the store is of another backbone, layer or width than the SAE.
     """
+    judge = judge or Judge(store)
+    check_store(run, store)
     with TemporaryDirectory(dir=run, prefix="evaluation.") as folder:
-        scored = ScoringPass(run, store, judge or Judge(store), Path(folder), Gather())
+        scored = ScoringPass(run, store, judge, Path(folder), core_metrics(SAE.load(run), store, judge))
         try:
             stream([scored], batch_tokens, title=f"Scoring {run.name}")
-            return write_summary(scored, latents_shown, **options)
+            return write_summary(scored, **options)
         finally:
             scored.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ class RowFile:
         self.path.unlink(missing_ok=True)
 
 
-PART = 1 << 22  # entries looked through at once
+BLOCK = 1 << 22  # entries looked through at once
 
 
 class LatentEntries(NamedTuple):
@@ -171,6 +172,10 @@ class ImageCodes:
             self.d_sae,
         )
 
+    def batches(self, images: int = 4096) -> Iterator[SparseCodes]:
+        """The codes of all images, some at a time."""
+        return (self.images(slice(start, start + images)) for start in range(0, len(self), images))
+
     def of_latents(self, latents: Tensor) -> LatentEntries:
         """All entries of these ``latents`` [m], each named once; reads the latents' file once, part by part."""
         if len(latents.unique()) != len(latents):
@@ -179,8 +184,8 @@ class ImageCodes:
         place[latents.numpy()] = np.arange(len(latents), dtype=np.int32)
         stored, values = self._mapped()
         found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int32), np.zeros(0, np.int64))]
-        for start in range(0, len(stored), PART):
-            mine = place[stored[start : start + PART]]
+        for start in range(0, len(stored), BLOCK):
+            mine = place[stored[start : start + BLOCK]]
             here = np.flatnonzero(mine >= 0)
             found.append((mine[here], here + start))
         owner, entry = (np.concatenate(parts) for parts in zip(*found, strict=True))

@@ -1,37 +1,45 @@
-"""A run that is to be scored: its stores, and which parts of the benchmark it lacks."""
+"""A run that is evaluated: its stores, which parts of the benchmark it lacks, and what these are computed of."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
-from sae_lightning.data import DataError
-from sae_lightning.evaluation.core import stored_scores
-from sae_lightning.evaluation.parts import parts_of
-from sae_lightning.evaluation.scoring_pass import Gather, ScoringPass, check_store
+from sae_lightning.backbones.registry import load_backbone
+from sae_lightning.data import DataError, ImageData
+from sae_lightning.data.masks import Masks, load_masks
+from sae_lightning.data.siblings import Groups, sibling_groups
+from sae_lightning.evaluation.core import core_metrics, stored_scores, write_summary
+from sae_lightning.evaluation.scoring_pass import ScoringPass, batches, check_store
 from sae_lightning.evaluation.similarity import Judge, Similarity
+from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import file_sha256
-from sae_lightning.metrics.part import MAIN, Part
+from sae_lightning.metrics.base import SumMetric
+from sae_lightning.metrics.part import CORE, MAIN, Dictionary, ImageFeatures, Part, Streamed, TopImages, parts_of, plain
 from sae_lightning.runs.run import LATENTS
 from sae_lightning.runs.scores import scores_of
-from sae_lightning.saes import SAE, ArtefactError
-from sae_lightning.saes.artefact import read_cfg, tensor_names
+from sae_lightning.saes import SAE, ArtefactError, Normalizer
+from sae_lightning.saes.artefact import put_tensors, read_cfg, read_tensors, tensor_names
+
+T = TypeVar("T")
+M = TypeVar("M", bound=SumMetric)
 
 PARTIAL = "evaluation.partial"
 
 OWN = Similarity()
-
-SETS = ("cross_domain", "segmentation")  # parts of the metrics that name data sets
 
 NEEDED = ("data", "backbone")  # sections of the config that a run was trained with
 
@@ -60,16 +68,17 @@ class Settings:
 
 
 class Job:
-    """A run that is to be scored, with its stores by name of the pass that reads them."""
+    """A run that is to be evaluated: its stores, what it lacks, and after its ``passes`` what its parts ask for.
+
+    Stores go by the name of the pass that reads them. It is the ``ScoredRun`` of the metrics' parts.
+    """
 
     def __init__(self, run: Path, settings: Settings) -> None:
-        self.run, self.settings = run, settings
+        self.folder, self.settings = run, settings
         SAE.load(run)  # says what is wrong with it before anything is computed
         config = read_cfg(run).get("config")
         config = config if isinstance(config, dict) else {}
         lacking = [name for name in NEEDED if not isinstance(config.get(name), dict)]
-        if isinstance(config.get("data"), dict) and config["data"].get("source") == "store":
-            lacking = [name for name in lacking if name != "extract"]  # nothing is extracted
         if lacking:
             raise ArtefactError(
                 f"{run / 'cfg.json'} does not say how the SAE was trained (it lacks {', '.join(lacking)} of the "
@@ -77,15 +86,32 @@ class Job:
             )
         self.config, self.source = OmegaConf.create(config), Source.of(config)
         self.sae_digest = file_sha256(run / "sae.safetensors")
-        self.parts = [part for part in settings.parts if part.applies(self.config)]
+        self.parts = [part for part in settings.parts if part.is_of(self.config)]
         self._stores: dict[str, FeatureStore] = {}
+        self.release()
 
-    def store(self, name: str) -> FeatureStore:
+    def release(self) -> None:
+        """Forget what it holds after its passes."""
+        self.passes: dict[str, ScoringPass] = {}
+        self.kept: dict[str, Any] = {}  # what all runs of its store share
+        self.others: list[Job] = []  # runs that differ by seed
+        self._images: dict[str, ImageFeatures] = {}
+        self._summary: dict[str, Any] | None = None
+        for name in ("sae", "frame", "dictionary"):
+            self.__dict__.pop(name, None)
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.folder.name
+
+    # --- stores -----------------------------------------------------------------------------------
+    def store(self, name: str = MAIN) -> FeatureStore:
         """The store that the pass ``name`` reads; extracted if it is missing."""
         if name not in self._stores:
             with self._reading(name) as (source, split):
                 found = source.store(split)
-            check_store(self.run, found)
+            check_store(self.folder, found)
             self._stores[name] = found
         return self._stores[name]
 
@@ -105,72 +131,216 @@ class Job:
             return
         of, split = name.rsplit("/", 1)
         try:
-            yield self.set_source(of), split
+            yield self._with_data(of), split
         except DataError as error:
-            group = next(g for g in SETS if of in self._sets(g))
+            group = next(part.name.split("/")[0] for part in self.settings.parts if part.data == of)
             raise DataError(
                 f"The data set {of} of metrics.{group}: {error} Change metrics.{group}.sets.{of}, or leave it out with "
                 f"'~metrics.{group}.sets.{of}'."
             ) from error
 
-    def _sets(self, group: str) -> Any:
-        return (self.settings.metrics.get(group) or {}).get("sets") or {}
-
-    def set_source(self, name: str) -> Source:
+    def _with_data(self, name: str) -> Source:
         """The run's source with the data set ``name`` of the metrics' in place of its own."""
-        # not resolved yet: its interpolations name the root's ``data``
-        data = OmegaConf.to_container(next(self._sets(g)[name] for g in SETS if name in self._sets(g)))
-        return self.source.replace(data=data)
+        return self.source.replace(data=next(part.options["data"] for part in self.settings.parts if part.data == name))
+
+    # --- what it lacks ----------------------------------------------------------------------------
+    def similarity(self, part: Part) -> Similarity | None:
+        """What says how alike images are for ``part``; None where it does not ask."""
+        if part.encoder is not None:
+            return Similarity(**part.encoder(self.config, part.options))
+        return self.settings.similarity if part.name == CORE else None
 
     def key(self, part: Part) -> str:
         """What the scores of ``part`` depend on, as a digest."""
         stores = [self.fingerprint(name) for name in dict.fromkeys((MAIN, *part.passes, *part.reads))]
-        what = [VERSION, part.name, part.options, self.sae_digest, stores]
-        if part.name == "core":
-            what.append(self.settings.similarity.key(self.source))
-        if part.judge is not None:
-            what.append(part.judge(self.config).key(self.source))
-        return _digest(what)
+        similarity = self.similarity(part)
+        judged = [] if similarity is None else [similarity.key(self.source)]
+        return _digest([VERSION, part.name, part.keyed, self.sae_digest, stores, *judged])
 
     def missing(self) -> list[Part]:
-        """The parts that have no scores for this SAE, these stores and these settings."""
-        left = list(self.parts) if self.settings.again else self._missing()
+        """The parts that have no scores for this SAE, these stores and these settings; not those of siblings."""
+        own = [part for part in self.parts if "siblings" not in part.needs]
+        left = own if self.settings.again else self._missing(own)
         for part in left:  # what must be extracted is extracted now, not after hours
-            self.judge_of(part)
+            self._encoder(part)
             for name in (*part.passes, *part.reads):
                 self.store(name)
         return left
 
-    def _missing(self) -> list[Part]:
-        split, held = self.settings.split, tensor_names(self.run / LATENTS)
-        rewritten = any(p.name == "core" for p in self.parts) and stored_scores(self.run, split, []) is None
+    def _missing(self, parts: list[Part]) -> list[Part]:
+        split, held = self.settings.split, tensor_names(self.folder / LATENTS)
+        rewritten = any(p.name == CORE for p in parts) and stored_scores(self.folder, split, []) is None
         left = []
-        for part in self.parts:  # core comes first
-            found = scores_of(self.run, part.name, split, self.key(part)) is not None
-            if part.name == "core":
+        for part in parts:  # core comes first
+            found = scores_of(self.folder, part.name, split, self.key(part)) is not None
+            if part.name == CORE:
                 rewritten = rewritten or not found
-            if not found or not held.issuperset(part.leaves) or (rewritten and (part.leaves or part.name == "core")):
+            if not found or not held.issuperset(part.leaves) or (rewritten and (part.leaves or part.name == CORE)):
                 left.append(part)
         return left
 
-    def judge_of(self, part: Part) -> FeatureStore | None:
-        """The store of the encoder that says how alike images are for ``part``; None when the scored features do."""
-        if part.judge is None:
-            return None
-        return part.judge(self.config).open(self.source, self.settings.split)
+    def open_pass(self, name: str, span: range | None = None, part: str = "whole") -> ScoringPass:
+        """The pass ``name`` of this run over the images ``span``, where an earlier process left it.
 
-    def judge(self) -> Judge:
-        """What says how alike two images are for the MonoScore."""
+        It gathers what any part of the run wants of it, finished or not, so that a later call can go on with it.
+        """
+        store, parts = self.store(name), [part for part in self.parts if name in part.passes]
         similarity = self.settings.similarity
-        return Judge(self.store(MAIN), similarity.open(self.source, self.settings.split), similarity.key(self.source))
+        opened = similarity.open(self.source, self.settings.split) if name == MAIN else None
+        judge = Judge(store, opened, similarity.key(self.source)) if name == MAIN else Judge(store)
+        metrics: dict[str, SumMetric] = {}
+        if name == MAIN:
+            sae = SAE.load(self.folder)
+            metrics |= core_metrics(sae, store, judge) if any("core" in part.needs for part in parts) else {}
+            streamed = Streamed(sae, store, judge.d)
+            for wanted in parts:
+                metrics = {**wanted.streams(streamed, wanted.options), **metrics}
+        images = any("images" in part.needs for part in parts)
+        gathered = [images, *sorted((part.name, _digest(part.keyed)) for part in parts)]
+        digest = _digest([VERSION, gathered, self.sae_digest, store.fingerprint, judge.key])
+        folder = self.folder / PARTIAL / f"{name.replace('/', '-')}-{self.settings.split}-{digest[:8]}" / part
+        return ScoringPass(self.folder, store, judge, folder, metrics, images, span, self.settings.device)
 
-    def open_pass(self, name: str, gather: Gather, span: range | None = None, part: str = "whole") -> ScoringPass:
-        """The pass ``name`` of this run over the images ``span``, where an earlier process left it."""
-        store = self.store(name)
-        judge = self.judge() if name == MAIN else Judge(store)
-        digest = _digest([VERSION, repr(gather), self.sae_digest, store.fingerprint, judge.key])
-        folder = self.run / PARTIAL / f"{name.replace('/', '-')}-{self.settings.split}-{digest[:8]}" / part
-        return ScoringPass(self.run, store, judge, folder, gather, span, self.settings.device)
+    # --- after its passes: what parts ask for ------------------------------------------------------
+    @property
+    def device(self) -> str:
+        """Where products are computed."""
+        return self.settings.device
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have classes."""
+        return self.store().labelled
+
+    @cached_property
+    def sae(self) -> SAE:
+        """The SAE, on the CPU."""
+        return SAE.load(self.folder)
+
+    @cached_property
+    def frame(self) -> Normalizer:
+        """Centring and scaling by the statistics of the scored store, in which features are compared and probed.
+
+        Other data sets than the run's own are put into it, too [ViSAEBench Table 2, M6]. It is the store's and not the
+        SAE's, so that an SAE with its normaliser folded into the weights has the same scores.
+        """
+        store = self.store()
+        return Normalizer(store.d_in, store.mean, store.std)
+
+    def metric(self, name: str, kind: type[M]) -> M:
+        """The sums that a part streams under ``name``."""
+        found = self.passes[MAIN].metrics[name]
+        assert isinstance(found, kind), f"{name} is a {type(found).__name__}, not a {kind.__name__}"
+        return found
+
+    def top(self, n: int) -> TopImages:
+        """The ``n`` strongest images of each latent."""
+        return self.passes[MAIN].top(n)
+
+    def images(self, name: str = MAIN) -> ImageFeatures:
+        """What the pass ``name`` gathered of whole images."""
+        if name not in self._images:
+            done = self.passes[name]
+            raw, reconstruction = (
+                self.frame.normalize(torch.from_numpy(np.array(pool.mapped()))).numpy() for pool in done.pools.values()
+            )
+            labels, classes = done.store.labels.numpy(), done.store.class_names
+            self._images[name] = ImageFeatures(raw, reconstruction, done.codes.matrix(), labels, classes)
+        return self._images[name]
+
+    def texts(self) -> ImageFeatures | None:
+        """The captions of the images, in their order, through the text tower and the SAE; None without captions.
+
+        Both modalities have statistics of their own [MSAE]: captions are moved and scaled so that those of the train
+        split have the mean and deviation of its images, which is what the SAE was trained on. ``labels`` tell different
+        captions apart.
+        """
+        source, split = self.source, self.settings.split
+        if source.given:
+            return None
+        images, captions = source.images(split), source.replace(features="text")
+        if not isinstance(images, ImageData) or images.captions is None:
+            return None
+        store = captions.store(split)
+        places, missing = store.find(self.store().image_ids)
+        if missing:
+            raise StoreError(f"{store.folder} lacks the text of {len(missing)} images; extract it again.")
+        of_text, of_images = (
+            Normalizer(train.d_in, train.mean, train.std) for train in (captions.store("train"), source.store("train"))
+        )
+        features = of_images.denormalize(of_text.normalize(store.features(places)[:, 0]))
+        with torch.no_grad():
+            codes = self.sae.encode(features)
+            raw, rebuilt = (self.frame.normalize(x).numpy() for x in (features, self.sae.decode(codes)))
+        ids = np.unique(np.asarray(store.captions, dtype=object)[places], return_inverse=True)[1]
+        return ImageFeatures(raw, rebuilt, codes.csr(), ids, [])
+
+    def masks(self, name: str) -> tuple[Masks, Masks]:
+        """Masks of the train and the test images of the data set ``name``."""
+
+        def make() -> tuple[Masks, Masks]:
+            source = self._with_data(name)
+            transform = load_backbone(source.backbone).transform
+            train, test = (load_masks(source.data, split, transform) for split in ("train", "test"))
+            return train, test
+
+        return self.shared(f"masks {name}", make)
+
+    def _encoder(self, part: Part) -> FeatureStore | None:
+        """The store of what says how alike images are for ``part``; None when the scored features do."""
+        similarity = self.similarity(part)
+        return None if similarity is None else similarity.open(self.source, self.settings.split)
+
+    def embeddings(self, part: str) -> Tensor:
+        """Embeddings [n, d] float32 of all images by the similarity encoder of a part."""
+        store, other = self.store(), self._encoder(next(p for p in self.parts if p.name == part))
+        judge, none = Judge(store, other), torch.empty(0)
+        spans = (slice(i, min(len(store), i + 1024)) for i in range(0, len(store), 1024))
+        return torch.cat([judge.embeddings(span, store.features(span) if other is None else none) for span in spans])
+
+    def batches(self, title: str) -> Iterator[Tensor]:
+        """The features [n, P, d_in] of all images, some at a time, with a progress bar."""
+        store = self.store()
+        return (read for _, read in batches(store, 0, len(store), max(1, 16384 // store.n_patches), title))
+
+    def sibling_groups(self) -> Groups:
+        """Groups of classes that are siblings: those of the data set, or ImageNet's where the classes are its own."""
+        images = None if self.source.given else self.source.images(self.settings.split)
+        if isinstance(images, ImageData):
+            return images.sibling_groups
+        return sibling_groups(self.store().class_names, self.source.data.get("siblings"))
+
+    @cached_property
+    def dictionary(self) -> Dictionary:
+        """Its decoder and encoder, and which latents are alive on the split."""
+        sae = SAE.load(self.folder)
+        return Dictionary(sae.W_dec.detach(), sae.W_enc.detach(), read_tensors(self.folder / LATENTS)[0]["counts"] > 0)
+
+    def siblings(self) -> list[Dictionary]:
+        """Dictionaries of the runs that differ by seed."""
+        return [other.dictionary for other in self.others]
+
+    def shared(self, name: str, make: Callable[[], T]) -> T:
+        """What ``make`` gives for the store, made once for all of its runs."""
+        key = f"{name}|{self.store().fingerprint}"
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+    def summary(self, anew: bool = False) -> dict[str, Any]:
+        """scores.json and what belongs to single latents, written at the first call; ``anew`` without other parts'."""
+        if self._summary is None:
+            core = plain(self.settings.metrics.get("core"))
+            of_bands = core.get("bands", {})
+            options = {"above": core.get("above"), "band_ranks": of_bands.get("ranks"),
+                       "band_images": of_bands.get("images")}  # fmt: skip
+            given = {name: value for name, value in options.items() if value is not None}
+            self._summary = write_summary(self.passes[MAIN], self.settings.latents_shown, **given, anew=anew)
+        return self._summary
+
+    def write_latents(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add figures [d_sae] to those of the single latents."""
+        put_tensors(self.folder / LATENTS, dict(tensors))
 
 
 def _digest(what: Any) -> str:

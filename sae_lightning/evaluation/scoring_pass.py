@@ -1,4 +1,4 @@
-"""What one SAE gathers while its store streams by once: sums of metrics, top images, and features of whole images."""
+"""What one SAE gathers while its store streams by once: sums of metrics, codes and features of whole images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,86 +15,66 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lightning.data.splits import UNLABELLED
-from sae_lightning.evaluation.by_latent import TopImages
+from sae_lightning.evaluation.by_latent import strongest
 from sae_lightning.evaluation.image_codes import ImageCodes, RowFile
 from sae_lightning.evaluation.similarity import Judge
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import set_aside, write_tensors
-from sae_lightning.metrics import L0, ActivationHistogram, Firing, MonoScore, Moran, Purity, Reconstruction
 from sae_lightning.metrics.base import SumMetric, of_one_rank
-from sae_lightning.saes import SAE, SparseCodes
+from sae_lightning.metrics.part import TopImages
+from sae_lightning.registry import one_of
+from sae_lightning.saes import SAE
 from sae_lightning.saes.artefact import ArtefactError, read_cfg, read_tensors
 
 STATE = "state.safetensors"
-
-
-@dataclass(frozen=True)
-class Gather:
-    """What a pass gathers beside codes of images, reconstruction, L0 and firing counts; two are joined with ``|``.
-
-    ``core``: the other core metrics, and each latent's ``top`` images. ``images``: the maximum over an image's patches
-    of its features and of their reconstruction. ``moran`` are options of Moran (None: not gathered; never of features
-    without a patch grid), ``histograms`` those of ActivationHistogram.
-    """
-
-    core: bool = True
-    images: bool = False
-    top: int = 9
-    moran: Mapping[str, Any] | None = None
-    histograms: Mapping[str, Any] | None = None
-
-    def __or__(self, other: Gather) -> Gather:
-        return Gather(
-            self.core or other.core, self.images or other.images, max(self.top, other.top),
-            self.moran if self.moran is not None else other.moran,
-            self.histograms if self.histograms is not None else other.histograms,
-        )  # fmt: skip
+STREAMED = (
+    "features",
+    "reconstruction",
+    "codes",
+    "image_codes",
+    "labels",
+    "embeddings",
+)  # inputs that a metric may name
+TOP = 16  # strongest images of a latent that are looked for at once
 
 
 class ScoringPass:
     """The SAE of ``run`` over the images ``span`` of ``store``, kept in ``folder`` so that another process goes on.
 
+    It feeds ``metrics`` with the inputs that each names, keeps the codes of whole images, and with ``images`` the
+    maximum over an image's patches of its features and of their reconstruction. ``judge`` gives embeddings.
     Raises StoreError when the store is of another backbone, layer or width than the SAE.
     """
 
     def __init__(
-        self, run: Path, store: FeatureStore, judge: Judge, folder: Path, gather: Gather | None = None,
-        span: range | None = None, device: str = "cpu",
+        self, run: Path, store: FeatureStore, judge: Judge, folder: Path, metrics: Mapping[str, SumMetric],
+        images: bool = False, span: range | None = None, device: str = "cpu",
     ) -> None:  # fmt: skip
         check_store(run, store)
-        gather = gather or Gather()
         self.run, self.store, self.judge, self.folder, self.device = run, store, judge, folder, device
         self.span = range(len(store)) if span is None else span
         self.sae = SAE.load(run).to(device)
-        self.metrics = {name: of_one_rank(metric).to(device) for name, metric in self._metrics(gather).items()}
-        self.top = TopImages(self.sae.d_sae, gather.top if gather.core else 1, self.span.start)
+        self.metrics = {name: of_one_rank(metric).to(device) for name, metric in metrics.items()}
+        self._inputs = {one_of(i, STREAMED, "inputs") for metric in metrics.values() for i in metric.inputs}
+        self._inputs |= {"reconstruction"} if images else set()
         self.done = self._load()  # images of the span
         self.codes = ImageCodes(self.sae.d_sae, folder, self.done)
         self.pools = {
             name: RowFile(folder / f"{name}.f32", np.float32, self.sae.d_in, self.done)
-            for name in (("raw", "reconstruction") if gather.images else ())
+            for name in (("features", "reconstruction") if images else ())
         }
+        self._top: TopImages | None = None
 
-    def _metrics(self, gather: Gather) -> dict[str, SumMetric]:
-        sae, store = self.sae, self.store
-        made: dict[str, SumMetric] = {
-            "reconstruction": Reconstruction(sae.d_in, center=store.mean), "l0": L0(), "firing": Firing(sae.d_sae)
-        }  # fmt: skip
-        if gather.core:
-            made["mono"] = MonoScore(sae.d_sae, self.judge.d)
-            if labelled(store):
-                made["purity"] = Purity(sae.d_sae, len(store.class_names))
-        if gather.moran is not None and store.n_patches > 1:
-            made["moran"] = Moran(sae.d_sae, store.grid, **gather.moran)
-        if gather.histograms is not None:
-            made["histograms"] = ActivationHistogram(sae.d_sae, **gather.histograms)
-        return made
+    def top(self, n: int) -> TopImages:
+        """The ``n`` strongest images of each latent, once all have been seen."""
+        if self._top is None or self._top.images.shape[1] < n:
+            self._top = strongest(self.codes.batches(), self.sae.d_sae, max(n, TOP))
+        return TopImages(self._top.images[:, :n], self._top.values[:, :n], self._top.fired)
 
     def bytes(self) -> int:
         """Memory that weights and sums hold."""
-        tensors = [*self.sae.state_dict().values(), *self.top.state().values()]
+        tensors = list(self.sae.state_dict().values())
         tensors += [t for metric in self.metrics.values() for t in states(metric).values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -122,26 +101,21 @@ class ScoringPass:
         if not len(read):
             return
         images = slice(self.next, self.next + len(read))
-        patches, metrics = self.store.n_patches, self.metrics
         features = read.to(self.device).reshape(-1, self.sae.d_in).float()
         codes = self.sae.encode(features)
-        rebuilt = self.sae.decode(codes)
-        pooled = codes.pool(patches, "max")
-        for name, metric in metrics.items():
-            if name == "reconstruction":
-                metric.update(features, rebuilt)
-            elif name == "mono":
-                metric.update(pooled, self.judge.embeddings(images, read).to(self.device))
-            elif name == "purity":
-                metric.update(pooled, self.store.labels[images].to(self.device))
-            else:
-                metric.update(codes)
-        pooled = SparseCodes(pooled.latents.cpu(), pooled.values.cpu(), pooled.offsets.cpu(), pooled.d_sae)
-        self.top.update(pooled)
+        pooled = codes.pool(self.store.n_patches, "max")
+        given: dict[str, Any] = {"features": features, "codes": codes, "image_codes": pooled}
+        if "reconstruction" in self._inputs:
+            given["reconstruction"] = self.sae.decode(codes)
+        if "labels" in self._inputs:
+            given["labels"] = self.store.labels[images].to(self.device)
+        if "embeddings" in self._inputs:
+            given["embeddings"] = self.judge.embeddings(images, read).to(self.device)
+        for metric in self.metrics.values():
+            metric.update(*(given[name] for name in metric.inputs))
         self.codes.append(pooled)
         for name, pool in self.pools.items():
-            tokens = features if name == "raw" else rebuilt
-            pool.append(tokens.unflatten(0, (-1, patches)).amax(1).cpu().numpy())
+            pool.append(given[name].unflatten(0, (-1, self.store.n_patches)).amax(1).cpu().numpy())
         self.done += len(read)
 
     # --- on disk --------------------------------------------------------------------------------------
@@ -150,7 +124,6 @@ class ScoringPass:
         for file in (*self.codes.files, *self.pools.values()):
             file.sync()
         tensors = {f"{m}.{s}": t.cpu() for m, metric in self.metrics.items() for s, t in states(metric).items()}
-        tensors |= {f"top.{name}": tensor for name, tensor in self.top.state().items()}
         write_tensors(self.folder / STATE, tensors, {"images": json.dumps(self.done)})
 
     def _load(self) -> int:
@@ -166,16 +139,13 @@ class ScoringPass:
         for name, metric in self.metrics.items():
             metric.merge_state(_part(tensors, name, self.device))
             metric._update_count = 1  # else compute() warns that there was no update
-        done = json.loads(metadata["images"])
-        self.top.load(_part(tensors, "top"), self.span.start + done)
-        return done
+        return json.loads(metadata["images"])
 
     def merge(self, other: ScoringPass) -> None:
         """Add what ``other`` gathered of the images after this one's."""
         for name, metric in self.metrics.items():
             metric.merge_state(states(other.metrics[name]))
             metric._update_count = 1
-        self.top.merge(other.top.state())
         self.codes.extend(other.codes)
         for name, pool in self.pools.items():
             pool.append(other.pools[name].mapped())
@@ -208,11 +178,6 @@ def check_store(run: Path, store: FeatureStore) -> None:
             f"{run.name} was trained on (backbone, features, layer, d_in) = {made_for}; the store {store.folder} holds "
             f"{found}. Evaluate it on a store of its own backbone."
         )
-
-
-def labelled(store: FeatureStore) -> bool:
-    """Whether the images have classes, without which there is no purity."""
-    return store.class_names != [UNLABELLED]
 
 
 def _part(tensors: Mapping[str, Tensor], name: str, device: str = "cpu") -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """Scoring many runs: what is missing of each, one read of a store for all that want it, and a table that grows.
 
-A run's scores come in *parts* (``parts.py``), each with a key of what determines it. Parts that are there are left
-alone. For the others, runs of one backbone are taken together, as many as fit the memory; they see each store once, in
-passes that are brought to the disk every few minutes in ``<run>/evaluation.partial``; then each missing part is
-computed and written. A killed call loses at most the minutes since the last checkpoint or the part it was at.
+A run's scores come in *parts* (``metrics/part.py``), each with a key of what determines it. Parts that are there are
+left alone. For the others, runs of one backbone are taken together, as many as fit the memory; they see each store
+once, in passes that are brought to the disk every few minutes in ``<run>/evaluation.partial``; then each missing part
+is computed and written. A killed call loses at most the minutes since the last checkpoint or the part it was at.
 """
 
 from __future__ import annotations
@@ -15,67 +15,24 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, reduce
-from operator import or_
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from omegaconf import DictConfig
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_lightning.distributed.launch import launch_ranks
 from sae_lightning.distributed.ranks import Ranks, ranks
 from sae_lightning.evaluation.core import stored_scores
-from sae_lightning.evaluation.evaluated import Evaluated
 from sae_lightning.evaluation.job import PARTIAL, Job, Settings
-from sae_lightning.evaluation.scoring_pass import Gather, ScoringPass, stream
+from sae_lightning.evaluation.scoring_pass import ScoringPass, stream
 from sae_lightning.evaluation.similarity import similarity_of
-from sae_lightning.files import file_sha256, held, lend_cache
+from sae_lightning.files import held, lend_cache
 from sae_lightning.metrics.base import Score
-from sae_lightning.metrics.dictionary import stability
 from sae_lightning.metrics.part import MAIN, Part
 from sae_lightning.runs.identity import same_but_seed, short_hash
-from sae_lightning.runs.run import LATENTS, find_runs
+from sae_lightning.runs.run import find_runs
 from sae_lightning.runs.scores import put_scores, scores_of
-from sae_lightning.saes import SAE
-from sae_lightning.saes.artefact import read_tensors
-
-PART = "stability"
-
-Dictionary = tuple[Tensor, Tensor, Tensor]  # decoder and encoder [d_sae, d_in], and which latents are alive
-
-
-def score_stability(runs: Sequence[Path], split: str, again: bool = False) -> None:
-    """Write the mean ``stability`` of each run with its siblings among ``runs``, of decoders and encoders.
-
-    Latents that are alive on ``split`` count. Nothing is written for a run without siblings.
-    """
-    for group in same_but_seed(runs):
-        digests = {run: file_sha256(run / "sae.safetensors") for run in group}
-
-        @cache
-        def read(run: Path) -> Dictionary:
-            sae = SAE.load(run)
-            return sae.W_dec.detach(), sae.W_enc.detach(), read_tensors(run / LATENTS)[0]["counts"] > 0
-
-        for run in group:
-            others = [other for other in group if other != run]
-            key = short_hash({"run": digests[run], "others": sorted(digests[other] for other in others)})
-            if again or scores_of(run, PART, split, key) is None:
-                put_scores(run, PART, split, key, _mean_stability(run, others, read))
-
-
-def _mean_stability(run: Path, others: Sequence[Path], read: Callable[[Path], Dictionary]) -> list[Score]:
-    found: list[dict[str, float]] = []
-    for other in others:
-        (W_dec, W_enc, alive), (V_dec, V_enc, living) = read(run), read(other)
-        of_encoders = stability(W_enc, V_enc, alive, living)
-        found.append(stability(W_dec, V_dec, alive, living) | {name + "_encoder": v for name, v in of_encoders.items()})
-    means = [Score(name, float(np.mean([each[name] for each in found]))) for name in found[0]]
-    return [*means, Score("stability_siblings", len(others))]
-
 
 ALONE = Ranks()
 
@@ -90,12 +47,11 @@ class PartError(ValueError):
 
 @dataclass
 class _Work:
-    """A run, what is missing of it, and what its passes gather."""
+    """A run, what is missing of it, and its passes over this rank's images."""
 
     job: Job
     parts: list[Part]
-    gathers: dict[str, Gather]
-    passes: dict[str, ScoringPass]  # of this rank's images
+    passes: dict[str, ScoringPass]
 
     def bytes(self) -> int:
         """Memory that its passes hold."""
@@ -105,11 +61,10 @@ class _Work:
         """The pass over all images, from what the ranks gathered."""
         if world == 1 or self.passes[name].finished_whole:
             return self.passes[name]
-        whole = self.job.open_pass(name, self.gathers[name], range(0))
+        whole = self.job.open_pass(name, range(0))
         images = len(self.job.store(name))
         for rank in range(world):
-            span = Ranks(rank, world).span(images)
-            other = self.job.open_pass(name, self.gathers[name], span, _rank_name(rank, world))
+            other = self.job.open_pass(name, Ranks(rank, world).span(images), _rank_name(rank, world))
             whole.merge(other)
             other.close()
         whole.save()
@@ -124,33 +79,33 @@ def evaluate_runs(runs: Sequence[Path], settings: Settings, ranks: Ranks = ALONE
     one's error is raised (ArtefactError, StoreError, DataError or BackboneError), before anything is computed.
     """
     assert settings.parts or not runs  # ValueError for parts that are unknown, which is no run's fault
-    jobs, failed = _each(runs, lambda run: Job(run, settings), lambda run: run, ranks.first)
+    jobs, failed = _each(runs, lambda run: Job(run, settings), lambda run: run.name, ranks.first)
     with ExitStack() as locks:
-        for job in sorted(jobs, key=lambda job: job.run.name) if ranks.first else ():
-            locks.enter_context(scoring_lock(job.run))
+        for job in sorted(jobs, key=lambda job: job.name) if ranks.first else ():
+            locks.enter_context(scoring_lock(job.folder))
         found: list[tuple[str, list[str]]] = []
         if ranks.first:
             bar = tqdm(jobs, "Looking at runs", unit="run", leave=False)
-            found, cannot = _each(bar, lambda job: (job.run.name, [p.name for p in job.missing()]), lambda job: job.run)
+            found, cannot = _each(bar, lambda job: (job.name, [p.name for p in job.missing()]), lambda job: job.name)
             failed += cannot
         missing = dict(ranks.share(found))
-        jobs = [job for job in jobs if job.run.name in missing]
-        wanted = [(job, missing[job.run.name]) for job in jobs if missing[job.run.name]]
+        jobs = [job for job in jobs if job.name in missing]
+        wanted = [(job, missing[job.name]) for job in jobs if missing[job.name]]
         todo = [(job, [part for part in job.parts if part.name in names]) for job, names in wanted]
         for group in _groups(todo):
             shared: dict[str, Any] = {}
             for chunk in _chunks(group, settings, ranks):
                 failed += _score_chunk(chunk, settings, shared, ranks)
         ranks.barrier()
-        if ranks.first and settings.metrics.get("stability"):
-            score_stability([job.run for job in jobs], settings.split, settings.again)
+        if ranks.first:
+            failed += _score_siblings(jobs)
     if failed:
         what = "runs or parts of them" if any(" of " not in name for name in failed) else "parts"
         raise PartError(f"{len(failed)} {what} could not be computed, as said above: {', '.join(failed)}.")
 
 
 def _each(
-    items: Iterable[T], do: Callable[[T], R], run_of: Callable[[T], Path], say: bool = True
+    items: Iterable[T], do: Callable[[T], R], name: Callable[[T], str], say: bool = True
 ) -> tuple[list[R], list[str]]:
     """What ``do`` gives of each item, and the names of the runs for which it cannot, which say why.
 
@@ -162,9 +117,9 @@ def _each(
             done.append(do(item))
         except (ValueError, OSError) as error:
             errors.append(error)
-            failed.append(run_of(item).name)
+            failed.append(name(item))
             if say:
-                tqdm.write(f"{run_of(item).name} is left out. {error}", file=sys.stderr)
+                tqdm.write(f"{name(item)} is left out. {error}", file=sys.stderr)
     if errors and not done:
         raise errors[0]
     return done, failed
@@ -192,22 +147,15 @@ def _chunks(group: Sequence[tuple[Job, list[Part]]], settings: Settings, ranks: 
 
 
 def _open(job: Job, parts: list[Part], ranks: Ranks) -> _Work:
-    """The passes that ``parts`` need.
-
-    Each gathers what any part of the run wants of it, finished or not, so that a later call can go on with it.
-    """
-    gathers: dict[str, Gather] = {}
-    for name in dict.fromkeys(name for part in parts for name in part.passes):
-        wanted = (part.wants for part in job.parts if name in part.passes)
-        gathers[name] = reduce(or_, wanted, Gather(core=False, top=1))
+    """The passes that ``parts`` need."""
     passes = {}
-    for name, gather in gathers.items():
-        passes[name] = job.open_pass(name, gather)
+    for name in dict.fromkeys(name for part in parts for name in part.passes):
+        passes[name] = job.open_pass(name)
         if ranks.world > 1 and not passes[name].finished_whole:
             passes[name].close()
             span = ranks.span(len(job.store(name)))
-            passes[name] = job.open_pass(name, gather, span, _rank_name(ranks.rank, ranks.world))
-    return _Work(job, parts, gathers, passes)
+            passes[name] = job.open_pass(name, span, _rank_name(ranks.rank, ranks.world))
+    return _Work(job, parts, passes)
 
 
 def _score_chunk(chunk: Sequence[_Work], settings: Settings, shared: dict[str, Any], ranks: Ranks) -> list[str]:
@@ -235,24 +183,48 @@ def _score_chunk(chunk: Sequence[_Work], settings: Settings, shared: dict[str, A
 def _score_parts(work: _Work, shared: dict[str, Any], ranks: Ranks, bar: tqdm) -> list[str]:
     """Compute and write the parts of one run; returns which failed."""
     job, failed = work.job, []
-    whole = {name: work.whole(name, ranks.world) for name in work.passes}
-    evaluated = Evaluated(job, whole, shared)
+    job.passes, job.kept = {name: work.whole(name, ranks.world) for name in work.passes}, shared
     for part in work.parts:
-        bar.set_description(f"{job.run.name}: {part.name}")
-        try:
-            scores = part.scores(evaluated)
-        except ValueError as error:
-            bar.write(f"{job.run.name}: {part.name} cannot be computed. {error}")
-            failed.append(f"{part.name} of {job.run.name}")
-        else:
-            put_scores(job.run, part.name, job.settings.split, job.key(part), scores)
-            for why, names in undefined(scores).items():
-                bar.write(f"{job.run.name}: {part.name}: {', '.join(names)} cannot be computed: {why}.")
+        bar.set_description(f"{job.name}: {part.name}")
+        failed += _score_part(job, part, job.key(part))
         bar.update()
-    for each in whole.values():
+    for each in job.passes.values():
         each.close()
+    job.release()
     if not failed:
-        shutil.rmtree(job.run / PARTIAL, ignore_errors=True)
+        shutil.rmtree(job.folder / PARTIAL, ignore_errors=True)
+    return failed
+
+
+def _score_part(job: Job, part: Part, key: str) -> list[str]:
+    """Compute and write one part; its name where it cannot be, which is said."""
+    try:
+        scores = part.scores(job)
+    except ValueError as error:
+        tqdm.write(f"{job.name}: {part.name} cannot be computed. {error}")
+        return [f"{part.name} of {job.name}"]
+    put_scores(job.folder, part.name, job.settings.split, key, scores)
+    for why, names in undefined(scores).items():
+        tqdm.write(f"{job.name}: {part.name}: {', '.join(names)} cannot be computed: {why}.")
+    return []
+
+
+def _score_siblings(jobs: Sequence[Job]) -> list[str]:
+    """Compute and write the parts of runs that differ by seed, where something is missing; returns which failed.
+
+    Nothing is written for a run without siblings.
+    """
+    failed, by_folder = [], {job.folder: job for job in jobs}
+    for group in same_but_seed([job.folder for job in jobs if any("siblings" in part.needs for part in job.parts)]):
+        members = [by_folder[folder] for folder in group]
+        for job in members:
+            job.others = [other for other in members if other is not job]
+            key = short_hash({"run": job.sae_digest, "others": sorted(other.sae_digest for other in job.others)})
+            for part in (part for part in job.parts if "siblings" in part.needs):
+                if job.settings.again or scores_of(job.folder, part.name, job.settings.split, key) is None:
+                    failed += _score_part(job, part, key)
+        for job in members:
+            job.release()
     return failed
 
 

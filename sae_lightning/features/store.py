@@ -125,6 +125,11 @@ class FeatureStore:
         """Tokens of all images."""
         return len(self) * self.n_patches
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have classes."""
+        return self.class_names != [UNLABELLED]
+
     @cached_property
     def _statistics(self) -> dict[str, Tensor]:
         return load_file(self.folder / "statistics.safetensors")

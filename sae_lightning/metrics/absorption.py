@@ -9,8 +9,10 @@ import numpy as np
 from scipy import sparse
 from torch import Tensor
 
+from sae_lightning.files import write_json
 from sae_lightning.metrics import probes
 from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, register
 from sae_lightning.metrics.probes import Matrix
 from sae_lightning.metrics.sparse_probing import class_sums, f_statistics_of, ranked
 
@@ -134,3 +136,30 @@ def f1(predicted: np.ndarray, actual: np.ndarray) -> float:
     """F1 = 2 TP / (2 TP + FP + FN) of boolean arrays; 0 when nothing is predicted nor actual."""
     both = int(predicted.sum() + actual.sum())
     return 2 * int((predicted & actual).sum()) / both if both else 0.0
+
+
+ABSORPTION = "absorption.json"
+
+
+def scores(run: ScoredRun, options: Options) -> list[Score]:
+    """M7 at every pair of thresholds; its tasks are kept as json."""
+    images, split = run.images(), probes.split_of(run, options)
+    found = absorption(
+        images.codes, images.labels, run.sibling_groups(), images.class_names, split, options["alphas"],
+        options["betas"], options["min_group"], **probes.solver(options),
+    )  # fmt: skip
+    write_json(run.folder / ABSORPTION, [task._asdict() for task in found.tasks])
+    return [*found.scores, *probes.classes_left_out(run, options, "absorption")]
+
+
+PART = register(Part(
+    "absorption", scores, needs=("images", "labels"), title="M7: absorption",
+    about="Share of the tasks with F1(k = 1) < α and F1(k = 4) > β.",
+    undefined="no group of sibling classes has {min_group} of them among the images that probes see",
+    columns=(
+        Column("M7 absorption", "absorption", "alpha=0.8,beta=0.5", better=False, headline="M7", about="share of "
+               "tasks, a class against its siblings, that one latent does not solve and four do"),
+        Column("β = {beta}", "absorption", "alpha={alpha},beta={beta}", better=False, over="α = {alpha}"),
+        Column("k = {k}", "absorption_f1", "k={k}", over="mean F1"), Column("tasks", "absorption_tasks", form=",.0f"),
+    ),
+))  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -37,6 +37,14 @@ class SumMetric(Metric):
         if center.shape != (d_in,):
             raise ValueError(f"Expected a center of shape [{d_in}]; got {list(center.shape)}.")
         self.register_buffer("center", center.double(), persistent=False)
+
+    def of_latents(self) -> dict[str, Tensor]:
+        """What it says of each latent, [d_sae] by name, to be kept in latents.safetensors."""
+        return {}
+
+    def shown(self, n: int) -> dict[str, Tensor]:
+        """Groups of about ``n`` latents each that are worth showing."""
+        return {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
         def move(tensor: Tensor) -> Tensor:
@@ -81,3 +89,8 @@ class Score(NamedTuple):
     value: float
     setting: str = ""
     why: str = ""
+
+
+def named(found: Mapping[str, Any]) -> list[Score]:
+    """Named figures as scores."""
+    return [Score(name, float(value)) for name, value in found.items()]

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, register
 from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
 
@@ -162,3 +165,28 @@ def samples_of(codes: SparseCodes, start: int, stop: int) -> SparseCodes:
     entries = slice(int(offsets[0]), int(offsets[-1]))
     frame = None if codes.frame is None else (codes.frame[0][start:stop], codes.frame[1][start:stop])
     return SparseCodes(codes.latents[entries], codes.values[entries], offsets - offsets[0], codes.d_sae, frame)
+
+
+def scores(run: ScoredRun, options: Options) -> list[Score]:
+    """Whether images have the same neighbours by codes, and by reconstruction, as by features."""
+    images, k = run.images(), options["k"]
+    n = len(images.raw)
+    if n <= max(k, 3):
+        return [Score("cknna_left_out", 1, why=f"{n} images have no {k} neighbours each")]
+    chosen = np.sort(np.random.default_rng(options["seed"]).permutation(n)[: options["samples"]])
+    near = run.shared(f"neighbours {options}", lambda: neighbours(torch.from_numpy(images.raw[chosen]), k))
+    rebuilt, codes = torch.from_numpy(images.reconstruction[chosen]), SparseCodes.of_csr(images.codes[chosen])
+    return [
+        Score("cknna", alignment(near, neighbours(codes, k))),
+        Score("cknna_reconstruction", alignment(near, neighbours(rebuilt, k))),
+        Score("cknna_samples", len(chosen)),
+    ]
+
+
+PART = register(Part(
+    "cknna", scores, needs=("images",), title="Metrics of MSAE", undefined="no image has neighbours to compare",
+    columns=(
+        Column("of codes", "cknna", better=True, over="CKNNA"),
+        Column("of reconstruction", "cknna_reconstruction", better=True, over="CKNNA"),
+    ),
+))  # fmt: skip

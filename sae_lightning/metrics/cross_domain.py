@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae_lightning.metrics import probes
 from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.part import INPUTS, Column, ImageFeatures, Options, Part, ScoredRun, Task, register
 from sae_lightning.metrics.probes import Matrix, ratio
 from sae_lightning.metrics.sparse_probing import read_out
 
@@ -18,15 +19,6 @@ class Own(NamedTuple):
 
     accuracy: float
     converged: bool
-
-
-class Part(NamedTuple):
-    """What the train or the test images of a data set became: their ``labels`` [N] int64, ``reconstruction`` [N, d_in]
-    and ``codes`` [N, d_sae], max-pooled."""
-
-    labels: np.ndarray | Tensor
-    reconstruction: Matrix
-    codes: Matrix
 
 
 def own_accuracy(
@@ -42,7 +34,7 @@ def own_accuracy(
 
 
 def cross_domain(
-    name: str, raw: Own, train: Part, test: Part, k: int = 128, C: float = 1.0, max_iter: int = 500,
+    name: str, raw: Own, train: ImageFeatures, test: ImageFeatures, k: int = 128, C: float = 1.0, max_iter: int = 500,
     codes: bool = True, device: str = "cpu",
 ) -> list[Score]:  # fmt: skip
     """M6 on a data set ``name`` with its own train and test images [ViSAEBench §4.3, App. L].
@@ -73,3 +65,33 @@ def cross_domain(
         scores.append(Score("cross_domain_sparse_probing_accuracy", found.accuracy, f"data={name},k={k}"))
         converged.append(found.converged)
     return [*scores, Score("cross_domain_converged", float(np.mean(converged)), f"data={name}")]
+
+
+def scores(run: ScoredRun, options: Options) -> list[Score]:
+    """M6 on one data set."""
+    name, fit = options["name"], probes.solver(options) | {"device": run.device}
+    train, test = run.images(f"{name}/train"), run.images(f"{name}/test")
+    raw = run.shared(
+        f"raw probe {name} {options}", lambda: own_accuracy(train.raw, train.labels, test.raw, test.labels, **fit)
+    )
+    return cross_domain(name, raw, train, test, options["k"], codes=options.get("codes", True), **fit)
+
+
+PART = register(Part(
+    "cross_domain", scores, needs=("sets", "images"), title="M6: other data sets",
+    about="Accuracy of probes of features, reconstruction and codes, each fitted on the train images of the data set.",
+    undefined="the probe of the raw features is never right, or the test images are of one class",
+    columns=(
+        Column("M6 cross-domain", "cross_domain_preservation", "data=*", better=True, headline="M6", about="accuracy "
+               "of probes of the reconstruction, over that of probes of the raw features; mean over other data sets"),
+        *(Column(given, f"cross_domain_accuracy_{given}", "data={data}", form=".1%", over="{data}")
+          for given in INPUTS),
+        Column("preservation", "cross_domain_preservation", "data={data}", better=True, over="{data}"),
+        Column("codes / raw", "cross_domain_codes_lift", "data={data}", better=True, over="{data}"),
+        Column("AUC, k = {k}", "cross_domain_sparse_probing_auc", "data={data},k={k}", better=True, over="{data}"),
+    ),
+    tasks=(
+        Task("accuracy:{data}/{input}", "cross_domain_accuracy_{input}", "data={data}"),
+        Task("probing:{data}/codes", "cross_domain_sparse_probing_auc", "data={data},k=128"),
+    ),
+))  # fmt: skip

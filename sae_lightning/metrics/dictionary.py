@@ -1,4 +1,4 @@
-"""Stability: whether two trainings that differ by their seed found the same directions [MSAE App. H]."""
+"""What a dictionary is like: how alike its rows are, and whether another seed finds the same [MSAE App. H]."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
+
+from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, register
 
 ABOVE = (0.7, 0.9)
 
@@ -183,3 +186,26 @@ def mean_cosine(W_dec: Tensor) -> float:
     unit = F.normalize(W_dec.double(), dim=1)
     alike = unit.sum(0).square().sum() - unit.square().sum()
     return float(alike) / (len(unit) * (len(unit) - 1))
+
+
+def scores(run: ScoredRun, options: Options) -> list[Score]:
+    """The mean ``stability`` of a run with its siblings, of decoders and encoders; latents that are alive count."""
+    own, found = run.dictionary, []
+    for other in run.siblings():
+        of_encoders = stability(own.encoder, other.encoder, own.alive, other.alive)
+        of_decoders = stability(own.decoder, other.decoder, own.alive, other.alive)
+        found.append(of_decoders | {name + "_encoder": value for name, value in of_encoders.items()})
+    means = [Score(name, float(np.mean([each[name] for each in found]))) for name in found[0]]
+    return [*means, Score("stability_siblings", len(found))]
+
+
+KINDS = {"mean": "", "median": "_median", **{f"above {t}": f"_above_{t:g}" for t in ABOVE}, "nearest": "_nearest"}
+PART = register(Part(
+    "stability", scores, needs=("siblings",), title="Stability over seeds",
+    about="Cosines of one-to-one partners among the latents of runs that differ by seed, mean over these runs.",
+    columns=(
+        *(Column(title, f"stability{kind}{end}", better=True, over=over)
+          for end, over in (("", "decoder"), ("_encoder", "encoder")) for title, kind in KINDS.items()),
+        Column("other runs", "stability_siblings", form=",.0f"),
+    ),
+))  # fmt: skip

@@ -28,6 +28,7 @@ class MonoScore(SumMetric):
     them would have.
     """
 
+    inputs = ("image_codes", "embeddings")
     count: Tensor
     listed: Tensor
     total: Tensor
@@ -139,6 +140,9 @@ class MonoScore(SumMetric):
         w = self.weighted - m[:, None] * self.embedding if bool(m.any()) else self.weighted
         numerator, denominator = w.square().sum(1) - v, u.square() - v
         return torch.where(scored, numerator / torch.where(scored, denominator, 1), 0)
+
+    def of_latents(self) -> dict[str, Tensor]:
+        return {"monoscore": self.scores(), "scored": self.scored()}
 
     def baseline(self) -> Tensor:
         """Mean cosine of all pairs of images, a float64 scalar; NaN for fewer than two."""

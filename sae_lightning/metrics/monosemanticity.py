@@ -6,13 +6,18 @@ random images would have.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
-PART = 1 << 22  # numbers of embeddings gathered at once
+from sae_lightning.metrics.base import Score, SumMetric, named
+from sae_lightning.metrics.monoscore import MonoScore
+from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, Streamed, register
+
+BLOCK = 1 << 22  # numbers of embeddings gathered at once
 
 
 class Monosemanticity(NamedTuple):
@@ -76,7 +81,7 @@ def monosemanticity(
             f"{list(least.shape)}, {len(embeddings)} embeddings and {'no' if labels is None else len(labels)} labels."
         )
     norms = unit_rows(embeddings)
-    latents = max(1, PART // max(1, top * embeddings.shape[1]))
+    latents = max(1, BLOCK // max(1, top * embeddings.shape[1]))
     found = torch.full((len(Monosemanticity._fields), m), torch.nan, dtype=torch.float64, device=embeddings.device)
     for start in range(0, m, latents):
         at = slice(start, start + latents)
@@ -142,3 +147,61 @@ def summarize(found: Monosemanticity, baseline: float) -> dict[str, float]:
         "monosemanticity_baseline": baseline, "monosemanticity_within": within, "monosemanticity_between": between,
         "monosemanticity_within_mass": mass, "monosemanticity_scored": float(scored.sum()),
     }  # fmt: skip
+
+
+def scores(run: ScoredRun, options: Options) -> list[Score]:
+    """M5, with the score of each latent."""
+    embeddings = run.shared("embeddings", lambda: run.embeddings("monosemanticity"))
+    floor = run.shared(
+        f"floor {options}", lambda: baseline(embeddings, options["groups"], options["images"], options["seed"])
+    )
+    top, store = run.top(options["images"]), run.store()
+    latents = choose_live(top.values[:, 0], options["latents"], options["seed"])
+    least = run.metric("mono", MonoScore).minimum().cpu()[latents]
+    labels = store.labels if run.labelled else None
+    found = monosemanticity(top.images[latents], top.values[latents], least, embeddings, labels)
+    unknown = torch.full((run.sae.d_sae,), torch.nan, dtype=torch.float64)
+    run.write_latents({
+        "monosemanticity": unknown.index_put((latents,), found.score),
+        "monosemanticity_within_mass": unknown.index_put((latents,), found.within_mass),
+    })  # fmt: skip
+    return named(summarize(found, floor))
+
+
+def encoder(config: DictConfig, options: Options) -> dict[str, Any]:
+    """The similarity encoder of a run's backbone [ViSAEBench Table 5]; ValueError for one that is not given."""
+    if options["store"] is not None:
+        return {"store": options["store"]}
+    judges, name = options["judges"], options["pairing"].get(config.backbone.name, options["other"])
+    if name not in judges:
+        raise ValueError(
+            f"metrics.monosemanticity names {name} as the judge of {config.backbone.name}, but not that encoder; "
+            f"add +backbone@metrics.monosemanticity.judges.{name}={name}."
+        )
+    chosen = judges[name]
+    return {"backbone": chosen and {**chosen, "size": config.backbone.size}, "features": options["features"]}
+
+
+def _streams(about: Streamed, options: Options) -> dict[str, SumMetric]:
+    return {"mono": MonoScore(about.sae.d_sae, about.width)}
+
+
+PART = register(Part(
+    "monosemanticity", scores, _streams, leaves=("monosemanticity",), encoder=encoder,
+    apart=("judges", "pairing", "other", "features", "store"), title="M5: monosemanticity",
+    about="Mean cosine of pairs of a latent's top images to another encoder, weighted by their activations; M5 counts "
+    "from that of random images.",
+    undefined="no latent has two images to compare, or the images have no classes",
+    columns=(
+        Column("M5 monosemanticity", "monosemanticity", better=True, headline="M5", about="likeness of a latent's top "
+               "images to another encoder: 0 as random images, 1 identical"),
+        Column("M5", "monosemanticity", better=True), Column("cosine", "monosemanticity_raw"),
+        Column("of random images", "monosemanticity_baseline"),
+        Column("within a class", "monosemanticity_within", over="cosine of pairs"),
+        Column("between classes", "monosemanticity_between", over="cosine of pairs"),
+        Column("weight within", "monosemanticity_within_mass", form=".1%", about="share of the pairs' weight"),
+        Column("M5", "monosemanticity_plain", over="all pairs alike"),
+        Column("cosine", "monosemanticity_plain_raw", over="all pairs alike"),
+        Column("latents", "monosemanticity_scored", form=",.0f"),
+    ),
+))  # fmt: skip

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sae_lightning.kernels import native, sparse_decode
 from sae_lightning.kernels.portable import by_latent, offsets_of
-from sae_lightning.metrics.base import SumMetric
+from sae_lightning.metrics.base import Score, SumMetric, named, of_one_rank
+from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, Streamed, on_patches, register
 from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import SparseCodes
 
@@ -146,6 +147,26 @@ class Moran(SumMetric):
         """Mean I of each latent [d_sae] float64; NaN where it is not evaluable in aggregate."""
         return torch.where(self.images >= self.min_images, self.total / self.images, torch.nan)
 
+    def of_latents(self) -> dict[str, Tensor]:
+        return {"moran": self.scores(), "moran_images": self.images}
+
+    def shown(self, n: int, seed: int = 0) -> dict[str, Tensor]:
+        """Latents to show of the distribution [ViSAEBench App. H], half of ``n`` each.
+
+        ``high Moran`` are drawn by ``seed`` from its top 5 %, ``low Moran`` from its lowest; ``mean Moran`` are the
+        ones nearest to its mean.
+        """
+        scores, n = self.scores().cpu(), -(-n // 2)
+        known = (~scores.isnan()).nonzero().squeeze(1)
+        order = known[scores[known].argsort(stable=True)]
+        tail = min(len(order), max(n, -(-len(order) // 20)))
+        drawn = torch.randperm(tail, generator=torch.Generator().manual_seed(seed))[:n]
+        near = (scores[known] - scores[known].mean()).abs().argsort(stable=True)[:n]
+        return {
+            "high Moran": order[len(order) - tail :][drawn], "mean Moran": known[near],
+            "low Moran": order[:tail][drawn],
+        }  # fmt: skip
+
     def compute(self) -> dict[str, Tensor]:
         scores = self.scores()
         known = scores[~scores.isnan()]
@@ -160,7 +181,7 @@ class Moran(SumMetric):
         }  # fmt: skip
 
 
-PART = 1 << 20  # numbers held at once, so that they stay in the processor's cache
+BLOCK = 1 << 20  # numbers held at once, so that they stay in the processor's cache
 
 
 def channel_morans_i(features: Tensor, weights: Weights, min_variance: float = 1e-8) -> Tensor:
@@ -176,7 +197,7 @@ def channel_morans_i(features: Tensor, weights: Weights, min_variance: float = 1
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     start, near, weight = (t.to(features.device) for t in weights[:3])
     found = torch.empty(len(features), features.shape[2], dtype=torch.float64, device=features.device)
-    images = max(1, PART // max(1, patches * features.shape[2]))
+    images = max(1, BLOCK // max(1, patches * features.shape[2]))
     for part, out in zip(features.split(images), found.split(images), strict=True):
         maps = part.transpose(0, 1).to(dtype).reshape(patches, -1)  # [P, n * d_in]
         maps = maps - maps.mean(0)
@@ -213,3 +234,53 @@ class ChannelMoran(Moran):
 
     def compute(self) -> dict[str, Tensor]:
         return {f"channel_{name}": value for name, value in super().compute().items()}
+
+
+def moran(run: ScoredRun, options: Options) -> list[Score]:
+    """M1, with the mean of Moran's I of each latent."""
+    if run.store().n_patches == 1:
+        return []
+    run.summary()
+    return named(run.metric("moran", Moran).compute())
+
+
+def raw_moran(run: ScoredRun, options: Options) -> list[Score]:
+    """Moran's I of the backbone's own channels, once for all of its SAEs."""
+
+    def make() -> list[Score]:
+        store = run.store()
+        metric = of_one_rank(ChannelMoran(store.d_in, store.grid, **options))
+        for read in run.batches("Moran's I of the features"):
+            metric.update(run.frame.normalize(read))
+        return named(metric.compute())
+
+    return run.shared("raw_moran", make)
+
+
+def _streams(about: Streamed, options: Options) -> dict[str, SumMetric]:
+    return {"moran": Moran(about.sae.d_sae, about.store.grid, **options)} if about.store.n_patches > 1 else {}
+
+
+TABLE = "M1: Moran's I"
+THEIRS = "the features' own channels"
+PART = register(Part(
+    "moran", moran, _streams, needs=("core",), applies=on_patches, leaves=("moran",), title=TABLE,
+    about="Of each evaluable latent the mean over images; quartiles are those of latents.",
+    undefined="no latent has {min_images} images with {min_active} active patches and some variance",
+    columns=(
+        Column("M1 Moran's I", "moran", better=True, headline="M1", about="mean Moran's I of the evaluable latents: "
+               "how connected the regions are on which they fire"),
+        Column("mean", "moran", better=True), Column("lower quartile", "moran_q25"), Column("median", "moran_median"),
+        Column("upper quartile", "moran_q75"), Column("evaluable", "moran_evaluable", form=".1%"),
+        Column("null", "moran_null", form=".4f", about="-1 / (P - 1), the expectation without spatial order"),
+        Column("z", "moran_z", form=".1f", about="standard errors between the mean and the null"),
+    ),
+))  # fmt: skip
+RAW = register(Part(
+    "raw_moran", raw_moran, applies=on_patches, title=TABLE, undefined="no channel varies on {min_images} images",
+    columns=(
+        Column("mean", "channel_moran", over=THEIRS), Column("median", "channel_moran_median", over=THEIRS),
+        Column("z", "channel_moran_z", form=".1f", over=THEIRS),
+        Column("M1 / theirs", "moran", per="channel_moran", over=THEIRS),
+    ),
+))  # fmt: skip

@@ -1,27 +1,246 @@
-"""A part of the benchmark: figures of an SAE that are computed and written together."""
+"""What a metric contributes to an evaluation: its part, the columns that show it, and the run it is computed of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
+from scipy.sparse import csr_matrix
+from torch import Tensor
 
-from sae_lightning.evaluation.scoring_pass import Gather
-from sae_lightning.evaluation.similarity import Similarity
-from sae_lightning.metrics.base import Score
+from sae_lightning.features.store import FeatureStore
+from sae_lightning.metrics.base import Score, SumMetric
+from sae_lightning.registry import Registry, discover, import_plugins
+from sae_lightning.rendering.table import Head
+from sae_lightning.saes.sae import SAE, Normalizer
 
 if TYPE_CHECKING:
-    from sae_lightning.evaluation.evaluated import Evaluated
+    from sae_lightning.data.masks import Masks
+
+T = TypeVar("T")
+M = TypeVar("M", bound=SumMetric)
+Options = Mapping[str, Any]
 
 MAIN = "main"  # the pass over the run's own data; those over other data sets are called "<set>/<split>"
+CORE = "core"  # the part that comes first
+INPUTS = ("raw", "reconstruction", "codes")  # of which downstream tasks are scored
 
-OF_IMAGES = Gather(core=False, images=True)
+
+# --- what shows a metric ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Column:
+    """A figure as tables show it: a ``metric`` in a ``setting``, over that of ``per`` where given, in a ``form``.
+
+    ``better`` says whether more is better (None marks no best value), ``over`` is a heading above several columns,
+    ``about`` a tooltip. In a setting ``{k}`` stands for each value found there, as it does in the titles, and
+    ``data=*`` for all data sets, whose values are averaged. ``headline`` is its id among the headlines, such as ``M1``;
+    with ``always`` it stands beside them. ``table`` is the table of details that it is in, by default its part's.
+    """
+
+    title: str
+    metric: str
+    setting: str = ""
+    better: bool | None = None
+    form: str = ".3f"
+    over: str = ""
+    about: str = ""
+    per: str = ""
+    headline: str = ""
+    always: bool = False
+    table: str = ""
+
+    def filled(self, key: str, value: str) -> Column:
+        """The column at one value of a placeholder."""
+        title, setting, over = (text.replace(f"{{{key}}}", value) for text in (self.title, self.setting, self.over))
+        return replace(self, title=title, setting=setting, over=over)
+
+    @property
+    def head(self) -> Head:
+        """How tables show it."""
+        return Head(self.title, self.form, self.better, self.over, about=self.about)
+
+    def of(self, rows: Iterable[Mapping[str, Any]]) -> float:
+        """Its value among a run's ``rows`` of one split, without that of ``per``; NaN where there is none."""
+        found = [r["value"] for r in rows if r["metric"] == self.metric and fits(r["setting"], self.setting)]
+        return float(np.mean(found)) if found else float("nan")
+
+    def why(self, rows: Iterable[Mapping[str, Any]]) -> str:
+        """Why its value is NaN; nothing where there is no such row."""
+        same = (r for r in rows if r["metric"] == self.metric and fits(r["setting"], self.setting))
+        return next((r.get("why") or "" for r in same if not math.isfinite(r["value"])), "")
 
 
+def fits(setting: str, wanted: str) -> bool:
+    """Whether a row's ``setting`` is the ``wanted`` one, or of the data sets that it stands for."""
+    return setting == wanted or (wanted.endswith("*") and setting.startswith(wanted[:-1]) and "," not in setting)
+
+
+def spelled_out(columns: Iterable[Column], found: Collection[tuple[str, str]]) -> list[Column]:
+    """``columns`` with each of their placeholders replaced by its values among the ``found`` (metric, setting).
+
+    Numbers ascend, other values keep their order; columns below one heading stay together at each value.
+    """
+
+    def key(column: Column) -> tuple[str, str]:
+        first = re.search(r"\{(\w+)\}", column.setting)
+        return column.over, first[1] if first else ""
+
+    made: list[Column] = []
+    for (_, name), group in groupby(columns, key):
+        alike = list(group)
+        values = [
+            match[name] for column in alike if name for metric, setting in found
+            if metric == column.metric and (match := _template(column.setting).fullmatch(setting))
+        ]  # fmt: skip
+        distinct = list(dict.fromkeys(values))
+        if all(text.replace(".", "", 1).isdigit() for text in distinct):
+            distinct.sort(key=float)
+        for value in distinct:
+            made += spelled_out([column.filled(name, value) for column in alike], found)
+        made += [] if name else alike
+    return made
+
+
+@cache
+def _template(text: str) -> re.Pattern[str]:
+    """A regular expression with a group for each ``{name}``; ``{input}`` is one of ``INPUTS``."""
+    pieces = re.split(r"\{(\w+)\}", text)
+    groups = [f"(?P<{name}>{'|'.join(INPUTS) if name == 'input' else '[^,]+'})" for name in pieces[1::2]]
+    return re.compile("".join(re.escape(a) + b for a, b in zip(pieces[::2], [*groups, ""], strict=True)))
+
+
+class Task(NamedTuple):
+    """A downstream task of a grid of runs: the ``name`` of its column, and the rows that hold it, by a template each.
+
+    ``Task("segmentation:{data}/{input}", "segmentation_miou", "data={data},input={input}")``.
+    """
+
+    name: str
+    metric: str
+    setting: str
+
+    def column(self, metric: str, setting: str) -> str | None:
+        """The column that a row belongs to; None for a row of something else."""
+        match = _template(f"{self.metric} {self.setting}").fullmatch(f"{metric} {setting}")
+        return match and self.name.format(**match.groupdict())
+
+
+# --- what a metric is computed of -------------------------------------------------------------------------
+class Streamed(NamedTuple):
+    """What is known before a pass begins; ``width`` is that of the embeddings that say how alike images are."""
+
+    sae: SAE
+    store: FeatureStore
+    width: int
+
+
+class TopImages(NamedTuple):
+    """The n images [d_sae, n] int64 on which each latent is strongest, -1 for none, the activations ``values`` there
+    (float32, 0 for none), and ``fired`` [d_sae], on how many images it is active."""
+
+    images: Tensor
+    values: Tensor
+    fired: Tensor
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of whole images, the maximum over their patches each, in ``ScoredRun.frame``.
+
+    ``raw`` and ``reconstruction`` [n, d_in] float32, ``codes`` [n, d_sae] float32, ``labels`` [n] int64.
+    """
+
+    raw: np.ndarray
+    reconstruction: np.ndarray
+    codes: csr_matrix
+    labels: np.ndarray
+    class_names: list[str]
+
+
+class Dictionary(NamedTuple):
+    """``decoder`` and ``encoder`` [d_sae, d_in] of an SAE, and which latents are ``alive`` [d_sae]."""
+
+    decoder: Tensor
+    encoder: Tensor
+    alive: Tensor
+
+
+class ScoredRun(Protocol):
+    """A run after its passes, as parts see it. A store's or pass's name is ``MAIN``, or ``<set>/<split>``."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+
+    @property
+    def device(self) -> str:
+        """Where products are computed."""
+
+    @property
+    def sae(self) -> SAE:
+        """The SAE, on the CPU."""
+
+    @property
+    def frame(self) -> Normalizer:
+        """The normaliser, by the statistics of the scored store, of the space in which features are compared."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have classes."""
+
+    def store(self, name: str = MAIN) -> FeatureStore:
+        """The features that a pass reads."""
+
+    def metric(self, name: str, kind: type[M]) -> M:
+        """What a part ``streams`` under ``name``, after the pass over the run's own data."""
+
+    def top(self, n: int) -> TopImages:
+        """The ``n`` strongest images of each latent."""
+
+    def images(self, name: str = MAIN) -> ImageFeatures:
+        """Whole images, of a part that needs ``images``."""
+
+    def texts(self) -> ImageFeatures | None:
+        """The captions of the images, in their order, through the text tower and the SAE; None without captions."""
+
+    def masks(self, name: str) -> tuple[Masks, Masks]:
+        """Masks of the train and the test images of the data set ``name``."""
+
+    def embeddings(self, part: str) -> Tensor:
+        """Embeddings [n, d] float32 of all images by the similarity encoder of a part."""
+
+    def batches(self, title: str) -> Iterator[Tensor]:
+        """The features [n, P, d_in] of all images, some at a time, with a progress bar."""
+
+    def sibling_groups(self) -> Mapping[str, Sequence[str | int]]:
+        """Groups of classes that are siblings."""
+
+    def siblings(self) -> list[Dictionary]:
+        """Dictionaries of the runs that differ from this one by their seed alone, for a part that needs them."""
+
+    @property
+    def dictionary(self) -> Dictionary:
+        """Its own."""
+
+    def shared(self, name: str, make: Callable[[], T]) -> T:
+        """What ``make`` gives for the features, made once for all of their runs."""
+
+    def summary(self, anew: bool = False) -> dict[str, Any]:
+        """scores.json; it and the files on single latents are written at the first call, ``anew`` if asked for."""
+
+    def write_latents(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add figures [d_sae] to those of the single latents."""
+
+
+# --- the part ---------------------------------------------------------------------------------------------
 def everywhere(config: DictConfig) -> bool:
     """Of every run."""
     return True
@@ -32,30 +251,87 @@ def on_patches(config: DictConfig) -> bool:
     return config.get("features", "patch") == "patch"
 
 
+def nothing(about: Streamed, options: Options) -> dict[str, SumMetric]:
+    """No sums."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Part:
-    """``compute(run, options)`` gives the scores of a run whose ``passes`` have gathered what this part ``wants``.
+    """``compute(run, options)`` gives scores that are computed and written together, under the name ``metrics.<name>``.
 
-    ``reads`` names stores that it reads itself; ``applies`` says of which runs (by their config) it is;
-    ``leaves`` names what it writes into latents.safetensors; ``judge`` gives the encoder, if any, that says how alike
-    images are. ``undefined`` says why a figure is NaN, where the score itself does not.
+    ``streams(about, options)`` makes the metrics that a pass over the run's data feeds, by names that parts share.
+    ``needs`` are of ``images`` (features and codes of whole images), ``labels`` (else a row says that there are none),
+    ``core`` (what ``summary`` is made of), ``siblings`` (runs that differ by seed: it is computed last), and ``sets``:
+    then the options name data sets below ``sets``, for each of which there is a part ``<name>/<set>``, with the set's
+    name in the option ``name``; with ``images`` these are streamed, else read by the part itself.
+
+    ``applies`` says of which runs (by their config) it is; ``leaves`` names what it writes into latents.safetensors;
+    ``encoder`` gives the similarity encoder, if any, as arguments of ``Similarity``, of which the options ``apart`` are
+    the choice. ``undefined`` says why a figure is NaN, where the score itself does not. ``columns`` stand in the table
+    ``title``, with a sentence ``about`` it; ``tasks`` are its downstream tasks.
     """
 
     name: str
-    compute: Callable[[Evaluated, Mapping[str, Any]], list[Score]]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    passes: tuple[str, ...] = (MAIN,)
-    reads: tuple[str, ...] = ()
-    wants: Gather = OF_IMAGES
+    compute: Callable[[ScoredRun, Options], list[Score]]
+    streams: Callable[[Streamed, Options], Mapping[str, SumMetric]] = nothing
+    needs: tuple[str, ...] = ()
     applies: Callable[[DictConfig], bool] = everywhere
+    columns: tuple[Column, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    title: str = ""
+    about: str = ""
     leaves: tuple[str, ...] = ()
-    judge: Callable[[DictConfig], Similarity] | None = None
+    encoder: Callable[[DictConfig, Options], Mapping[str, Any]] | None = None
+    apart: tuple[str, ...] = ()
     undefined: str = "there is nothing to compute it from"
+    options: Options = field(default_factory=dict)
+    data: str = ""  # the data set that it is of, where it needs sets
 
-    def scores(self, run: Evaluated) -> list[Score]:
+    def asked(self, given: Any) -> list[Part]:
+        """The part with the options ``given`` in a config (or ``true``); of each data set, where it needs sets."""
+        options = {} if given is True else plain(given)
+        if "sets" not in self.needs:
+            return [replace(self, options=options)]
+        return [
+            replace(self, name=f"{self.name}/{name}", options=options | {"data": data}, data=name)
+            for name, data in options.pop("sets", {}).items()
+        ]
+
+    def is_of(self, config: DictConfig) -> bool:
+        """Whether it is of a run with this ``config``: on features, and a size of backbone, that it is for."""
+        sized = not self.data or config.backbone.size == self.options["data"]["backbones"]
+        return sized and self.applies(config)
+
+    @property
+    def keyed(self) -> dict[str, Any]:
+        """The options that scores depend on, beside the similarity encoder."""
+        return {name: value for name, value in self.options.items() if name not in self.apart}
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """The passes that gather what it needs."""
+        if self.data:
+            return self._sets if "images" in self.needs else ()
+        return (MAIN,) if "images" in self.needs or self.streams is not nothing else ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The stores of data sets that it is computed from."""
+        return self._sets if self.data else ()
+
+    @property
+    def _sets(self) -> tuple[str, ...]:
+        return f"{self.data}/train", f"{self.data}/test"
+
+    def scores(self, run: ScoredRun) -> list[Score]:
         """The scores of ``run``, those that are NaN with the reason; a row that says so where it has none."""
-        found = self.compute(run, self.options) or [Score(f"{self.name}_left_out", 1, why=self.undefined)]
-        return [s if s.why or not math.isnan(s.value) else s._replace(why=self.undefined) for s in found]
+        undefined = self.undefined.format(**self.options)
+        if "labels" in self.needs and not run.labelled:
+            return [Score(f"{self.name}_left_out", 1, why="the images have no classes")]
+        found = self.compute(run, {**self.options, "name": self.data} if self.data else self.options)
+        found = found or [Score(f"{self.name}_left_out", 1, why=undefined)]
+        return [s if s.why or not math.isnan(s.value) else s._replace(why=undefined) for s in found]
 
 
 def plain(node: Any) -> dict[str, Any]:
@@ -63,35 +339,39 @@ def plain(node: Any) -> dict[str, Any]:
     return dict(OmegaConf.to_container(node, resolve=False)) if OmegaConf.is_config(node) else dict(node or {})  # type: ignore[arg-type]
 
 
-class Headline(NamedTuple):
-    """One of the seven: its ``title``, the ``metric`` and ``setting`` of its row, and whether more is ``better``.
-
-    A setting ``data=*`` stands for all data sets, whose values are averaged.
-    """
-
-    title: str
-    metric: str
-    setting: str = ""
-    better: bool = True
+# --- all parts --------------------------------------------------------------------------------------------
+PARTS: Registry[Part] = Registry("metrics")
 
 
-HEADLINES = (
-    Headline("M1 Moran's I", "moran"),
-    Headline("M2 FVU", "fvu", better=False),
-    Headline("M3 preservation", "preservation"),
-    Headline("M4 probing AUC", "sparse_probing_auc", "k=128"),
-    Headline("M5 monosemanticity", "monosemanticity"),
-    Headline("M6 cross-domain", "cross_domain_preservation", "data=*"),
-    Headline("M7 absorption", "absorption", "alpha=0.8,beta=0.5", better=False),
-)
+def register(part: Part) -> Part:
+    """``part``, known from now on by its name."""
+    return PARTS.add(part.name, part)
 
 
-def headline(rows: Iterable[Mapping[str, Any]], which: Headline) -> float:
-    """The value of one headline among a run's ``rows`` of one split; NaN where there is none."""
-    found = [r["value"] for r in rows if r["metric"] == which.metric and fits(r["setting"], which.setting)]
-    return float(np.mean(found)) if found else float("nan")
+def all_parts() -> list[Part]:
+    """The parts of this folder's files, and those that others have registered: core, then all by name."""
+    discover("sae_lightning.metrics")
+    return sorted(PARTS.values(), key=lambda part: (part.name != CORE, part.name))
 
 
-def fits(setting: str, wanted: str) -> bool:
-    """Whether a row's ``setting`` is the ``wanted`` one, or of the data sets that it stands for."""
-    return setting == wanted or (wanted.endswith("*") and setting.startswith(wanted[:-1]) and "," not in setting)
+def parts_of(metrics: Mapping[str, Any]) -> list[Part]:
+    """The parts that a config names, in its order but core first; ValueError for one that is unknown."""
+    known = [part.name for part in all_parts()]
+    if any(name not in PARTS for name in metrics):
+        import_plugins()
+    unknown = [str(name) for name in metrics if name not in PARTS]
+    if unknown:
+        raise ValueError(f"Unknown metrics.{unknown[0]}; the parts are {', '.join(known)}.")
+    wanted = sorted((name for name in metrics if metrics[name] not in (None, False)), key=lambda name: name != CORE)
+    return [part for name in wanted for part in PARTS[name].asked(metrics[name])]
+
+
+def headlines() -> list[Column]:
+    """The headlines of all parts by their ids: M1, M2, …; the title begins with the id."""
+    found = [c for part in all_parts() for c in part.columns if c.headline]
+    return sorted(found, key=lambda c: (len(c.headline), c.headline))
+
+
+def downstream() -> list[Task]:
+    """The downstream tasks of all parts."""
+    return [task for part in all_parts() for task in part.tasks]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_lightning.metrics import probes
 from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, register
 from sae_lightning.metrics.probes import Matrix
 
 
@@ -87,3 +88,37 @@ def preservation(
     if retrain:
         own("accuracy_reconstruction_retrained", x, "preservation_retrained")
     return [*scores, Score("probes_converged", float(np.mean(converged)))]
+
+
+def scores(run: ScoredRun, options: Options) -> list[Score]:
+    """M3, LP-KL and LP-Acc; the raw probe is fitted once for all SAEs of a backbone."""
+    images, fit = run.images(), probes.solver(options) | {"device": run.device}
+    split = probes.split_of(run, options)
+    probe = run.shared(f"raw probe {options}", lambda: fit_raw(images.raw, images.labels, split, **fit))
+    codes = images.codes if options["codes"] else None
+    found = preservation(probe, images.reconstruction, images.labels, codes, **fit)
+    return [*found, *probes.classes_left_out(run, options, "preservation")]
+
+
+OWN = "probes of their own"
+MSAE = "Metrics of MSAE"
+PART = register(Part(
+    "preservation", scores, needs=("images", "labels"), title="M3: preservation",
+    about="One linear probe, fitted on raw features, reads the reconstructions of images held out; the codes have a "
+    "probe of their own. LP-KL is in nats.",
+    undefined="the probe of the raw features is never right on the images held out",
+    columns=(
+        Column("M3 preservation", "preservation", better=True, headline="M3", about="accuracy of the raw features' "
+               "linear probe on the reconstruction, over its accuracy on the raw features"),
+        Column("raw", "accuracy_raw", form=".1%", over="accuracy"),
+        Column("reconstruction", "accuracy_reconstruction", form=".1%", over="accuracy"),
+        Column("preservation", "preservation", better=True),
+        Column("LP-KL", "lp_kl", better=False), Column("LP-Acc", "lp_accuracy", better=True),
+        Column("codes", "accuracy_codes", form=".1%", over=OWN),
+        Column("codes / raw", "codes_lift", better=True, over=OWN),
+        Column("reconstruction", "accuracy_reconstruction_retrained", form=".1%", over=OWN),
+        Column("preservation", "preservation_retrained", better=True, over=OWN),
+        Column("converged", "probes_converged", form=".0%", about="share of the solvers that converged"),
+        Column("LP-KL", "lp_kl", better=False, table=MSAE), Column("LP-Acc", "lp_accuracy", better=True, table=MSAE),
+    ),
+))  # fmt: skip

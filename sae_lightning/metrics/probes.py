@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.part import Options, ScoredRun
 
 Matrix: TypeAlias = "np.ndarray | Tensor | sparse.csr_array | sparse.csr_matrix"
 
@@ -269,3 +273,39 @@ def mean_auc(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> flo
     found = [auc(scores[:, c], labels == name) for c, name in enumerate(classes)]
     found = [each for each in found if not np.isnan(each)]
     return float(np.mean(found)) if found else float("nan")
+
+
+# --- what the parts that probe share ----------------------------------------------------------------------
+def solver(options: Options) -> dict[str, Any]:
+    """Of a part's options those of ``fit``."""
+    return {"C": options["C"], "max_iter": options["max_iter"]}
+
+
+def split_of(run: ScoredRun, options: Options) -> Split:
+    """The one split of the images that all probes share; says once which classes are too small for it."""
+    share, seed = options["test_share"], options["seed"]
+
+    def make() -> Split:
+        images = run.images()
+        found = split(images.labels, share, seed)
+        names = [images.class_names[c] for c in left_out(images.labels, found)]
+        if names:
+            classes = f"{len(names)} of {len(np.unique(images.labels))} classes"
+            say = f"{classes} have too few images for probes and are left out: {listed(names)}."
+            tqdm.write(f"{run.store().split}: {say}")
+        return found
+
+    return run.shared(f"split {share} {seed}", make)
+
+
+def classes_left_out(run: ScoredRun, options: Options, part: str) -> list[Score]:
+    """How many classes have too few images for the probes of ``part``, with their names; nothing where none has."""
+    images = run.images()
+    names = [images.class_names[c] for c in left_out(images.labels, split_of(run, options))]
+    return [Score(f"{part}_classes_left_out", len(names), why=f"too few images of {listed(names)}")] if names else []
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Names as a sentence has them, of many the first ``most``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -35,6 +35,7 @@ class Purity(SumMetric):
     another d_sae, and for labels that do not fit the codes or the classes.
     """
 
+    inputs = ("image_codes", "labels")
     counts: Tensor
     mass: Tensor
 
@@ -74,6 +75,10 @@ class Purity(SumMetric):
             torch.where(fired, dominant, -1),
             images,
         )
+
+    def of_latents(self) -> dict[str, Tensor]:
+        found = self.per_latent()
+        return {"purity": found.purity, "weighted_purity": found.weighted_purity, "dominant_class": found.dominant}
 
     def compute(self) -> dict[str, Tensor]:
         found = self.per_latent()

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sae_lightning.kernels import nested_decode
 from sae_lightning.kernels.products import grouped, rank_groups
-from sae_lightning.metrics.base import SumMetric, require_samples
+from sae_lightning.metrics.base import Score, SumMetric, of_one_rank, require_samples
 from sae_lightning.metrics.cknna import alignment, neighbours, samples_of
+from sae_lightning.metrics.part import Options, Part, ScoredRun, register
 from sae_lightning.metrics.reconstruction import Reconstruction
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.sae import SAE
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-PART = 1 << 20  # numbers of reconstructions held at once, so that they stay in the processor's cache
+BLOCK = 1 << 20  # numbers of reconstructions held at once, so that they stay in the processor's cache
 
 
 def budgets_of(budgets: Sequence[int], d_sae: int) -> list[int]:
@@ -80,7 +82,7 @@ class Recovery(SumMetric):
         places = group * sae.d_sae + codes.latents
         self.fired.view(-1).index_add_(0, places, torch.ones_like(places))
         self.active += torch.bincount(group, minlength=h).cumsum(0)
-        samples = max(1, PART // (h * sae.d_in))
+        samples = max(1, BLOCK // (h * sae.d_in))
         sums = [Reconstruction(sae.d_in, self.center).to(features.device) for _ in self.budgets]
         for start in range(0, codes.n_samples, samples):
             stop = min(codes.n_samples, start + samples)
@@ -126,3 +128,29 @@ def recovery_cknna(
     each = budgets_of(budgets, codes.d_sae)
     kept = [codes.top(budget) for budget in each[:-1]] + [codes]
     return [alignment(near, neighbours(part, k, normalize), form) for part in kept]
+
+
+def recovery(run: ScoredRun, options: Options) -> list[Score]:
+    """Reconstruction from each token's n strongest latents, of some images."""
+    store, sae, budgets = run.store(), run.sae, options["budgets"]
+    rng = np.random.default_rng(options["seed"])
+    chosen = np.sort(rng.permutation(len(store))[: options["images"]])
+    kept = np.sort(rng.permutation(len(chosen) * store.n_patches)[: options["samples"]])  # tokens for CKNNA
+    metric, tokens, seen = of_one_rank(Recovery(sae, budgets, store.mean)), [], 0
+    for images in np.array_split(chosen, -(-len(chosen) * store.n_patches // 4096)):
+        features = store.features(images).reshape(-1, sae.d_in).float()
+        metric.update(sae.encode(features), features)
+        first, last = np.searchsorted(kept, (seen, seen + len(features)))
+        tokens.append(features[kept[first:last] - seen])
+        seen += len(features)
+    names = [f"n={budget}" for budget in budgets_of(budgets, sae.d_sae)[:-1]] + ["n=all"]
+    found = metric.compute().items()
+    scores = [Score(name, float(v), n) for name, values in found for n, v in zip(names, values, strict=True)]
+    some = torch.cat(tokens)
+    if len(some) > 10:
+        near = recovery_cknna(sae.encode(some), run.frame.normalize(some), budgets)
+        scores += [Score("recovery_cknna", value, n) for n, value in zip(names, near, strict=True)]
+    return scores
+
+
+PART = register(Part("recovery", recovery))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae_lightning.metrics import probes
 from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.part import INPUTS, Column, Options, Part, ScoredRun, Task, register
 from sae_lightning.metrics.probes import Matrix, ratio
 
 BLOCK = 1 << 25  # similarities held at once
@@ -149,3 +150,53 @@ def lifts(metric: str, raw: Mapping[int, float], codes: Mapping[int, float]) -> 
         for k in codes
         for name, value in (("raw", raw[k]), ("codes", codes[k]), ("lift", ratio(codes[k], raw[k])))
     ]
+
+
+def retrieval(run: ScoredRun, options: Options) -> list[Score]:
+    """R@k of finding an image of the same class, by raw features, reconstruction and codes."""
+    images, at = run.images(), options["at"]
+
+    def found(features: Matrix) -> Recall:
+        return image_recall(features, images.labels, ks=at, device=run.device)
+
+    raw = run.shared(f"retrieval {at}", lambda: found(images.raw))
+    return [
+        *(Score("retrieval_reconstruction", value, f"k={k}") for k, value in found(images.reconstruction).items()),
+        *lifts("retrieval", raw, found(images.codes)),
+    ]
+
+
+def image_text(run: ScoredRun, options: Options) -> list[Score]:
+    """R@k between images and their captions: of embeddings, their reconstructions and the codes of both."""
+    images, texts, at = run.images(), run.texts(), options["at"]
+    scores = [Score("image_text_pairs", 0 if texts is None else len(texts.labels))]
+    if texts is None:
+        return scores
+    raw, rebuilt, codes = (
+        text_recall(getattr(images, kind), getattr(texts, kind), texts.labels, at, run.device)._asdict()
+        for kind in INPUTS
+    )
+    for direction in raw:
+        scores += [Score(f"{direction}_reconstruction", value, f"k={k}") for k, value in rebuilt[direction].items()]
+        scores += lifts(direction, raw[direction], codes[direction])
+    return scores
+
+
+def _columns(metric: str, title: str) -> tuple[Column, ...]:
+    over = f"{title}, R@{{k}}"
+    each = (Column(given, f"{metric}_{given}", "k={k}", form=".1%", over=over) for given in INPUTS)
+    return (*each, Column("codes / raw", f"{metric}_lift", "k={k}", better=True, over=over))
+
+
+DOWNSTREAM = "Downstream tasks"
+ABOUT = "What raw features, reconstructions and codes are good for."
+PART = register(Part(
+    "retrieval", retrieval, needs=("images", "labels"), title=DOWNSTREAM, about=ABOUT,
+    undefined="no two images are of one class, or raw features never find one",
+    columns=_columns("retrieval", "image retrieval"), tasks=(Task("retrieval/{input}", "retrieval_{input}", "k=1"),),
+))  # fmt: skip
+TEXTS = register(Part(
+    "image_text", image_text, needs=("images",), applies=lambda config: config.features == "embedding",
+    title=DOWNSTREAM, about=ABOUT,
+    columns=(*_columns("image_to_text", "text of an image"), *_columns("text_to_image", "image of a text")),
+))  # fmt: skip

@@ -22,6 +22,7 @@ from sae_lightning.data.masks import IGNORE, Masks
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, Task, on_patches, register
 from sae_lightning.registry import one_of
 from sae_lightning.saes import SAE, SparseCodes
 from sae_lightning.saes.sae import Normalizer
@@ -239,3 +240,25 @@ def _logits(given: Tensor | SparseCodes, head: tuple[Tensor, Tensor]) -> Tensor:
     """[N, classes]; of codes without making them dense."""
     weights, bias = head
     return given.decode(weights, bias) if isinstance(given, SparseCodes) else torch.addmm(bias, given, weights)
+
+
+def scores(run: ScoredRun, options: Options) -> list[Score]:
+    """mIoU of linear probes of patch tokens on one data set."""
+    name = options["name"]
+    sets = Sets(run.store(f"{name}/train"), run.store(f"{name}/test"), *run.masks(name))
+    probing = Probing(**{k: v for k, v in options.items() if k not in ("data", "name")})
+    raw = run.shared(f"segmentation {name} {probing}", lambda: segment_raw(run.frame, sets, probing))
+    return segmentation(run.sae, sets, probing, raw, name, run.frame)
+
+
+OVER = "segmentation of {data}, mIoU"
+PART = register(Part(
+    "segmentation", scores, needs=("sets",), applies=on_patches, title="Downstream tasks",
+    undefined="the probe of the raw features is never right, or no test pixel has a class",
+    columns=(
+        *(Column(given, "segmentation_miou", f"data={{data}},input={given}", form=".1%", over=OVER)
+          for given in (RAW, RECONSTRUCTION, CODES)),
+        Column("codes / raw", "segmentation_lift", "data={data}", better=True, over=OVER),
+    ),
+    tasks=(Task("segmentation:{data}/{input}", "segmentation_miou", "data={data},input={input}"),),
+))  # fmt: skip

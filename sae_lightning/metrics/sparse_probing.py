@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae_lightning.metrics import probes
 from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, register
 from sae_lightning.metrics.probes import Matrix
 from sae_lightning.registry import one_of
 
@@ -164,3 +165,23 @@ def _per_class(
         scores.append(Score("sparse_probing_auc", float(area), setting))
         scores.append(Score("sparse_probing_converged", float(converged), setting))
     return scores
+
+
+def scores(run: ScoredRun, options: Options) -> list[Score]:
+    """M4 at every budget."""
+    images, split = run.images(), probes.split_of(run, options)
+    budgets, ranking, fit = options["budgets"], options["ranking"], probes.solver(options)
+    found = sparse_probing(images.codes, images.labels, split, budgets, ranking, **fit, device=run.device)
+    return [*found, *probes.classes_left_out(run, options, "sparse_probing")]
+
+
+PART = register(Part(
+    "sparse_probing", scores, needs=("images", "labels"), title="M4: sparse probing",
+    about="By the number of latents k that a probe sees.", undefined="the images held out are of one class",
+    columns=(
+        Column("M4 probing AUC", "sparse_probing_auc", "k=128", better=True, headline="M4", about="area under the ROC "
+               "curve, mean over classes, of probes that see the 128 latents of the largest F"),
+        Column("{k}", "sparse_probing_auc", "k={k}", better=True, over="AUC at k"),
+        Column("{k}", "sparse_probing_accuracy", "k={k}", better=True, over="accuracy at k"),
+    ),
+))  # fmt: skip

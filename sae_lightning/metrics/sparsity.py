@@ -1,4 +1,4 @@
-"""L0: how many latents are active a sample."""
+"""How sparse codes are: L0, which latents are alive, and histograms of activations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lightning.metrics.base import SumMetric, require_samples
+from sae_lightning.files import write_tensors
+from sae_lightning.metrics.base import Score, SumMetric, require_samples
+from sae_lightning.metrics.part import Options, Part, ScoredRun, register
 from sae_lightning.saes.codes import SparseCodes
 
 
@@ -55,12 +57,17 @@ class Firing(SumMetric):
         self.count += codes.n_samples
         self.counts += torch.bincount(codes.latents, minlength=self.d_sae)
 
+    def of_latents(self) -> dict[str, Tensor]:
+        return {"counts": self.counts}
+
     def compute(self) -> dict[str, Tensor]:
         require_samples(self.count, self)
         alive = (self.counts > 0).sum()
         return {"dead_share": 1 - alive.double() / self.d_sae, "alive": alive}
 
 
+HISTOGRAMS = "histograms.safetensors"
+QUANTILES = (0.25, 0.5, 0.75)
 RAREST = -9  # the firing frequencies' first edge, as a power of ten
 
 
@@ -157,3 +164,19 @@ class ActivationHistogram(SumMetric):
 def counted(values: Tensor, edges: Tensor) -> Tensor:
     """How many of ``values`` [n] lie below, in each bin of and above ``edges`` [b + 1], [b + 2] int64."""
     return torch.bincount(torch.bucketize(values.double(), edges, right=True), minlength=len(edges) + 1)
+
+
+def histograms(run: ScoredRun, options: Options) -> list[Score]:
+    """Histograms of activations, whole in the run's folder, and their quartiles."""
+    found = run.metric("histograms", ActivationHistogram).histograms()
+    tensors = {f"{name}.{field}": t for name, h in found.items() for field, t in h._asdict().items()}
+    write_tensors(run.folder / HISTOGRAMS, {name: tensor.cpu().clone() for name, tensor in tensors.items()})
+    return [
+        Score(f"activation_{name}", h.quantile(q), f"quantile={q:g}") for name, h in found.items() for q in QUANTILES
+    ]
+
+
+PART = register(Part(
+    "histograms", histograms, lambda about, options: {"histograms": ActivationHistogram(about.sae.d_sae, **options)},
+    undefined="no latent is active",
+))  # fmt: skip

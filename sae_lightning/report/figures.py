@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from sae_lightning.evaluation.parts import HISTOGRAMS
+from sae_lightning.metrics.sparsity import HISTOGRAMS
 from sae_lightning.rendering.figures import COLOURS, HEADLINE_K, NULL, OTHERS, budget_axis, figure
 from sae_lightning.rendering.page import Key
 from sae_lightning.report.benchmark import Scored

@@ -9,13 +9,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from sae_lightning.evaluation.printed import HEADS
 from sae_lightning.files import write_text
+from sae_lightning.metrics.core import SHOWN
 from sae_lightning.rendering.figures import COLOURS
 from sae_lightning.rendering.page import Beside, Block, Fold, Heading, Note, Picture, Section, headlines, page, plural
 from sae_lightning.rendering.table import Head, Keyed, Table
 from sae_lightning.report import figures
-from sae_lightning.report.benchmark import MAIN, Scored, scored_runs, scores_csv, table, topics
+from sae_lightning.report.benchmark import Scored, main_columns, scored_runs, scores_csv, table, topics
 from sae_lightning.report.grid import analyses, grid_of, tables_folder, write_tables
 from sae_lightning.report.latents import audit, latent_groups, latents, pictures
 from sae_lightning.report.monoloss import as_csv, as_markdown, first_of_settings, groups_of, keys, monosemanticity
@@ -55,11 +55,11 @@ def applications(folders: Sequence[Path], out: Path) -> list[Block]:
 def runs_table(runs: Runs) -> Table:
     """A line a run: its settings and core metrics."""
     heads = [Head("backbone"), Head("variant"), Head("exp.", "g", about="d_sae / d_in"), Head("d_sae", ".0f"),
-             Head("k"), *HEADS.values(), Head("train time, s", ".0f")]  # fmt: skip
+             Head("k"), *(column.head for column in SHOWN), Head("train time, s", ".0f")]  # fmt: skip
     rows = [
         [Keyed(f"{run['cfg']['backbone']} {run['features']}", run["colour"]),
          run["cfg"]["variant"] + (f" + MonoLoss {run['weight']:g}" if run["weight"] else ""), run["cfg"]["expansion"],
-         run["cfg"]["d_sae"], run["k"], *(run["metrics"].get(name) for name in HEADS), run["seconds"]]
+         run["cfg"]["d_sae"], run["k"], *(run["metrics"].get(column.metric) for column in SHOWN), run["seconds"]]
         for run in runs
     ]  # fmt: skip
     return Table("", "", heads, rows)
@@ -80,7 +80,7 @@ def benchmark(saes: Sequence[Scored], n_runs: int, latents: bool) -> Section | N
     if not saes:
         return None
     of = figures.encoding(saes)
-    main = table(saes, MAIN, of.of_backbones(), notes=True)
+    main = table(saes, main_columns(), of.of_backbones(), notes=True)
     some = f" {len(saes)} of the {n_runs} runs have them." if len(saes) < n_runs else ""
     between = ("; bold: the best on its features. Between backbones, most of M1, M5 and M7 is the backbone's doing, "
                "and FVU does not tell what a probe still reads [ViSAEBench §5.2, §5.7]")  # fmt: skip
@@ -123,7 +123,11 @@ def benchmark(saes: Sequence[Scored], n_runs: int, latents: bool) -> Section | N
 
 def files(saes: Sequence[Scored]) -> dict[str, str]:
     """The texts of visaebench.csv and visaebench.md; none without SAEs."""
-    return {"visaebench.csv": scores_csv(saes), "visaebench.md": table(saes, MAIN, {}).markdown()} if saes else {}
+    return (
+        {"visaebench.csv": scores_csv(saes), "visaebench.md": table(saes, main_columns(), {}).markdown()}
+        if saes
+        else {}
+    )
 
 
 def load_run(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from sae_lightning.metrics.part import HEADLINES, headline
+from sae_lightning.metrics.part import CORE, PARTS, headlines
 from sae_lightning.report.latents import latent_groups, pictures
 from sae_lightning.report.page import load_run
 from sae_lightning.runs.run import SCORES, TOP_IMAGES, Run
@@ -28,8 +28,8 @@ from sae_lightning.training.wandb_run import STEP, WandbRun, finish, log_artefac
 GOALS = {  # which way is better, of what runs are compared by
     "val/explained_variance": "maximize", "val/cosine": "maximize", "val/fvu": "minimize",
     "val/dead_share": "minimize", "train/loss": "minimize", "loss/*": "minimize",
-    "test/explained_variance": "maximize", "test/fvu": "minimize", "test/monoscore": "maximize",
-    **{f"test/{h.title[:2]}": "maximize" if h.better else "minimize" for h in HEADLINES},
+    **{f"test/{c.metric}": "maximize" if c.better else "minimize" for c in PARTS[CORE].columns if c.better is not None},
+    **{f"test/{c.headline}": "maximize" if c.better else "minimize" for c in headlines()},
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def scores_of(run: Path) -> dict[str, float]:
     split = scores["split"]
     found = {f"{split}/{name}": float(value) for name, value in scores["metrics"].items()}
     rows = [row for row in read_rows(run) if row["split"] == split]
-    found |= {f"{split}/{h.title[:2]}": headline(rows, h) for h in HEADLINES}
+    found |= {f"{split}/{c.headline}": c.of(rows) for c in headlines()}
     return {name: value for name, value in found.items() if value == value}
 
 

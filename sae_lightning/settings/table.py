@@ -223,7 +223,7 @@ PARTS: dict[str, Section] = {
     "recovery": {"budgets": list_of(whole(1)), "images": whole(1), "samples": whole(1), "seed": SEED},
     "histograms": {"low": number(), "high": number(), "per_decade": whole(1)}, "stability": {},
 }  # fmt: skip
-METRICS = Plus({name: Maybe(part, flags=True) for name, part in PARTS.items()}, "sae_lightning.evaluation.parts:MAKERS")
+METRICS = Plus({name: Maybe(part, flags=True) for name, part in PARTS.items()}, "sae_lightning.metrics.part:PARTS")
 EVALUATE: Section = {
     "metrics": METRICS, "similarity": Maybe(BACKBONE), "logger": LOGGER, "runs": PATTERNS, "split": SPLIT,
     "batch_tokens": whole(1), "memory_gb": number(above=0), "checkpoint_minutes": number(above=0), "device": DEVICE,

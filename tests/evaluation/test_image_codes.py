@@ -58,7 +58,7 @@ def test_latents_come_back_with_all_their_images(tmp_path_factory, seed, wanted)
 
 
 def test_many_parts_are_joined(tmp_path, monkeypatch):
-    monkeypatch.setattr("sae_lightning.evaluation.image_codes.PART", 7)
+    monkeypatch.setattr("sae_lightning.evaluation.image_codes.BLOCK", 7)
     dense = make(1)
     with kept(dense, tmp_path) as codes:
         assert codes.of_latents(torch.tensor([9])).images.tolist() == dense[:, 9].nonzero().squeeze(1).tolist()

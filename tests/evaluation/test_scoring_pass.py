@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from sklearn.metrics import r2_score
 
-from sae_lightning.evaluation.by_latent import TopImages, choose_latents, ranked, spread_ranks, top_purity
+from sae_lightning.evaluation.by_latent import choose_latents, ranked, spread_ranks, strongest, top_purity
 from sae_lightning.evaluation.core import score, stored_scores
 from sae_lightning.evaluation.similarity import Judge, Similarity
 from sae_lightning.features.manifest import StoreError
+from sae_lightning.kernels import native
 from sae_lightning.runs.run import BAND_IMAGES, FILES, LATENTS, SCORES, TOP_IMAGES, find_runs
 from sae_lightning.saes import Normalizer, SparseCodes, TopK
 from sae_lightning.saes.artefact import read_tensors
@@ -207,28 +208,29 @@ def test_chosen_latents():
 def test_images_are_ranked_by_their_strongest_patch():
     dense = torch.zeros(3 * 2, 2)  # three images of two patches
     dense[0, 0], dense[1, 0], dense[5, 0] = 1.0, 1.5, 1.6
-    top = TopImages(d_sae=2, n_top=2)
-    for start in (0, 2, 4):
-        top.update(SparseCodes.select(dense[start : start + 2], dense[start : start + 2] > 0).pool(2, "max"))
-    assert top.images().tolist() == [[2, 0], [-1, -1]]
-    assert top.peaks().tolist() == pytest.approx([1.6, 0])
-    assert top.images_fired.tolist() == [2, 0]
+    top = strongest((SparseCodes.select(rows, rows > 0).pool(2, "max") for rows in dense.split(2)), d_sae=2, n=2)
+    assert top.images.tolist() == [[2, 0], [-1, -1]]
+    assert top.values[:, 0].tolist() == pytest.approx([1.6, 0])
+    assert top.fired.tolist() == [2, 0]
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), cuts=st.lists(st.integers(0, 50), max_size=6), n_top=st.integers(1, 9))
-def test_top_images_equal_a_sort_of_all_images(seed, cuts, n_top):
+def test_top_images_equal_a_sort_of_all_images(compiled, seed, cuts, n_top):
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randint(0, 6, (50, 12), generator=generator) / 2  # with many ties
     dense[torch.rand(50, 12, generator=generator) < 0.6] = 0
-    top = TopImages(12, n_top)
-    for start, stop in pairwise([0, *sorted(cuts), 50]):
-        top.update(SparseCodes.select(dense[start:stop], dense[start:stop] > 0))
+    batches = [dense[start:stop] for start, stop in pairwise([0, *sorted(cuts), 50])]
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setattr(native, "available", lambda *tensors: False)
+        top = strongest((SparseCodes.select(rows, rows > 0) for rows in batches), 12, n_top)
     for latent, a in enumerate(dense.T.numpy()):
         order = [n for n in np.argsort(-a, kind="stable") if a[n] > 0][:n_top]
-        assert top.images()[latent].tolist() == order + [-1] * (n_top - len(order))
-        assert float(top.peaks()[latent]) == a.max()
-    np.testing.assert_array_equal(top.images_fired, (dense > 0).sum(0))
+        assert top.images[latent].tolist() == order + [-1] * (n_top - len(order))
+        assert float(top.values[latent, 0]) == a.max()
+    np.testing.assert_array_equal(top.fired, (dense > 0).sum(0))
 
 
 def test_stored_scores_are_used_only_when_whole_and_fresh(run, stores):

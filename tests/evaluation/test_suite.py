@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from omegaconf import OmegaConf
 
 from sae_lightning.data import DataError
 from sae_lightning.distributed.ranks import Ranks
-from sae_lightning.evaluation import parts, scoring_pass, suite
+from sae_lightning.evaluation import scoring_pass, suite
 from sae_lightning.evaluation.core import score, stored_scores
 from sae_lightning.evaluation.job import PARTIAL, Job, Settings
 from sae_lightning.evaluation.suite import PartError, evaluate, evaluate_runs, scoring_lock
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
 from sae_lightning.interop.layout import build, fold
+from sae_lightning.metrics.part import PARTS
 from sae_lightning.runs.run import LATENTS, SCORES, TOP_IMAGES
 from sae_lightning.runs.scores import TABLE, read_rows, value_of
 from sae_lightning.saes import SAE, VARIANTS, BatchTopK, Normalizer, TopK
@@ -322,14 +324,15 @@ def test_a_call_killed_between_parts_keeps_the_finished_ones(folders, computed, 
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "retrieval", killed)
+        patch.setitem(PARTS, "retrieval", replace(PARTS["retrieval"], compute=killed))
         with pytest.raises(Killed):
             evaluate_runs(folders[:1], settings())
     done = [name for _, name in computed["parts"]]
     computed["parts"].clear(), computed["read"].clear()
     evaluate_runs(folders[:1], settings())
-    assert [name for _, name in computed["parts"]] == [n for n in done if n == "retrieval"] + ["recovery"]
-    assert sum(computed["read"]) == 20  # recovery's; the pass was not repeated
+    assert done[-1] == "retrieval"
+    assert [name for _, name in computed["parts"]] == [name for name in METRICS if name not in done[:-1]]
+    assert sum(computed["read"]) == 20 + 90  # recovery's and those of embeddings; the pass was not repeated
 
 
 def test_a_part_that_cannot_be_computed_leaves_the_others(folders, capsys):
@@ -346,7 +349,7 @@ def test_a_part_that_cannot_be_computed_leaves_the_others(folders, capsys):
 
 
 def test_unknown_metrics_are_a_sentence():
-    with pytest.raises(ValueError, match=r"Unknown metrics\.morans; the parts are core, moran"):
+    with pytest.raises(ValueError, match=r"Unknown metrics\.morans; the parts are core, absorption"):
         evaluate_runs([], settings(metrics={"morans": {}})) or settings(metrics={"morans": {}}).parts
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
-from sae_lightning.metrics.cross_domain import Own, Part, cross_domain, own_accuracy
+from sae_lightning.metrics.cross_domain import Own, cross_domain, own_accuracy
+from sae_lightning.metrics.part import ImageFeatures
 from tests.metrics.test_probes import clusters
 from tests.metrics.test_sparse_probing import best, exact_f, values
 
@@ -19,7 +22,7 @@ def made(n: int = 400):
     reconstruction = (x + 1.5 * rng.normal(size=x.shape)).astype(np.float32)
     codes = np.maximum(np.concatenate([x, -x, rng.normal(size=(n, 4))], axis=1), 0).astype(np.float32)
     rows = slice(n // 2), slice(n // 2, n)
-    return [(x[r], Part(y[r], reconstruction[r], sparse.csr_array(codes[r]))) for r in rows]
+    return [(x[r], ImageFeatures(x[r], reconstruction[r], sparse.csr_array(codes[r]), y[r], [])) for r in rows]
 
 
 def test_equals_the_definition():
@@ -65,7 +68,7 @@ def test_the_probe_of_all_codes_can_be_left_out():
 def test_the_features_themselves_are_preserved_exactly():
     (raw, train), (raw_test, test) = made()
     own = own_accuracy(raw, train.labels, raw_test, test.labels)
-    same = [part._replace(reconstruction=x) for x, part in ((raw, train), (raw_test, test))]
+    same = [replace(part, reconstruction=x) for x, part in ((raw, train), (raw_test, test))]
     assert values(cross_domain("digits", own, *same))["cross_domain_preservation", "data=digits"] == 1
 
 

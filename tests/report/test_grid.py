@@ -25,7 +25,7 @@ from sae_lightning.analysis.recommendations import Route, flowchart, guide
 from sae_lightning.analysis.tables import cross_domain, raw_moran, thresholds
 from sae_lightning.analysis.variance import decomposition
 from sae_lightning.metrics.base import Score
-from sae_lightning.metrics.part import HEADLINES
+from sae_lightning.metrics.part import headlines
 from sae_lightning.registry import Registry
 from sae_lightning.rendering import figures
 from sae_lightning.rendering.figures import limits_of
@@ -35,7 +35,7 @@ from sae_lightning.report.grid import OURS, analyses, build_grid
 from sae_lightning.runs.scores import TABLE, put_scores
 
 BUDGETS, EXPANSIONS, KS = (1, 4, 128, 256), (8, 16), (16, 32)
-SEVEN = {h.title.split()[0]: h.metric for h in HEADLINES}
+SEVEN = {column.headline: column.metric for column in headlines()}
 CONF = Path(__file__).parents[2] / "conf"
 PLACES = {"dinov2": 4, "deit": 3, "clip": 2, "siglip": 1, "mae": 0}  # of M1; the raw tasks' order is the same
 

@@ -4,7 +4,7 @@ import math
 
 from sae_lightning.metrics.base import Score
 from sae_lightning.rendering.page import Section, page
-from sae_lightning.report.benchmark import MAIN, Scored, table
+from sae_lightning.report.benchmark import Scored, main_columns, table
 from sae_lightning.report.monoloss import shown
 from sae_lightning.runs.scores import put_scores, read_rows
 
@@ -20,9 +20,9 @@ def scored(folder) -> Scored:
 
 
 def test_a_cell_reads_dash_with_the_reason(tmp_path):
-    shown_table = table([scored(tmp_path)], MAIN, {})
+    shown_table = table([scored(tmp_path)], main_columns(), {})
     (line,) = shown_table.view()["lines"]
-    cells = {column.metric: cell for column, cell in zip(MAIN, line[1:], strict=True)}
+    cells = {column.metric: cell for column, cell in zip(main_columns(), line[1:], strict=True)}
     assert (cells["moran"]["text"], cells["moran"]["why"]) == ("–", WHY)
     assert (cells["fvu"]["text"], cells["fvu"]["why"]) == ("0.250", "")
     assert (cells["preservation"]["text"], cells["preservation"]["why"]) == ("–", "")  # was not asked for

@@ -14,15 +14,15 @@ from PIL import Image
 
 from sae_lightning.data import ImageData
 from sae_lightning.evaluation.by_latent import BANDS
-from sae_lightning.evaluation.parts import HISTOGRAMS
 from sae_lightning.files import write_tensors
 from sae_lightning.metrics.base import Score
-from sae_lightning.metrics.sparsity import ActivationHistogram
+from sae_lightning.metrics.part import Column
+from sae_lightning.metrics.sparsity import HISTOGRAMS, ActivationHistogram
 from sae_lightning.rendering.pictures import GAP, heat
 from sae_lightning.rendering.table import number
 from sae_lightning.report import latents as report_latents
 from sae_lightning.report import page as report_page
-from sae_lightning.report.benchmark import MAIN, Column, Scored, raw_note, scored_runs, scores_csv, table, topics
+from sae_lightning.report.benchmark import Scored, main_columns, raw_note, scored_runs, scores_csv, table, topics
 from sae_lightning.report.figures import coarse, encoding, histograms, moran, probing, recovery
 from sae_lightning.report.page import benchmark, build, files, load_runs
 from sae_lightning.runs.run import BAND_IMAGES, LATENTS, TOP_IMAGES
@@ -86,14 +86,14 @@ def texts(found):
 def test_the_best_is_the_largest_where_more_is_better_and_the_smallest_elsewhere():
     high = sae(values=[0.9] * 7, dead=0.2)
     low = sae(values=[0.1] * 7, dead=0.1, expansion=16)
-    titles = [column.title for column in MAIN]
+    titles = [column.title for column in main_columns()]
     assert [title[:2] for title in titles[:7]] == [f"M{i}" for i in range(1, 8)]
-    found = marks(table([high, low], MAIN, {}))
+    found = marks(table([high, low], main_columns(), {}))
     wins_low = {title for title, mark in zip(titles, found[1], strict=True) if mark == "best"}
     wins_high = {title for title, mark in zip(titles, found[0], strict=True) if mark == "best"}
     assert wins_low == {"M2 FVU", "M7 absorption", "dead"}
     assert wins_high == set(titles) - wins_low - {"L0"}  # a sparser code is another one, not a better one
-    arrows = {column.title: column.head.heading[-1] for column in MAIN}
+    arrows = {column.title: column.head.heading[-1] for column in main_columns()}
     assert {title for title, arrow in arrows.items() if arrow == "↓"} == wins_low
     assert {title for title, arrow in arrows.items() if arrow == "↑"} == wins_high
 
@@ -110,9 +110,9 @@ def test_the_best_of_a_backbone_is_marked_beside_the_best_of_all():
     saes = [
         sae(backbone, [value] * 7) for backbone, value in (("a", 0.9), ("a", 0.8), ("b", 0.2), ("b", 0.1), ("c", 0.5))
     ]
-    assert [line[0] for line in marks(table(saes, MAIN, {}))] == ["best", "", "own", "", ""]
-    assert [line[1] for line in marks(table(saes, MAIN, {}))] == ["", "own", "", "best", ""]
-    assert [group.title for group in table(saes, MAIN, {}).groups] == ["a L4", "b L4", "c L4"]
+    assert [line[0] for line in marks(table(saes, main_columns(), {}))] == ["best", "", "own", "", ""]
+    assert [line[1] for line in marks(table(saes, main_columns(), {}))] == ["", "own", "", "best", ""]
+    assert [group.title for group in table(saes, main_columns(), {}).groups] == ["a L4", "b L4", "c L4"]
 
 
 def test_numbers_that_are_not_finite_or_not_there_are_dashes_and_never_the_best():
@@ -120,7 +120,7 @@ def test_numbers_that_are_not_finite_or_not_there_are_dashes_and_never_the_best(
     something = sae(values=[0.4] * 7, dead=0.1)
     other = sae(values=[0.3] * 7, dead=0.2, expansion=32)
     bare = sae(parts=["core"])
-    found = table([nothing, something, other, bare], MAIN, {})
+    found = table([nothing, something, other, bare], main_columns(), {})
     assert texts(found)[0] == ["–"] * 7 + ["16.0", "0.0 %"]
     assert texts(found)[3] == ["–", "0.100", "–", "–", "–", "–", "–", "16.0", "10.0 %"]
     assert not any(mark for mark in marks(found)[0][:7])
@@ -131,7 +131,7 @@ def test_numbers_that_are_not_finite_or_not_there_are_dashes_and_never_the_best(
 
 def test_headlines_are_the_rows_of_the_settings_of_the_paper():
     values = (0.31, 0.12, 0.93, 0.84, 0.25, 1.06, 0.47)
-    assert texts(table([sae(values=values)], MAIN, {}))[0][:7] == [f"{value:.3f}" for value in values]
+    assert texts(table([sae(values=values)], main_columns(), {}))[0][:7] == [f"{value:.3f}" for value in values]
 
 
 def test_csv_is_the_rows_and_markdown_the_headlines():
@@ -145,12 +145,16 @@ def test_csv_is_the_rows_and_markdown_the_headlines():
         )  # fmt: skip
         assert line["value"] == "" if math.isnan(row["value"]) else float(line["value"]) == row["value"]
     assert (lines[0]["backbone"], lines[0]["expansion"], lines[0]["k"]) == ("dinov2 (tiny)", "8", "16")
-    head, _, first, second, third = table(saes, MAIN, {}).markdown().splitlines()
-    assert head.count("|") == first.count("|") == second.count("|") == third.count("|") == len(MAIN) + 3
+    head, _, first, second, third = table(saes, main_columns(), {}).markdown().splitlines()
+    assert head.count("|") == first.count("|") == second.count("|") == third.count("|") == len(main_columns()) + 3
     assert "| dinov2 (tiny) L4 | batchtopk ×8 k 16 | 0.300 | **0.300** |" in first
     assert "| – | – |" in second
     assert "| **0.700** | 0.700 |" in third
     assert files([]) == {}
+
+
+def text(column, one):
+    return number(one.of(column), column.form)
 
 
 def test_details_have_a_column_for_every_setting_there_is():
@@ -159,7 +163,7 @@ def test_details_have_a_column_for_every_setting_there_is():
     assert m7 == [(f"α = {a}", f"β = {b}") for a in (0.7, 0.8, 0.9) for b in (0.3, 0.5, 0.7)]
     assert [column.title for column in found["M4"].columns] == [str(k) for k in BUDGETS]
     assert {column.over for column in found["M6"].columns} == {"digits", "dtd"}
-    msae = {column.title: column.text(sae(dead=0.1)) for column in found["Me"].columns}
+    msae = {column.title: text(column, sae(dead=0.1)) for column in found["Me"].columns}
     assert msae["dead"] == "4"  # of 40 latents
     assert msae["EVR"] == "0.900"
     assert "Do" not in found  # no rows of downstream tasks
@@ -179,14 +183,16 @@ def test_details_take_what_is_there():
     ]  # fmt: skip
     full = Scored(one.run, [*one.rows, *more])
     found = {topic.title: topic for topic in topics([one, full])}
-    columns = {(c.over.split(",")[0], c.title): (c.text(full), c.text(one)) for c in found["Downstream tasks"].columns}
+    columns = {
+        (c.over.split(",")[0], c.title): (text(c, full), text(c, one)) for c in found["Downstream tasks"].columns
+    }
     assert columns == {
         ("image retrieval", "raw"): ("32.0 %", "–"), ("image retrieval", "codes"): ("40.0 %", "–"),
         ("image retrieval", "codes / raw"): ("1.250", "–"), ("segmentation of mosaic", "raw"): ("50.0 %", "–"),
         ("segmentation of mosaic", "reconstruction"): ("40.0 %", "–"),
         ("segmentation of mosaic", "codes"): ("30.0 %", "–"), ("segmentation of mosaic", "codes / raw"): ("0.600", "–"),
     }  # fmt: skip
-    assert [column.text(full) for column in found["Stability over seeds"].columns] == ["0.800"]
+    assert [text(column, full) for column in found["Stability over seeds"].columns] == ["0.800"]
 
 
 def test_the_note_on_a_backbone_says_what_its_features_give():

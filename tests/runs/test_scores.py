@@ -10,7 +10,7 @@ import pytest
 
 from sae_lightning.evaluation.image_codes import RowFile
 from sae_lightning.metrics.base import Score
-from sae_lightning.metrics.part import HEADLINES, headline
+from sae_lightning.metrics.part import headlines
 from sae_lightning.runs.scores import TABLE, put_scores, read_rows, scores_of, value_of
 
 
@@ -54,7 +54,7 @@ def test_headlines_average_data_sets_and_take_their_own_setting():
         {"metric": "sparse_probing_auc", "setting": "k=128", "value": 0.9},
         {"metric": "sparse_probing_auc", "setting": "k=64", "value": 0.8},
     ]
-    found = {h.title[:2]: headline(rows, h) for h in HEADLINES}
+    found = {column.headline: column.of(rows) for column in headlines()}
     assert (found["M6"], found["M4"]) == (0.75, 0.9)
     assert math.isnan(found["M1"])
 

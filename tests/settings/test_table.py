@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from sae_lightning import saes
 from sae_lightning.data import data_source
-from sae_lightning.evaluation.parts import MAKERS
+from sae_lightning.metrics.part import PARTS, all_parts
 from sae_lightning.saes import VARIANTS
 from sae_lightning.saes.losses import TERMS
 from sae_lightning.settings import SettingsError, check_settings, mistakes
@@ -66,7 +66,7 @@ def test_the_table_names_what_the_package_has():
         assert set(known.VARIANTS[name]) == settings - {"self", "d_in", "d_sae", "normalizer", "seed", "options"}
     assert set(known.LOSSES) == set(TERMS)
     assert set(known.SOURCES) == {*data_source, "store"}
-    assert set(known.METRICS.rules) == {*MAKERS, "stability"}
+    assert set(known.METRICS.rules) == {part.name for part in all_parts()}
     assert set(known.MONOLOSS) - {"_target_"} == set(inspect.signature(MonoLoss).parameters)
 
 
@@ -246,7 +246,7 @@ RIGHT = [
 
 @pytest.mark.parametrize(("command", "words"), RIGHT)
 def test_what_can_be_is_taken(command, words, monkeypatch):
-    for mapping in (VARIANTS, data_source, TERMS, MAKERS):
+    for mapping in (VARIANTS, data_source, TERMS, PARTS):
         monkeypatch.setitem(mapping, "theirs", saes.SAE)
     assert found(command, *re.split(r" (?=[+\w.]+=)", words)) == ""
 

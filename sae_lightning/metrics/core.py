@@ -1,0 +1,67 @@
+"""What every evaluated run has: reconstruction, sparsity, MonoScore, purity and the decoder, from one pass."""
+
+from __future__ import annotations
+
+from sae_lightning.metrics.base import Score, SumMetric, named
+from sae_lightning.metrics.monoscore import MonoScore
+from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, Streamed, register
+from sae_lightning.metrics.purity import Purity
+from sae_lightning.metrics.reconstruction import Reconstruction
+from sae_lightning.metrics.sparsity import L0, Firing
+
+MSAE = "Metrics of MSAE"
+SHOWN = (  # what tables of runs show
+    Column("expl. var.", "explained_variance", better=True),
+    Column("R²", "r2", better=True, about="mean coefficient of determination of the dimensions"),
+    Column("FVU", "fvu", better=False), Column("L0", "l0", form=".1f"),
+    Column("dead", "dead_share", better=False, form=".1%"), Column("cosine", "cosine", better=True),
+    Column("|cos| dec.", "decoder_cosine", better=False, about="mean |cosine| between decoder rows"),
+    Column("nearest dec.", "decoder_nearest_cosine", better=False,
+           about="mean largest cosine of a decoder row with another"),
+    Column("MonoScore", "monoscore", better=True,
+           about="mean over all latents of the activation-weighted similarity of image pairs"),
+    Column("purity", "purity", better=True, about="share of a latent's dominant class among the images it fires on, "
+           "mean over latents that fire"),
+    Column("weighted", "weighted_purity", better=True, about="the same, each image weighted by its activation"),
+    Column("top-9 purity", "top_purity", better=True, about="share of the most common class among a latent's top 9 "
+           "images, mean over latents active on at least 10 images"),
+)  # fmt: skip
+
+
+def streams(about: Streamed, options: Options) -> dict[str, SumMetric]:
+    """The sums of all of them; of purity where the images have classes."""
+    sae, store = about.sae, about.store
+    found: dict[str, SumMetric] = {
+        "reconstruction": Reconstruction(sae.d_in, center=store.mean), "l0": L0(), "firing": Firing(sae.d_sae),
+        "mono": MonoScore(sae.d_sae, about.width),
+    }  # fmt: skip
+    return found | ({"purity": Purity(sae.d_sae, len(store.class_names))} if store.labelled else {})
+
+
+def core(run: ScoredRun, options: Options) -> list[Score]:
+    """What scores.json holds, which is written now with what belongs to single latents."""
+    scores = run.summary(anew=True)
+    found = {**scores["metrics"], "l0_share": scores["metrics"]["l0"] / run.sae.d_sae}
+    found["dead"] = run.sae.d_sae - scores["metrics"]["alive"]
+    found["n_images"], found["n_tokens"] = scores["n_images"], scores["n_tokens"]
+    return named(found | {"similarity_baseline": scores["similarity"]["baseline"]})
+
+
+PART = register(Part(
+    "core", core, streams, needs=("core",), title=MSAE,
+    about="EVR is 1 − FVU; CKNNA whether images have the same neighbours as by features; DO the mean cosine of pairs "
+    "of decoder rows.",
+    undefined="no latent fires on enough images, or the features do not vary",
+    columns=(
+        Column("M2 FVU", "fvu", better=False, headline="M2",
+               about="share of the features' variance that the reconstruction misses"),
+        Column("L0", "l0", form=".1f", about="active latents a token", always=True),
+        Column("dead", "dead_share", better=False, form=".1%", about="share of latents that never fire", always=True),
+        Column("EVR", "explained_variance", better=True),
+        Column("cosine", "cosine", better=True),
+        Column("signed", "decoder_orthogonality", form=".4f", over="DO"),
+        Column("squared", "decoder_squared_cosine", better=False, form=".4f", over="DO"),
+        Column("L0 / d_sae", "l0_share", form=".2%"),
+        Column("dead", "dead", better=False, form=",.0f"),
+    ),
+))  # fmt: skip
