@@ -4,8 +4,4 @@ One module a package (``saelens``, ``overcomplete``, ``dictionary_learning``), e
 ``load(folder)``. None of the packages keeps a normaliser beside its weights, so ``save`` folds ours into them: codes
 stay equal and the reconstruction is in raw space. ``load`` gives an SAE whose normaliser is the identity and whose
 decoder rows keep the norm they have on disk.
-
-What the three modules share stands here. ``Weights`` are float64 tensors under our names, with b_dec for the offset:
-codes = activation((features - b_dec) · W_encᵀ + b_enc), reconstruction = codes · W_dec + b_dec, both matrices
-[d_sae, d_in]; gated SAEs add ``b_gate`` and ``r_mag``, SAEs with a threshold ``threshold`` [d_sae].
 """

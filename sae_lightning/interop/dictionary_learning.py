@@ -14,23 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lightning.files import write_json
-from sae_lightning.interop.layout import (
-    Weights,
-    build,
-    check_shapes,
-    entry,
-    fold,
-    fractions,
-    inference_variant,
-    move_offset,
-    read_json,
-    read_tensors,
-    rename,
-    restore,
-    widths,
-)
+from sae_lightning.interop.layout import Found, Layout, Weights, entry, move_offset, rename, restore
 from sae_lightning.saes import SAE
+from sae_lightning.saes.matryoshka import prefix_ends
 
 LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
 PLAIN = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
@@ -57,22 +43,41 @@ VARIANT_OF = {dict_class: variant for variant, (dict_class, _) in CLASSES.items(
 UNCENTRED = ("JumpReluAutoEncoder", "AutoEncoderNew")  # their encoders do not subtract the decoder's bias
 
 
-def save(sae: SAE, folder: str | Path) -> None:
-    """Write ``ae.pt`` and ``config.json``. A fractional k is rounded, since the package wants a whole one.
+class DictionaryLearning(Layout):
+    """A fractional k is rounded, since the package wants a whole one."""
 
-    Raises ValueError for a variant that the package has no class for, and for one with an ``input_norm``.
-    """
-    variant = inference_variant(sae, CLASSES, "dictionary_learning")
-    dict_class, trainer_class = CLASSES[variant]
-    weights = fold(sae)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    centred = move_offset(weights, -1) if dict_class in UNCENTRED else weights
-    extra, described = _extra(sae, variant, weights)
-    torch.save(rename(centred, NAMES[dict_class]) | extra, folder / "ae.pt")
-    trainer: dict[str, Any] = {"trainer_class": trainer_class, "dict_class": dict_class, "device": "cpu"}
-    trainer |= {"activation_dim": sae.d_in, "dict_size": sae.d_sae, "layer": None, "lm_name": None}
-    write_json(folder / "config.json", {"trainer": trainer | described})
+    package, config, weights = "dictionary_learning", "config.json", "ae.pt"
+    forms = CLASSES
+
+    def written(self, sae: SAE, variant: str, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        dict_class, trainer_class = CLASSES[variant]
+        centred = move_offset(weights, -1) if dict_class in UNCENTRED else weights
+        extra, described = _extra(sae, variant, weights)
+        trainer: dict[str, Any] = {"trainer_class": trainer_class, "dict_class": dict_class, "device": "cpu"}
+        trainer |= {"activation_dim": sae.d_in, "dict_size": sae.d_sae, "layer": None, "lm_name": None}
+        return rename(centred, NAMES[dict_class]) | extra, {"trainer": trainer | described}
+
+    def checked(self, config: dict[str, Any], path: Path) -> dict[str, Any]:
+        trainer = entry(config, "trainer", path)
+        if entry(trainer, "dict_class", path) not in NAMES:
+            raise ValueError(f"{path} names the class '{trainer['dict_class']}'; known classes: {', '.join(NAMES)}.")
+        return trainer
+
+    def read(self, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Found:
+        dict_class, path, settings = config["dict_class"], folder / self.weights, dict[str, Any]()
+        weights = restore(tensors, NAMES[dict_class], path)
+        d_in, d_sae = (entry(config, name, folder / self.config) for name in ("activation_dim", "dict_size"))
+        if dict_class in ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+            settings["k"] = int(tensors["k"]) if "k" in tensors else entry(config, "k", folder / self.config)
+        if dict_class in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+            weights["threshold"] = entry(tensors, "threshold", path).double().repeat(d_sae)
+        if dict_class == "MatryoshkaBatchTopKSAE":
+            settings["fractions"] = [end / d_sae for end in entry(tensors, "group_sizes", path).cumsum(0).tolist()]
+        return Found(VARIANT_OF[dict_class], weights, d_in, d_sae, settings, dict_class not in UNCENTRED)
+
+
+LAYOUT = DictionaryLearning()
+save, load = LAYOUT.save, LAYOUT.load
 
 
 def _extra(sae: SAE, variant: str, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -85,33 +90,6 @@ def _extra(sae: SAE, variant: str, weights: Weights) -> tuple[dict[str, Tensor],
     buffers = {"k": torch.tensor(k, dtype=torch.int), "threshold": threshold}
     if variant != "matryoshka":
         return buffers, {"k": k}
-    sizes = [end - start for start, end in pairwise([0, *widths(sae)])]
+    sizes = [end - start for start, end in pairwise([0, *prefix_ends(sae.d_sae, settings["fractions"])])]
     described = {"k": k, "group_sizes": sizes, "group_fractions": [size / sae.d_sae for size in sizes]}
     return buffers | {"group_sizes": torch.tensor(sizes)}, described
-
-
-def load(folder: str | Path) -> SAE:
-    """The SAE in ``folder``, in evaluation mode.
-
-    FileNotFoundError or ValueError says which file is missing, which class is unknown or what does not fit.
-    """
-    folder = Path(folder)
-    config, path = folder / "config.json", folder / "ae.pt"
-    trainer = entry(read_json(config), "trainer", config)
-    dict_class = entry(trainer, "dict_class", config)
-    if dict_class not in NAMES:
-        raise ValueError(f"{config} names the class '{dict_class}'; known classes: {', '.join(NAMES)}.")
-    tensors = read_tensors(path)
-    weights = restore(tensors, NAMES[dict_class], path)
-    d_sae, d_in = entry(trainer, "dict_size", config), entry(trainer, "activation_dim", config)
-    settings: dict[str, Any] = {}
-    if dict_class in ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-        settings["k"] = int(tensors["k"]) if "k" in tensors else entry(trainer, "k", config)
-    if dict_class in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-        weights["threshold"] = entry(tensors, "threshold", path).double().repeat(d_sae)
-    if dict_class == "MatryoshkaBatchTopKSAE":
-        settings["fractions"] = fractions(entry(tensors, "group_sizes", path).cumsum(0).tolist(), d_sae)
-    check_shapes(weights, path, d_in, d_sae)
-    if dict_class in UNCENTRED:
-        weights = move_offset(weights, +1)
-    return build(VARIANT_OF[dict_class], weights, **settings)

@@ -1,52 +1,107 @@
-"""SAEs in other packages' layouts on disk, written and read without importing those packages.
+"""What other packages' layouts have in common: the skeleton of saving and loading, and the checks.
 
-One module a package (``saelens``, ``overcomplete``, ``dictionary_learning``), each with ``save(sae, folder)`` and
-``load(folder)``. None of the packages keeps a normaliser beside its weights, so ``save`` folds ours into them: codes
-stay equal and the reconstruction is in raw space. ``load`` gives an SAE whose normaliser is the identity and whose
-decoder rows keep the norm they have on disk.
-
-What the three modules share stands here. ``Weights`` are float64 tensors under our names, with b_dec for the offset:
-codes = activation((features - b_dec) · W_encᵀ + b_enc), reconstruction = codes · W_dec + b_dec, both matrices
-[d_sae, d_in]; gated SAEs add ``b_gate`` and ``r_mag``, SAEs with a threshold ``threshold`` [d_sae].
+``Weights`` are float64 tensors under our names, with b_dec for the offset: codes = activation((features - b_dec) ·
+W_encᵀ + b_enc), reconstruction = codes · W_dec + b_dec, both matrices [d_sae, d_in]; gated SAEs add ``b_gate`` and
+``r_mag``, SAEs with a threshold ``threshold`` [d_sae].
 """
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sae_lightning.files import read_json, write_json, write_tensors
 from sae_lightning.saes import SAE, VARIANTS, Normalizer
 from sae_lightning.saes.artefact import unwrapped
-from sae_lightning.saes.matryoshka import prefix_ends
 
 Weights = dict[str, Tensor]
 
 
-def inference_variant(sae: SAE, supported: Collection[str], package: str, batch_k: bool = False) -> str:
-    """The variant whose inference this SAE's is, often its own (``SAE.inference_forms``).
+class Found(NamedTuple):
+    """What a package's files say, in our words; ``centred`` where its encoder subtracts b_dec from its input."""
 
-    One with k a batch infers as a ``jumprelu`` of one threshold, unless the package counts so too (``batch_k``).
-    Raises ValueError when the package has no layout for the variant.
+    variant: str
+    weights: Weights
+    d_in: int
+    d_sae: int
+    settings: dict[str, Any]
+    centred: bool = True
+    normalizer: Normalizer | None = None
+
+
+class Layout:
+    """A package's layout: its files, and our variants that it has classes for (``forms``).
+
+    ``batch_k`` where it can count k a batch, ``unit_norm`` where it can norm each sample. A subclass says with
+    ``written`` what is written of an SAE and with ``read`` what was read.
     """
-    forms = sae.inference_forms()
-    if sae.settings().get("k_per") == "batch" and not batch_k:
-        forms = forms[1:]
-    if not forms:
-        raise ValueError(f"{package} has no layout for the codes of this '{sae.variant}' SAE ({sae.settings()}).")
-    variant = next((form for form in forms if form in supported), None)
-    if variant is None:
-        raise ValueError(
-            f"{package} has no layout for a '{forms[0]}' SAE; it can take these variants: {', '.join(supported)}."
-        )
-    return variant
+
+    package: ClassVar[str]
+    config: ClassVar[str]
+    weights: ClassVar[str]
+    forms: ClassVar[Collection[str]]
+    batch_k: ClassVar[bool] = False
+    unit_norm: ClassVar[bool] = False
+
+    def written(self, sae: SAE, variant: str, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the config of ``sae``, which infers as ``variant`` with these ``weights``."""
+        raise NotImplementedError
+
+    def checked(self, config: dict[str, Any], path: Path) -> dict[str, Any]:
+        """``config`` in the words of the layout's newest version; ValueError for what no SAE here can do."""
+        return config
+
+    def read(self, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Found:
+        """The inverse of ``written``; ValueError for what is missing or cannot be represented."""
+        raise NotImplementedError
+
+    def inference_variant(self, sae: SAE) -> str:
+        """The variant whose inference this SAE's is, often its own (``SAE.inference_forms``).
+
+        One with k a batch infers as a ``jumprelu`` of one threshold, unless the package counts so too.
+        """
+        forms = sae.inference_forms()
+        if sae.settings().get("k_per") == "batch" and not self.batch_k:
+            forms = forms[1:]
+        variant = next((form for form in forms if form in self.forms), None)
+        if variant is None:
+            what = f"a '{forms[0]}' SAE" if forms else f"the codes of this '{sae.variant}' SAE ({sae.settings()})"
+            raise ValueError(
+                f"{self.package} has no layout for {what}; it can take these variants: {', '.join(self.forms)}."
+            )
+        return variant
+
+    def save(self, sae: SAE, folder: str | Path) -> None:
+        """Write both files. ValueError for a variant or an ``input_norm`` that the package has nothing for."""
+        variant = self.inference_variant(sae)
+        tensors, config = self.written(sae, variant, fold(sae, self.unit_norm))
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.weights.endswith(".safetensors"):
+            write_tensors(folder / self.weights, tensors)
+        else:
+            torch.save(tensors, folder / self.weights)
+        write_json(folder / self.config, config)
+
+    def load(self, folder: str | Path) -> SAE:
+        """The SAE in ``folder``, in evaluation mode.
+
+        FileNotFoundError or ValueError says which file is missing, what is unknown or what does not fit.
+        """
+        folder = Path(folder)
+        config, path = present(folder / self.config), folder / self.weights
+        content = self.checked(read_json(config, "save the SAE again"), config)
+        found = self.read(content, read_tensors(present(path)), folder)
+        check_shapes(found.weights, path, found.d_in, found.d_sae)
+        weights = found.weights if found.centred else move_offset(found.weights, +1)
+        return build(found.variant, weights, found.normalizer, **found.settings)
 
 
 def fold(sae: SAE, unit_norm: bool = False) -> Weights:
@@ -129,28 +184,11 @@ def build(variant: str, weights: Weights, normalizer: Normalizer | None = None, 
     return sae.eval()
 
 
-def widths(sae: SAE) -> list[int]:
-    """Latents in each of a Matryoshka SAE's nested dictionaries, ascending, the last with all of them."""
-    settings: dict[str, Any] = sae.settings()
-    return prefix_ends(sae.d_sae, settings["fractions"])
-
-
-def fractions(widths: list[int], d_sae: int) -> list[float]:
-    """The setting of a Matryoshka SAE with these nested dictionaries."""
-    return [width / d_sae for width in widths]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. FileNotFoundError or ValueError says what is wrong with the file."""
+def present(path: Path) -> Path:
+    """``path`` itself; FileNotFoundError where there is no such file."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path.name} in {path.parent}; expected the folder of a saved SAE.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); save the SAE again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
-    return content
+    return path
 
 
 def entry(content: dict[str, Any], key: str, path: Path) -> Any:
@@ -162,8 +200,6 @@ def entry(content: dict[str, Any], key: str, path: Path) -> Any:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file or of a saved state dict, prefixes of wrappers off; nothing pickled is run."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path.name} in {path.parent}; expected the weights of a saved SAE.")
     try:
         if path.suffix == ".safetensors":
             return unwrapped(load_file(path))

@@ -23,20 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lightning.files import write_json
-from sae_lightning.interop.layout import (
-    Weights,
-    build,
-    check_shapes,
-    entry,
-    fold,
-    inference_variant,
-    move_offset,
-    read_json,
-    read_tensors,
-    rename,
-    restore,
-)
+from sae_lightning.interop.layout import Found, Layout, Weights, entry, move_offset, rename, restore
 from sae_lightning.saes import SAE
 
 CLASSES = {
@@ -51,35 +38,62 @@ DICTIONARY = {"dictionary._weights": "W_dec", "dictionary.multiplier": "multipli
 NORMALIZATIONS = ("l2", "max_l2", "l1", "max_l1", "identity")
 
 
-def save(sae: SAE, folder: str | Path) -> None:
-    """Write ``state_dict.pt`` and ``config.json``.
+class Overcomplete(Layout):
+    """``top_k`` of a BatchTopKSAE counts a whole batch and matters in training only; of an SAE with k a sample it is
+    written for a batch of one, and a BatchTopKSAE's k counts a batch unless there is our entry ``k``."""
 
-    ``top_k`` of a BatchTopKSAE counts a whole batch and matters in training only; of an SAE with k a sample it is
-    written for a batch of one. Raises ValueError for a variant that the package has no class for, and for one with
-    an ``input_norm``.
-    """
-    variant = inference_variant(sae, CLASSES, "overcomplete", batch_k=True)
-    weights = fold(sae)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    offset = weights["b_dec"]
-    weights, normalization = _split_norm(move_offset(weights, -1))
-    arguments: dict[str, Any] = {"input_shape": sae.d_in, "nb_concepts": sae.d_sae}
-    config: dict[str, Any] = {"class": CLASSES[variant], "offset": offset.float().tolist()}
-    settings: dict[str, Any] = sae.settings()
-    if variant in ("topk", "batchtopk", "matryoshka"):
-        arguments["top_k"] = max(1, round(settings["k"]))
-    names = ENCODER | DICTIONARY
-    if variant == "jumprelu":
-        names = names | {"thresholds": "thresholds"}
-        weights["thresholds"] = sae.state_dict()["log_threshold"].detach().cpu()
-    elif "threshold" in weights:
-        # it keeps what equals the threshold, we only what exceeds it
-        config["running_threshold"] = _next(weights["threshold"][0], math.inf)
-        config |= {"k": settings["k"]} if settings.get("k_per", "sample") == "sample" else {}
-    torch.save(rename(weights, names), folder / "state_dict.pt")
-    arguments |= {"dictionary_params": {"normalization": normalization}}
-    write_json(folder / "config.json", config | {"arguments": arguments})
+    package, config, weights = "overcomplete", "config.json", "state_dict.pt"
+    forms, batch_k = CLASSES, True
+
+    def written(self, sae: SAE, variant: str, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        offset = weights["b_dec"]
+        weights, normalization = _split_norm(move_offset(weights, -1))
+        arguments: dict[str, Any] = {"input_shape": sae.d_in, "nb_concepts": sae.d_sae}
+        config: dict[str, Any] = {"class": CLASSES[variant], "offset": offset.float().tolist()}
+        settings: dict[str, Any] = sae.settings()
+        names = ENCODER | DICTIONARY
+        if variant in ("topk", "batchtopk", "matryoshka"):
+            arguments["top_k"] = max(1, round(settings["k"]))
+        if variant == "jumprelu":
+            names = names | {"thresholds": "thresholds"}
+            weights["thresholds"] = sae.state_dict()["log_threshold"].detach().cpu()
+        elif "threshold" in weights:
+            # it keeps what equals the threshold, we only what exceeds it
+            config["running_threshold"] = _next(weights["threshold"][0], math.inf)
+            config |= {"k": settings["k"]} if settings.get("k_per", "sample") == "sample" else {}
+        arguments |= {"dictionary_params": {"normalization": normalization}}
+        return rename(weights, names), config | {"arguments": arguments}
+
+    def checked(self, config: dict[str, Any], path: Path) -> dict[str, Any]:
+        cls, arguments = entry(config, "class", path), entry(config, "arguments", path)
+        if cls not in CLASSES.values():
+            raise ValueError(
+                f"{path} names the class '{cls}'; known classes: {', '.join(dict.fromkeys(CLASSES.values()))}. Another "
+                "dictionary can be saved as get_dictionary() in one of these with the normalization 'identity'."
+            )
+        d_in, _ = entry(arguments, "input_shape", path), entry(arguments, "nb_concepts", path)
+        if not isinstance(d_in, int):
+            raise ValueError(
+                f"{path} has input_shape {d_in}; SAEs here take single vectors, so it has to be one number."
+            )
+        return config
+
+    def read(self, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Found:
+        path, arguments = folder / self.weights, config["arguments"]
+        d_in, d_sae = arguments["input_shape"], arguments["nb_concepts"]
+        weights = restore(tensors, DICTIONARY, path)
+        rows = _normalised(weights["W_dec"], arguments, folder / self.config)
+        weights["W_dec"] = rows * weights.pop("multiplier").exp()
+        weights |= _encoder(tensors, weights["W_dec"], path)
+        weights["b_dec"] = torch.tensor(config.get("offset") or [0.0] * d_in, dtype=torch.float64)
+        variant, threshold, settings = _activation(config["class"], config, tensors, folder)
+        if threshold is not None:
+            weights["threshold"] = threshold
+        return Found(variant, weights, d_in, d_sae, settings, centred=False)
+
+
+LAYOUT = Overcomplete()
+save, load = LAYOUT.save, LAYOUT.load
 
 
 def _split_norm(weights: Weights) -> tuple[Weights, str]:
@@ -94,35 +108,6 @@ def _split_norm(weights: Weights) -> tuple[Weights, str]:
 def _next(value: Tensor, towards: float) -> float:
     """The float32 next to ``value``."""
     return float(torch.nextafter(value.float(), torch.tensor(towards)))
-
-
-def load(folder: str | Path) -> SAE:
-    """The SAE in ``folder``, in evaluation mode. A BatchTopKSAE's k counts a batch unless there is our entry ``k``.
-
-    FileNotFoundError or ValueError says which file is missing, which class or encoder is unknown or what does not fit.
-    """
-    folder = Path(folder)
-    path, weights_path = folder / "config.json", folder / "state_dict.pt"
-    config = read_json(path)
-    cls, arguments = entry(config, "class", path), entry(config, "arguments", path)
-    if cls not in CLASSES.values():
-        raise ValueError(
-            f"{path} names the class '{cls}'; known classes: {', '.join(dict.fromkeys(CLASSES.values()))}. Another "
-            "dictionary can be saved as get_dictionary() in one of these with the normalization 'identity'."
-        )
-    d_in, d_sae = entry(arguments, "input_shape", path), entry(arguments, "nb_concepts", path)
-    if not isinstance(d_in, int):
-        raise ValueError(f"{path} has input_shape {d_in}; SAEs here take single vectors, so it has to be one number.")
-    tensors = read_tensors(weights_path)
-    weights = restore(tensors, DICTIONARY, weights_path)
-    weights["W_dec"] = _normalised(weights["W_dec"], arguments, path) * weights.pop("multiplier").exp()
-    weights |= _encoder(tensors, weights["W_dec"], weights_path)
-    weights["b_dec"] = torch.tensor(config.get("offset") or [0.0] * d_in, dtype=torch.float64)
-    variant, threshold, settings = _activation(cls, config, tensors, folder)
-    if threshold is not None:
-        weights["threshold"] = threshold
-    check_shapes(weights, weights_path, d_in, d_sae)
-    return build(variant, move_offset(weights, +1), **settings)
 
 
 def _normalised(rows: Tensor, arguments: dict[str, Any], path: Path) -> Tensor:

@@ -12,23 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_lightning.files import write_json, write_tensors
-from sae_lightning.interop.layout import (
-    Weights,
-    build,
-    check_shapes,
-    entry,
-    fold,
-    fractions,
-    inference_variant,
-    move_offset,
-    read_json,
-    read_tensors,
-    rename,
-    restore,
-    widths,
-)
+from sae_lightning.files import read_json
+from sae_lightning.interop.layout import Found, Layout, Weights, check_shapes, entry, rename, restore
 from sae_lightning.saes import SAE, Normalizer
+from sae_lightning.saes.matryoshka import prefix_ends
 
 FORMAT = "6.54.0"  # the version of SAELens whose layout this is
 PLAIN = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
@@ -48,58 +35,55 @@ NAMES = {"standard": PLAIN, "topk": PLAIN, "jumprelu": JUMPRELU, "gated": GATED}
 TRAINING = {"batchtopk": "batchtopk", "matryoshka_batchtopk": "matryoshka"}
 
 
-def save(sae: SAE, folder: str | Path) -> None:
-    """Write ``sae_weights.safetensors`` and ``cfg.json``.
+class SAELens(Layout):
+    """Its constant_norm_rescale is our ``input_norm`` "rms"; other ways to prepare inputs have no counterpart here."""
 
-    Raises ValueError for a variant that SAELens has no architecture for, and for an ``input_norm`` of another kind
-    than SAELens' constant_norm_rescale.
-    """
-    variant = inference_variant(sae, ARCHITECTURES, "SAELens")
-    architecture = ARCHITECTURES[variant]
-    weights = fold(sae, unit_norm=True)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "sae_weights.safetensors", rename(weights, NAMES[architecture]))
-    cfg = {"architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu"}
-    norm = "none" if sae.input_norm == "none" else "constant_norm_rescale"
-    cfg |= {"apply_b_dec_to_input": True, "normalize_activations": norm, "reshape_activations": "none"}
-    if architecture == "topk":
-        cfg |= {"k": sae.settings()["k"], "rescale_acts_by_decoder_norm": False}
-    write_json(folder / "cfg.json", cfg | {"metadata": {"sae_lens_version": FORMAT} | _training(sae, variant)})
+    package, config, weights = "SAELens", "cfg.json", "sae_weights.safetensors"
+    forms, unit_norm = ARCHITECTURES, True
+
+    def written(self, sae: SAE, variant: str, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        architecture = ARCHITECTURES[variant]
+        cfg = {"architecture": architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu"}
+        norm = "none" if sae.input_norm == "none" else "constant_norm_rescale"
+        cfg |= {"apply_b_dec_to_input": True, "normalize_activations": norm, "reshape_activations": "none"}
+        if architecture == "topk":
+            cfg |= {"k": sae.settings()["k"], "rescale_acts_by_decoder_norm": False}
+        metadata = {"sae_lens_version": FORMAT} | _training(sae, variant)
+        return rename(weights, NAMES[architecture]), cfg | {"metadata": metadata}
+
+    def checked(self, config: dict[str, Any], path: Path) -> dict[str, Any]:
+        return _modern(config, path)
+
+    def read(self, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Found:
+        path, weights_path = folder / self.config, folder / self.weights
+        d_in, d_sae = entry(config, "d_in", path), entry(config, "d_sae", path)
+        normalizer = _normalizer(config, folder, d_in)
+        tensors = _inference_tensors(config, tensors, weights_path)
+        architecture = "jumprelu" if config["architecture"] in TRAINING else config["architecture"]
+        weights = restore(tensors, NAMES[architecture], weights_path)
+        check_shapes(weights, weights_path, d_in, d_sae)
+        if _rescales(config):
+            weights = _unit_decoder(weights)
+        variant, settings = _variant(config, weights, path)
+        if config.get("normalize_activations") == "constant_norm_rescale":
+            settings["input_norm"] = "rms"
+        return Found(variant, weights, d_in, d_sae, settings, config["apply_b_dec_to_input"], normalizer)
+
+
+LAYOUT = SAELens()
+save, load = LAYOUT.save, LAYOUT.load
 
 
 def _training(sae: SAE, variant: str) -> dict[str, Any]:
     """Metadata in SAELens' words for the variants whose inference architecture is another."""
     if variant not in TRAINING.values():
         return {}
-    details = {"k": sae.settings()["k"]} | ({"matryoshka_widths": widths(sae)} if variant == "matryoshka" else {})
+    settings: dict[str, Any] = sae.settings()
+    details = {"k": settings["k"]}
+    if variant == "matryoshka":
+        details["matryoshka_widths"] = prefix_ends(sae.d_sae, settings["fractions"])
     name = next(name for name, ours in TRAINING.items() if ours == variant)
     return {"training_architecture": name, "training_architecture_details": details}
-
-
-def load(folder: str | Path) -> SAE:
-    """The SAE in ``folder``, in evaluation mode.
-
-    FileNotFoundError or ValueError says which file is missing, what does not fit, or which option cannot be
-    represented: inputs in layer norm, whitened or reshaped, and architectures without a counterpart here.
-    """
-    folder = Path(folder)
-    path, weights_path = folder / "cfg.json", folder / "sae_weights.safetensors"
-    cfg = _modern(read_json(path), path)
-    d_in, d_sae = entry(cfg, "d_in", path), entry(cfg, "d_sae", path)
-    normalizer = _normalizer(cfg, folder, d_in)
-    tensors = _inference_tensors(cfg, read_tensors(weights_path), weights_path)
-    architecture = "jumprelu" if cfg["architecture"] in TRAINING else cfg["architecture"]
-    weights = restore(tensors, NAMES[architecture], weights_path)
-    check_shapes(weights, weights_path, d_in, d_sae)
-    if _rescales(cfg):
-        weights = _unit_decoder(weights)
-    if not cfg["apply_b_dec_to_input"]:
-        weights = move_offset(weights, +1)
-    variant, settings = _variant(cfg, weights, path)
-    if cfg.get("normalize_activations") == "constant_norm_rescale":
-        settings["input_norm"] = "rms"
-    return build(variant, weights, normalizer, **settings)
 
 
 def _modern(cfg: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -134,7 +118,7 @@ def _normalizer(cfg: dict[str, Any], folder: Path, d_in: int) -> Normalizer:
             "its training ends."
         )
     scaler = folder / "activation_scaler.json"
-    factor = read_json(scaler).get("scaling_factor") if scaler.is_file() else None
+    factor = read_json(scaler, "save the SAE again").get("scaling_factor") if scaler.is_file() else None
     if not factor:
         raise ValueError(
             f"{folder / 'cfg.json'} has normalize_activations='{how}', but no activation_scaler.json with the factor "
@@ -181,5 +165,6 @@ def _variant(cfg: dict[str, Any], weights: Weights, path: Path) -> tuple[str, di
         if trained == "batchtopk":
             return "batchtopk", {"k": details["k"]}
         if details.get("matryoshka_widths"):
-            return "matryoshka", {"k": details["k"], "fractions": fractions(details["matryoshka_widths"], cfg["d_sae"])}
+            fractions = [end / cfg["d_sae"] for end in details["matryoshka_widths"]]
+            return "matryoshka", {"k": details["k"], "fractions": fractions}
     return {"standard": "relu", "gated": "gated"}.get(architecture, "jumprelu"), {}
