@@ -21,6 +21,7 @@ from scipy.sparse import csr_matrix
 
 from sae_lightning.apps.app import app
 from sae_lightning.apps.names import TABLE, label_names
+from sae_lightning.apps.naming import page
 from sae_lightning.apps.naming.match import (  # fmt: skip
     COLUMNS,
     CONDITIONS,
@@ -37,7 +38,6 @@ from sae_lightning.apps.naming.match import (  # fmt: skip
     precision,
     standing,
 )
-from sae_lightning.apps.naming.page import page_context
 from sae_lightning.apps.naming.vocabulary import (  # fmt: skip
     RANDOM_LATENTS,
     RANDOM_WORDS,
@@ -78,8 +78,9 @@ def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
         | {name: asdict(each) for name, each in checks.items()}
     )
     return Result(
-        "What the latents stand for", headlines(table, text, checks, by_chance, options), tables={TABLE: table},
-        numbers=numbers, context=page_context(opened, table, text, checks, cfg),
+        "What the latents stand for", headlines(table, text, checks, by_chance, options),
+        [page.lead(text, table, options)], page.sections(opened, table, text, checks, cfg), {TABLE: table},
+        numbers=numbers,
     )  # fmt: skip
 
 

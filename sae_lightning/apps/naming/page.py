@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,11 +19,13 @@ from sae_lightning.apps.naming.match import (
     of_concepts,
     of_latents,
 )
-from sae_lightning.apps.naming.vocabulary import RANDOM_LATENTS, RANDOM_WORDS, TextNames
+from sae_lightning.apps.naming.vocabulary import MEASURES, RANDOM_LATENTS, RANDOM_WORDS, TextNames
 from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.evaluation.core import activation_maps
 from sae_lightning.rendering.figures import COLOURS, figure
+from sae_lightning.rendering.page import Beside, Card, Cards, Note, Picture, Section, Strip
 from sae_lightning.rendering.pictures import overlay, strip, thumbnail
+from sae_lightning.rendering.table import NOTHING, Head, Table
 from sae_lightning.runs.run import Run
 
 RATIOS = (1.0, 1.25, 1.5, 2.0, 3.0)
@@ -32,43 +33,107 @@ STEPS = (-0.2, -0.12, -0.06, 0.0, 0.06, 0.12, 0.2)  # of the grid of thresholds,
 FEW = 6  # latents of each kind that fails
 
 
-def page_context(
+def lead(text: TextNames | None, table: pd.DataFrame, options: DictConfig) -> str:
+    """What latents are called by."""
+    if text is None:
+        return (
+            "Each latent is called by the class that has most of its activation over the training images, where that "
+            f"is at least {100 * options.labels.purity:.0f} % of it. {sum(map(bool, table['shown']))} of {len(table)} "
+            f"latents have a name; {int(table['alive'].sum())} fire."
+        )
+    how = (
+        "by the word whose text embedding its decoder row points at [MSAE §5.1, App. A]"
+        if text.method == "decoder"
+        else "by the word whose fit to an image (cosine of image and text embedding) its activation follows, by "
+        "Pearson's correlation over the training images; its own features have no text of their own"
+    )
+    same = f" ({text.same} more that the text tower cannot tell from these)" if text.same else ""
+    alive = ", those that fire on a training image" if options.alive else ""
+    centre = {"captions": "the mean of the training captions", "vocabulary": "the vocabulary's mean",
+              "images": "the mean of the images"}[text.centre]  # fmt: skip
+    return (
+        f"Each latent is called {how}. {len(text.words)} words{same}, {len(text.latents)} of {len(table)} latents"
+        f"{alive}. Texts are centred by {centre}."
+    )
+
+
+def sections(
     opened: Run, table: pd.DataFrame, text: TextNames | None, checks: Mapping[str, Measured | Agreement],
     cfg: DictConfig,
-) -> dict[str, Any]:  # fmt: skip
-    """Everything the template ``apps/naming.html`` takes beside what every page has."""
-    options = cfg.app
-    context: dict[str, Any] = {
-        "text": None, "options": options, "n_latents": len(table), "alive": int(table["alive"].sum()),
-        "named": sum(map(bool, table["shown"])), "split": cfg.split, "groups": groups(opened, table, text, cfg),
-        "agreement": checks.get("agreement"),
-    }  # fmt: skip
-    if text is None:
-        return context
-    ratio = options.thresholds.ratio
+) -> list[Section]:  # fmt: skip
+    """All that the page shows below the headline figures."""
+    found = [] if text is None else [how_many(text, cfg.app)]
+    both = checks.get("agreement")
+    shown = groups(opened, table, text, cfg)
+    said = (
+        f"Where the word is a class and the label is pure enough ({both.latents} latents), both name the same class "
+        f"for {100 * both.share:.0f} %; with names permuted {100 * both.chance:.0f} %."
+        if isinstance(both, Agreement)
+        else ""
+    )
+    about = Note(f"Top images of the {cfg.split} split, which neither words nor labels were chosen on.")
+    for i, (title, cards) in enumerate(shown):
+        found.append(Section(title, *([said, about] if i == 0 else []), Cards(cards)))
+    return found
+
+
+def how_many(text: TextNames, options: DictConfig) -> Section:
+    """Latents and words that pass the thresholds, beside chance and the paper, and how that turns on the thresholds."""
+    ratio, measure, decoder = options.thresholds.ratio, text.measure, text.method == "decoder"
+    beyond = int(of_latents(text.match, text.threshold, ratio)["above"].sum())
+    by_chance = any(of["above"]["high"] >= beyond for of in text.chance.values())
+    kept = None if text.other is None else float((text.match.concepts.index == text.other.concepts.index).mean())
+    heads = [Head(""), *map(Head, (f"above {text.threshold:g}", "best", "above and best", "ratio", "all"))]
+    paper = [
+        [f"MSAE Table 3: {title}, ×8 | ×16 | ×32", *(" | ".join(map(str, of)) for of in columns)]
+        for title, columns in PAPER.items()
+    ]
     thresholds = sorted({round(text.threshold + step, 4) for step in STEPS if text.threshold + step > 0})
-    return context | {
-        "text": text, "thresholds": thresholds, "ratios": RATIOS, "grid": named_at(text.match, thresholds, RATIOS),
-        "grid_best": named_at(text.match, thresholds, RATIOS, best=True), "counts": counts(text, ratio),
-        "paper": PAPER, "figure": similarities(text, options.b_pre == "keep"), "scatter": uniqueness(text, ratio),
-        "beyond_chance": all(of["above"]["high"] < int(of_latents(text.match, text.threshold, ratio)["above"].sum())
-                             for of in text.chance.values()),
-        "same_best": None if text.other is None
-        else float((text.match.concepts.index == text.other.concepts.index).mean()),
-    }  # fmt: skip
+    grids = (named_at(text.match, thresholds, RATIOS, best=best) for best in (False, True))
+    grid = [
+        [f"{threshold:g}", *(f"{n} ({best})" for n, best in zip(*of, strict=True))]
+        for threshold, *of in zip(thresholds, *grids, strict=True)
+    ]
+    ratios = [Head("any ratio" if of == 1 else f"ratio > {of:g}") for of in RATIOS]
+    about = (
+        f"Thresholds: {measure} above {text.threshold:g}, and more than {ratio:g} times that of the second. Of "
+        "latents: each with its nearest word; it is the best when no other latent is nearer to that word. Of words: "
+        "each with its nearest latent; the best are the latents so reached, one word each. The chance rows are means "
+        f"of {options.baseline.draws} draws with their middle 95 %."
+    )
+    no_target = Note(
+        "The paper's rows are of CLIP ViT-L/14 on CC3M and 37,445 words, counted from words to latents, so they are an "
+        "order of magnitude to compare with and no target."
+    )
+    as_often = (
+        "Random words or random latents pass as often: the embeddings of this encoder vary in few directions, so that "
+        "most of them lie near some word, and a threshold alone tells little; what the held-out images say tells more."
+    )
+    removed = "removed from" if options.b_pre == "keep" else "left in"
+    return Section(
+        "How many have a word", about, Table("counts", "", heads, [*counts(text, ratio), *(paper if decoder else [])]),
+        no_target if decoder else "", as_often if by_chance else "",
+        Picture(similarities(text, options.b_pre == "keep"), wide=True),
+        "" if kept is None
+        else Note(f"{100 * kept:.0f} % of the words keep their nearest latent when b_pre is {removed} the texts."),
+        Beside([
+            [Table("thresholds", "Latents beyond each pair of thresholds", [Head(f"{measure} above"), *ratios], grid,
+                   "In brackets: the best latents of their word alone.")],
+            [Picture(uniqueness(text, ratio))],
+        ]),
+    )  # fmt: skip
 
 
-def counts(text: TextNames, ratio: float) -> list[dict[str, Any]]:
-    """The rows of the table of counts: each with a ``title`` and the text of each of ``CONDITIONS``."""
+def counts(text: TextNames, ratio: float) -> list[list[str]]:
+    """The rows of the table of counts: a title and the text of each of ``CONDITIONS``."""
     met = of_latents(text.match, text.threshold, ratio)
     concepts = of_concepts(text.match, text.threshold, ratio)
     return [
-        {"title": f"latents, of {len(text.latents)}", **{name: str(int(met[name].sum())) for name in CONDITIONS}},
-        *(
-            {"title": f"– {kind}"} | {n: f"{c['mean']:.1f} ({c['low']:.0f}–{c['high']:.0f})" for n, c in found.items()}
-            for kind, found in ((kind, text.chance[kind]) for kind in (RANDOM_WORDS, RANDOM_LATENTS))
-        ),
-        {"title": f"words, of {len(text.words)}", **{name: str(concepts[name]) for name in CONDITIONS}},
+        [f"latents, of {len(text.latents)}", *(str(int(met[name].sum())) for name in CONDITIONS)],
+        *([f"– {kind}", *(f"{c['mean']:.1f} ({c['low']:.0f}–{c['high']:.0f})"
+                          for c in (text.chance[kind][name] for name in CONDITIONS))]
+          for kind in (RANDOM_WORDS, RANDOM_LATENTS)),
+        [f"words, of {len(text.words)}", *(str(concepts[name]) for name in CONDITIONS)],
     ]  # fmt: skip
 
 
@@ -117,7 +182,7 @@ def uniqueness(text: TextNames, ratio: float) -> str:
 
 
 # --- latents with their images ------------------------------------------------------------------
-def groups(opened: Run, table: pd.DataFrame, text: TextNames | None, cfg: DictConfig) -> list[dict[str, Any]]:
+def groups(opened: Run, table: pd.DataFrame, text: TextNames | None, cfg: DictConfig) -> list[tuple[str, list[Card]]]:
     """Latents to look at, by what becomes of them: a title and cards."""
     options = cfg.app
     if text is None:
@@ -136,8 +201,7 @@ def groups(opened: Run, table: pd.DataFrame, text: TextNames | None, cfg: DictCo
             ("No word fits", fires.sort_values("images", ascending=False).head(FEW)["latent"]),
             ("The label says something else", other.sort_values("purity", ascending=False).head(FEW)["latent"]),
         ]
-    made = [{"title": title, "cards": cards(opened, table, latents.to_numpy(), cfg)} for title, latents in chosen]
-    return [group for group in made if group["cards"]]
+    return [(title, cards(opened, table, latents.to_numpy(), cfg)) for title, latents in chosen if len(latents)]
 
 
 def _first_of(table: pd.DataFrame, name: str, by: str, n: int) -> pd.Series:
@@ -147,8 +211,8 @@ def _first_of(table: pd.DataFrame, name: str, by: str, n: int) -> pd.Series:
     return ordered.assign(again=again).sort_values("again", kind="stable").head(n)["latent"]
 
 
-def cards(opened: Run, table: pd.DataFrame, latents: np.ndarray, cfg: DictConfig) -> list[dict[str, Any]]:
-    """What is shown of each of ``latents``: its row, the class of its label, and strips of its top images."""
+def cards(opened: Run, table: pd.DataFrame, latents: np.ndarray, cfg: DictConfig) -> list[Card]:
+    """What is shown of each of ``latents``: its name and the next best, its label, and strips of its top images."""
     images = opened.images(cfg.split)
     top = top_images(opened.codes(cfg.split), cfg.app.top, latents)
     maps = None
@@ -157,18 +221,23 @@ def cards(opened: Run, table: pd.DataFrame, latents: np.ndarray, cfg: DictConfig
             where = torch.tensor(latents), torch.from_numpy(top)
             maps = activation_maps(opened.sae, opened.store(cfg.split), *where)
     shown = []
-    for row, latent in enumerate(latents.tolist()):
-        there = np.flatnonzero(top[row] >= 0)
-        pictures = [thumbnail(images[int(top[row, i])]) for i in there]
-        card = {"row": table.iloc[latent].to_dict(), "strips": [strip(pictures)] if pictures else []}
-        card["share"] = len(there) / top.shape[1]  # of the strip's width
-        label = int(card["row"]["label"])
-        card["label"] = images.class_names[label] if label >= 0 else ""
-        card["classes"] = ", ".join(images.class_names[c] for c in images.labels[top[row, there]].tolist())
+    for place, latent in enumerate(latents.tolist()):
+        row, there = table.iloc[latent], np.flatnonzero(top[place] >= 0)
+        pictures = [thumbnail(images[int(top[place, i])]) for i in there]
+        rows = [pictures] if pictures else []
         if maps is not None and pictures:
-            rows, columns = opened.store(cfg.split).grid
-            grids = maps[row].reshape(-1, rows, columns).numpy()
-            lit = [overlay(picture, grids[i], float(grids.max())) for i, picture in zip(there, pictures, strict=True)]
-            card["strips"].append(strip(lit))
-        shown.append(card)
+            grids = maps[place].reshape(-1, *opened.store(cfg.split).grid).numpy()
+            rows.append([overlay(one, grids[i], float(grids.max())) for i, one in zip(there, pictures, strict=True)])
+        classes = ", ".join(images.class_names[c] for c in images.labels[top[place, there]].tolist())
+        footer = [] if pictures else [f"fires on no image of the {cfg.split} split"]
+        if row["label"] >= 0:
+            footer.append(f"label {images.class_names[row['label']]}, {100 * row['purity']:.0f} % of its activation")
+        right = ""
+        if "name" in table and np.isfinite(row["score"]):
+            right = f"{MEASURES[row['method']]} {row['score']:.2f}, then {row['second_name']} {row['second']:.2f}"
+        shown.append(Card(
+            row["name" if "name" in table else "shown"] or NOTHING,
+            [Strip(strip(one), classes, len(there) / top.shape[1]) for one in rows], f"latent {latent}", right,
+            "; ".join([*footer, f"fires on {row['images']} training images"]),
+        ))  # fmt: skip
     return shown

@@ -160,6 +160,8 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 METHODS = ("decoder", "activation", "labels")
 
+MEASURES = {"decoder": "cosine", "activation": "correlation"}  # of a latent and a word
+
 SPACE = ("embedding", "text")  # features whose space texts lie in
 
 RANDOM_WORDS, RANDOM_LATENTS = "random words", "random latents"
@@ -175,7 +177,6 @@ class TextNames:
     """
 
     method: str
-    measure: str
     threshold: float
     words: list[str]
     same: int
@@ -185,6 +186,11 @@ class TextNames:
     other: Match | None
     chance: dict[str, dict[str, dict[str, float]]]
     texts: Tensor
+
+    @property
+    def measure(self) -> str:
+        """What its scores are."""
+        return MEASURES[self.method]
 
 
 def chosen_method(opened: Run, wanted: str) -> str:
@@ -268,7 +274,7 @@ def _by_decoder(opened: Run, latents: np.ndarray, vocabulary: Vocabulary, cfg: D
         RANDOM_LATENTS: chance_counts(lambda g: matched(like(train, len(rows), g), texts), *limits),
     }
     return TextNames(
-        "decoder", "cosine", options.thresholds.cosine, vocabulary.words, vocabulary.same, centre, latents,
+        "decoder", options.thresholds.cosine, vocabulary.words, vocabulary.same, centre, latents,
         matched(rows, texts), matched(rows, texts_other), chance, texts if keep else texts_other,
     )  # fmt: skip
 
@@ -299,6 +305,6 @@ def _by_activation(opened: Run, latents: np.ndarray, vocabulary: Vocabulary, cfg
         RANDOM_WORDS: chance_counts(other_words, *limits), RANDOM_LATENTS: chance_counts(other_images, *limits),
     }  # fmt: skip
     return TextNames(
-        "activation", "correlation", options.thresholds.correlation, vocabulary.words, vocabulary.same, centre,
+        "activation", options.thresholds.correlation, vocabulary.words, vocabulary.same, centre,
         latents, matched(correlations(codes, fits)), None, chance, texts,
     )  # fmt: skip
