@@ -267,7 +267,7 @@ def cache_folder() -> Path:
 def lend_cache(folder: Path) -> None:
     """Where this user has no home folder to write to, as in many containers, let caches be in ``folder``.
 
-    That is, of all libraries which heed XDG_CACHE_HOME, in this process and those that it starts. Where the machine
+    That is, of all libraries which follow XDG_CACHE_HOME, in this process and those that it starts. Where the machine
     knows no home folder at all, without which some libraries (W&B's) fail, that is one.
     """
     lent = str(folder.absolute() / ".cache")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
-from sae_lightning.distributed.stopping import asked
+from sae_lightning.distributed.stopping import stop_requested
 
 
 class Hold(L.Callback):
@@ -20,5 +20,5 @@ class Hold(L.Callback):
             return
         if trainer.is_global_zero:
             self.file.with_name(f"{self.file.name}.reached").write_text(str(os.getpid()), encoding="utf-8")
-        while not self.file.exists() and not asked():
+        while not self.file.exists() and not stop_requested():
             time.sleep(0.1)

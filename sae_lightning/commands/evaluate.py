@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 def main(cfg: DictConfig) -> None:
     from sae_lightning.evaluation.printed import print_scores
     from sae_lightning.evaluation.suite import PartError, evaluate, scored
-    from sae_lightning.report.publish import publish
 
     failed: PartError | None = None
     try:
@@ -22,7 +21,10 @@ def main(cfg: DictConfig) -> None:
     except PartError as error:  # the others have scores
         failed = error
     runs = scored(cfg)
-    publish(runs, cfg)
+    if cfg.logger:
+        from sae_lightning.report.publish import publish  # with Lightning, which takes seconds
+
+        publish(runs, cfg)
     print_scores(runs, cfg)
     if failed is not None:
         raise failed

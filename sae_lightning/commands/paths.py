@@ -32,15 +32,15 @@ _said: set[str] = set()
 
 
 def started(cfg: DictConfig) -> DictConfig:
-    """``cfg`` with absolute paths; this process is no rank, whatever its environment says, and heeds its cores.
+    """``cfg`` with absolute paths; this process is no rank, whatever its environment says, and uses its own cores.
 
     Job platforms set such variables for single processes too, and only processes that this package starts are ranks.
     """
-    from sae_lightning.distributed.limits import heed_cores  # with PyTorch
+    from sae_lightning.distributed.limits import use_allowed_cores  # with PyTorch
 
     for name in RANKS:
         os.environ.pop(name, None)
-    heed_cores()
+    use_allowed_cores()
     return located(cfg)
 
 

@@ -19,16 +19,15 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import TCPStore
 
 from sae_lightning.distributed.limits import cores
 from sae_lightning.distributed.processes import Processes, run_together
-from sae_lightning.distributed.stopping import FLAG, STEPS, Preempted, asked, heeding, working
+from sae_lightning.distributed.stopping import FLAG, STEPS, Preempted, in_training, stop_on_signals, stop_requested
 from sae_lightning.files import write_json
 
-MEETING = "meeting.json"
+RENDEZVOUS = "rendezvous.json"
 
 OVER = "over"
 
@@ -55,16 +54,16 @@ def check_tasks(cfg: DictConfig) -> None:
 
 
 @contextmanager
-def leading(folder: Path) -> Iterator[None]:
+def as_first_node(folder: Path) -> Iterator[None]:
     """What the first node does with a run; on leaving, the others hear that it is over."""
     try:
         yield
     finally:
         if node()[1] > 1:
-            _post(folder, {"state": OVER})
+            _publish(folder, {"state": OVER})
 
 
-def call_meeting(folder: Path) -> tuple[TCPStore, str]:
+def publish_rendezvous(folder: Path) -> tuple[TCPStore, str]:
     """On the first node: let the others join; returns the store that all ranks meet at, and its address."""
     address = os.environ.get("SLURMD_NODENAME", "")
     try:
@@ -73,15 +72,15 @@ def call_meeting(folder: Path) -> tuple[TCPStore, str]:
         address = ""
     address = os.environ.get("MASTER_ADDR") or address or socket.gethostname()
     store = TCPStore(address, int(os.environ.get("MASTER_PORT", 0)), is_master=True, wait_for_workers=False)
-    _post(folder, {"state": "meeting", "address": address, "port": store.port})
+    _publish(folder, {"state": "meeting", "address": address, "port": store.port})
     return store, address
 
 
-def find_meeting(folder: Path) -> tuple[str, int] | None:
+def await_rendezvous(folder: Path) -> tuple[str, int] | None:
     """On a further node: wait for the first one's word; None when there is nothing to do."""
     while True:
         try:
-            found = json.loads((folder / MEETING).read_text(encoding="utf-8"))
+            found = json.loads((folder / RENDEZVOUS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = {}
         if found.get("job") == _attempt():
@@ -94,8 +93,8 @@ def _attempt() -> str:
     return "-".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
 
 
-def _post(folder: Path, what: dict[str, str | int]) -> None:
-    write_json(folder / MEETING, {"job": _attempt(), **what})
+def _publish(folder: Path, what: dict[str, str | int]) -> None:
+    write_json(folder / RENDEZVOUS, {"job": _attempt(), **what})
 
 
 GRACE = 90.0  # seconds that ranks have to stop by themselves when a signal asks for it
@@ -119,10 +118,9 @@ def n_ranks(cfg: DictConfig) -> int:
     return len(devices)
 
 
-def know_rank() -> None:
-    """Tell Lightning this process's rank: that of ``launch_ranks``, else 0, whatever other variables say."""
-    rank = int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
-    setattr(rank_zero_only, "rank", rank)  # noqa: B010  which mypy does not know
+def on_gpu(cfg: DictConfig) -> bool:
+    """Whether ``cfg`` trains on CUDA devices."""
+    return torch.cuda.is_available() and str(cfg.trainer.accelerator) in ("auto", "gpu", "cuda")
 
 
 def launch_ranks(
@@ -132,13 +130,13 @@ def launch_ranks(
     """Call ``work(cfg, folder)`` in ``count`` processes on each node, by default ``n_ranks(cfg)``.
 
     ``work`` is a function of a module. Without ``resolve`` the config's interpolations stay as they are. Within
-    ``heeding``, raises Preempted when a signal has stopped the ranks. RuntimeError with the ranks' errors when a
-    process fails, all others then stopped; whatever ends this process ends them too.
+    ``stop_on_signals``, raises Preempted when a signal has stopped the ranks. RuntimeError with the ranks' errors when
+    a process fails, all others then stopped; whatever ends this process ends them too.
     """
     index, nodes = node()
     count = n_ranks(cfg) if count is None else count
     given = OmegaConf.create(OmegaConf.to_container(cfg, resolve=resolve))
-    with tempfile.TemporaryDirectory(prefix="sae-lightning-") as own, _meeting(folder) as where:
+    with tempfile.TemporaryDirectory(prefix="sae-lightning-") as own, _rendezvous(folder) as where:
         if where is None:
             return
         stop = Path(own) / "stop"
@@ -150,7 +148,7 @@ def launch_ranks(
             _watch(ranks, stop)
             failures = ranks.failures()
         steps = Path(f"{stop}{STEPS}").read_text(encoding="utf-8").split() if Path(f"{stop}{STEPS}").is_file() else []
-    signum = asked()
+    signum = stop_requested()
     if signum and all(said == f"ended by {signal.Signals(signum).name}" for said in failures.values()):
         raise Preempted(signum, *map(int, steps))
     if failures:
@@ -162,7 +160,7 @@ def launch_ranks(
 
 
 def _rank(work: Callable[[DictConfig, Path], object], cfg: DictConfig, folder: Path) -> None:
-    with heeding(folder.name, in_rank=True):
+    with stop_on_signals(folder.name, in_rank=True):
         work(cfg, folder)
 
 
@@ -177,7 +175,7 @@ def _place(local: int, count: int, index: int, nodes: int) -> dict[str, str]:
 
 
 @contextmanager
-def _meeting(folder: Path) -> Iterator[dict[str, str] | None]:
+def _rendezvous(folder: Path) -> Iterator[dict[str, str] | None]:
     """Where all ranks meet, for their environment: a store that the first node serves while inside.
 
     None on a further node where there is nothing to do.
@@ -188,9 +186,9 @@ def _meeting(folder: Path) -> Iterator[dict[str, str] | None]:
         address = "127.0.0.1"
         server = torch.distributed.TCPStore(address, 0, is_master=True, wait_for_workers=False)
     elif index == 0:
-        server, address = call_meeting(folder)
+        server, address = publish_rendezvous(folder)
     else:
-        met = find_meeting(folder)
+        met = await_rendezvous(folder)
         if met is None:
             yield None
             return
@@ -202,10 +200,10 @@ def _meeting(folder: Path) -> Iterator[dict[str, str] | None]:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }  # fmt: skip
     finally:
-        _part(server, index, nodes)
+        _part_from(server, index, nodes)
 
 
-def _part(store: torch.distributed.TCPStore, index: int, nodes: int) -> None:
+def _part_from(store: torch.distributed.TCPStore, index: int, nodes: int) -> None:
     """Let the first node serve its store until the others have ended, as long as ``GOODBYE`` at most."""
     if nodes == 1:
         return
@@ -222,8 +220,8 @@ def _part(store: torch.distributed.TCPStore, index: int, nodes: int) -> None:
 def _watch(ranks: Processes, stop: Path) -> None:
     """Wait for the ranks to end, and ask them to with the file ``stop`` where this process is asked."""
     deadline = float("inf")
-    with working():
+    with in_training():
         while not ranks.ended(0.2) and time.monotonic() < deadline:
-            if asked() and not stop.exists():
+            if stop_requested() and not stop.exists():
                 stop.touch()
                 deadline = time.monotonic() + GRACE

@@ -51,7 +51,7 @@ def free_memory(proc: Path = PROC, cgroups: Path = CGROUPS, variables: Mapping[s
     return max(0, min(found))
 
 
-def heed_cores() -> None:
+def use_allowed_cores() -> None:
     """Let PyTorch compute with no more threads than there are ``cores``; it sees affinity, but no control group."""
     torch.set_num_threads(min(torch.get_num_threads(), cores()))
 

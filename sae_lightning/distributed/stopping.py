@@ -1,9 +1,9 @@
 """Stopping when asked to: SLURM's warnings (SIGUSR1, SIGUSR2), SIGTERM, a closed terminal (SIGHUP) and Ctrl-C (SIGINT)
 end a training at a checkpoint.
 
-``heeding`` takes the signals in the main thread, ``StopWhenAsked`` ends the training at the next step, in whatever
-thread and on all ranks alike, and ``heeding`` then hands the signal on: to submitit's handler, which requeues the job,
-or to an exit with a sentence.
+``stop_on_signals`` takes the signals in the main thread; a training, in whatever thread, looks at ``stop_requested``
+after each step and raises ``Preempted``; ``stop_on_signals`` then hands the signal on: to submitit's handler, which
+requeues the job, or to an exit with a sentence.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
-
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 TERMINAL = (signal.SIGHUP, signal.SIGINT)  # go to all processes of a terminal; left ignored where they are (nohup)
 
@@ -44,32 +42,32 @@ class _State:
     """What this process has been asked, and how many trainings in it will see to it by themselves."""
 
     def __init__(self) -> None:
-        self.previous: dict[int, Any] = {}  # handlers before heeding; empty: not heeding
-        self.asked: int | None = None
+        self.previous: dict[int, Any] = {}  # handlers that were there before; empty: signals are not taken
+        self.signum: int | None = None
         self.busy = 0
         self.in_rank = False
-        self.process = 0  # that heeds; those forked off it do not
+        self.process = 0  # that takes signals; those forked off it do not
         self.what = ""
         self.lock = threading.Lock()
-        self.looked = 0.0  # when the flag was last looked for
+        self.checked = 0.0  # when the flag was last looked for
 
 
 _state = _State()
 
 
-def asked() -> int | None:
+def stop_requested() -> int | None:
     """The signal that asked this process to stop, or SIGUSR2 where its parent's flag says so; None: go on."""
     flag = os.environ.get(FLAG)
-    if _state.asked is None and flag and time.monotonic() - _state.looked >= 1:
-        _state.looked = time.monotonic()
+    if _state.signum is None and flag and time.monotonic() - _state.checked >= 1:
+        _state.checked = time.monotonic()
         if os.path.exists(flag):
-            _state.asked = signal.SIGUSR2
-    return _state.asked
+            _state.signum = signal.SIGUSR2
+    return _state.signum
 
 
 @contextmanager
-def working() -> Iterator[None]:
-    """While inside, a signal is only noted: who is inside looks at ``asked`` and stops by itself."""
+def in_training() -> Iterator[None]:
+    """While inside, a signal is only noted: who is inside looks at ``stop_requested`` and stops by itself."""
     with _state.lock:
         _state.busy += 1
     try:
@@ -80,35 +78,33 @@ def working() -> Iterator[None]:
 
 
 @contextmanager
-def heeding(what: str, in_rank: bool = False) -> Iterator[None]:
+def stop_on_signals(what: str, in_rank: bool = False) -> Iterator[None]:
     """Take SIGNALS while inside; ``what`` is named in the sentence said on stopping.
 
-    Trainings inside stop at their next step and raise Preempted, on which this gives way (``give_way``); outside of
-    trainings, where the last checkpoint is all there is to keep, it gives way at once. A process ``in_rank`` of a job
-    leaves that to its parent: it ends silently with status 0, or at SIGTERM outside of trainings with 143. A second
-    Ctrl-C ends it at once. Does nothing within another ``heeding`` or outside of the main thread.
+    Trainings inside stop at their next step and raise Preempted, after which the job exits (``exit_for_signal``);
+    outside of trainings, where the last checkpoint is all there is to keep, it exits at once. A process ``in_rank``
+    of a job leaves that to its parent: it ends silently with status 0, or at SIGTERM outside of trainings with 143. A
+    second Ctrl-C ends it at once. Does nothing within another ``stop_on_signals`` or outside of the main thread.
     """
     if _state.previous or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _state.asked, _state.in_rank, _state.what, _state.process = None, in_rank, what, os.getpid()
+    _state.signum, _state.in_rank, _state.what, _state.process = None, in_rank, what, os.getpid()
     before = {number: signal.getsignal(number) for number in SIGNALS}
     _state.previous = {n: handler for n, handler in before.items() if n not in TERMINAL or handler != signal.SIG_IGN}
-    _listen()
+    take_signals()
     stopped: Preempted | None = None
     try:
         yield
     except Preempted as error:
         stopped = error
-    except SIGTERMException:  # Lightning's own, where it validates
-        stopped = Preempted(signal.SIGTERM)
     finally:
         previous = _restore()
     if stopped is not None and not in_rank:
-        give_way(stopped.signum, what, previous, stopped.steps)
+        exit_for_signal(stopped.signum, what, previous, stopped.steps)
 
 
-def give_way(signum: int, what: str, previous: dict[int, Any], steps: Sequence[int] = ()) -> NoReturn:
+def exit_for_signal(signum: int, what: str, previous: dict[int, Any], steps: Sequence[int] = ()) -> NoReturn:
     """End the job, which has stopped at ``steps``: hand ``signum`` on to the handlers that were there before, then exit
     with 128 + ``signum``.
 
@@ -141,26 +137,26 @@ def _restore() -> dict[int, Any]:
     return previous
 
 
-def _listen() -> None:
+def take_signals() -> None:
     """(Again) take the signals, also where Lightning has put itself in between."""
     if _state.previous and threading.current_thread() is threading.main_thread():
         for number in _state.previous:
-            signal.signal(number, _heed)
+            signal.signal(number, _on_signal)
 
 
-def _heed(signum: int, frame: Any) -> None:
+def _on_signal(signum: int, frame: Any) -> None:
     if signum == signal.SIGHUP:
         _let_go_of_the_terminal()
     if os.getpid() != _state.process:  # a worker that decodes pictures: its parent ends it
         if signum not in TERMINAL:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
-    elif _state.busy and not (signum == signal.SIGINT == _state.asked):
-        _state.asked = _state.asked or signum
+    elif _state.busy and not (signum == signal.SIGINT == _state.signum):
+        _state.signum = _state.signum or signum
         if signum == signal.SIGINT:  # not print, which may be at work just now
             os.write(2, b"\nCtrl-C: stopping after this step, with a checkpoint. Once more stops at once.\n")
     elif not _state.in_rank:
-        give_way(signum, _state.what, _restore())
+        exit_for_signal(signum, _state.what, _restore())
     elif signum == signal.SIGTERM:
         sys.exit(128 + signum)
 

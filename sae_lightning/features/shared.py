@@ -125,11 +125,11 @@ class SharedStream:
         return 0.0 if self._loader is None else self._loader.wait_seconds
 
 
-class Seat:
+class StreamMember:
     """A member's place in a ``SharedStream``: makes its loader, and keeps the time that it works."""
 
-    def __init__(self, stream: SharedStream, member: int) -> None:
-        self.stream, self.member = stream, member
+    def __init__(self, stream: SharedStream, index: int) -> None:
+        self.stream, self.index = stream, index
         self.resting = 0.0  # seconds spent waiting for its turn
 
     def clock(self) -> float:
@@ -140,7 +140,7 @@ class Seat:
         """``SharedStream.take``."""
         start, waited = time.monotonic(), self.stream.wait_seconds
         try:
-            return self.stream.take(self.member, loader, position, device)
+            return self.stream.take(self.index, loader, position, device)
         finally:
             self.resting += time.monotonic() - start - (self.stream.wait_seconds - waited)
 
@@ -148,8 +148,8 @@ class Seat:
 class SharedLoader:
     """What a ``FeatureLoader`` is to a trainer, its batches taken from a ``SharedStream``."""
 
-    def __init__(self, loader: FeatureLoader, seat: Seat, device: torch.device) -> None:
-        self.loader, self.seat, self.device = loader, seat, device
+    def __init__(self, loader: FeatureLoader, member: StreamMember, device: torch.device) -> None:
+        self.loader, self.member, self.device = loader, member, device
         self._next = (0, 0)
 
     def __len__(self) -> int:
@@ -163,9 +163,9 @@ class SharedLoader:
         epoch, first = self._next
         self._next = (epoch + 1, 0)
         for step in range(first, len(self)):
-            yield self.seat.take(self.loader, epoch * len(self) + step, self.device)
+            yield self.member.take(self.loader, epoch * len(self) + step, self.device)
 
     @property
     def wait_seconds(self) -> float:
         """Time that the stream has waited for batches to be read."""
-        return self.seat.stream.wait_seconds
+        return self.member.stream.wait_seconds

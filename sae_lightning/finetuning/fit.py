@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from sae_lightning.backbones.registry import identity as backbone_identity
-from sae_lightning.data import ImageData, load_images
+from sae_lightning.data import ImageData
 from sae_lightning.data.loader import PictureLoader
-from sae_lightning.distributed.launch import know_rank, launch_ranks, n_ranks, wants_ranks
-from sae_lightning.distributed.stopping import heeding
+from sae_lightning.distributed.launch import launch_ranks, n_ranks, on_gpu, wants_ranks
+from sae_lightning.distributed.stopping import stop_on_signals
 from sae_lightning.features.source import Source, plain
 from sae_lightning.features.store import FeatureStore
-from sae_lightning.files import held, lend_cache, read_json, set_damaged_aside, whole, write_json
+from sae_lightning.files import held, lend_cache, read_json, set_damaged_aside, write_json
 from sae_lightning.finetuning.classifier import WEIGHTS, Classifier, build, load, model_identity, rebuilding, save
 from sae_lightning.finetuning.data import (
     EpochBatches,
@@ -48,15 +45,22 @@ from sae_lightning.runs.identity import (
     clipping,
     short_hash,
 )
-from sae_lightning.runs.run import CFG, HISTORY, LOCK, RESULT
-from sae_lightning.runs.state import is_a_try, last_checkpoint
+from sae_lightning.runs.run import CFG, LOCK, RESULT, is_finished
+from sae_lightning.runs.state import is_a_try
 from sae_lightning.saes.codes import SparseCodes
-from sae_lightning.settings import check_settings
-from sae_lightning.training.callbacks import History, StopWhenAsked
-from sae_lightning.training.checkpoints import CheckpointFiles, mend_checkpoint, names_full_disk, remove_checkpoints
-from sae_lightning.training.failed import StopNotFinite, begin_anew, in_part, require_finite, worth_keeping
-from sae_lightning.training.fit import build_callbacks, check_gpus, checkpoints, environment, quiet
-from sae_lightning.training.loggers import checkpoint_step, close_loggers, open_loggers, settle
+from sae_lightning.training.checkpoints import names_full_disk, remove_checkpoints, repair_checkpoint
+from sae_lightning.training.failed import begin_anew, in_part, worth_keeping
+from sae_lightning.training.fit import (
+    begin,
+    build_trainer,
+    check,
+    finish,
+    goes_on,
+    run_trainer,
+    trainer_settings,
+    versions,
+)
+from sae_lightning.training.loggers import write_sweep_options
 
 ROWS = 4096  # images whose positive activations are listed at once
 
@@ -198,12 +202,12 @@ def finetune(cfg: DictConfig) -> Path:
     ``trainer.devices`` asks for it. Stops at a checkpoint when a signal asks for it (``preempt.py``). Raises ValueError
     for impossible settings, before any work.
     """
-    check(cfg)
+    check(cfg, "finetune")
     lend_cache(Path(cfg.paths.runs))
     folder = Path(cfg.paths.runs) / run_name(cfg)
     own = worth_keeping(folder, not is_a_try(cfg))
-    with own, heeding(folder.name), held(folder / LOCK, f"fine-tuning {folder.name}"):
-        if is_finished(folder):
+    with own, stop_on_signals(folder.name), held(folder / LOCK, f"fine-tuning {folder.name}"):
+        if is_finished(folder, PRODUCTS):
             print(f"{folder.name}: finished before, skipped.", flush=True)
             return folder
         begin_anew(folder)
@@ -216,29 +220,17 @@ def finetune(cfg: DictConfig) -> Path:
         damaged = [folder / name for name in (*PRODUCTS, TRAINED)]
         set_damaged_aside(damaged, f"{folder.name} is trained again from its last checkpoint, if there is one")
         if not (folder / TRAINED).is_file() or not (folder / WEIGHTS).is_file():
-            mend_checkpoint(folder)
-            settle(cfg)
+            repair_checkpoint(folder)
+            write_sweep_options(cfg)
             launch_ranks(cfg, folder, fit) if wants_ranks(cfg) else fit(cfg, folder)
         if not is_a_try(cfg):
-            finish(cfg, folder, held_out)
+            score(cfg, folder, held_out)
     return folder
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether ``folder`` holds a whole run; ``result.json`` is written last."""
-    return all(whole(folder / name) for name in PRODUCTS)
-
-
-def check(cfg: DictConfig) -> None:
-    """ValueError in a sentence for settings that cannot work (``settings/``), here or anywhere."""
-    check_settings("finetune", cfg)
-    check_gpus(cfg)
-    build_callbacks(cfg, Path(cfg.paths.runs))
 
 
 def load_split(cfg: DictConfig, split: str) -> ImageData:
     """The pictures of ``split``; FinetuneError for a stream, which has no order to shuffle."""
-    images = load_images(plain(cfg.data), split)
+    images = Source.of(cfg, "similarity").images(split)
     if not isinstance(images, ImageData):
         raise FinetuneError("Fine-tuning shuffles pictures, which a stream cannot; set data.streaming=false.")
     return images
@@ -259,9 +251,7 @@ def check_splits(cfg: DictConfig, train: ImageData, held_out: ImageData) -> None
 @names_full_disk
 def fit(cfg: DictConfig, folder: Path) -> None:
     """Train in this process (one of several ranks, or the only one); writes the artefact and ``trained.json``."""
-    quiet()
-    know_rank()
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    begin(cfg.seed)
     train = load_split(cfg, "train")
     val = load_split(cfg, cfg.validate) if cfg.validate else None
     store = similarity_store(cfg, "train")
@@ -273,29 +263,11 @@ def fit(cfg: DictConfig, folder: Path) -> None:
         cfg.seed, cfg.num_workers,
     )  # fmt: skip
     clock = EpochClock()
-    callbacks = [StopNotFinite(folder), *checkpoints(cfg, folder), History(folder / HISTORY), clock]
-    callbacks += build_callbacks(cfg, folder)
-    last = last_checkpoint(folder)
-    callbacks.append(StopWhenAsked(last))
-    loggers = [] if is_a_try(cfg) else open_loggers(cfg, folder, start=checkpoint_step(last))
-    trainer = L.Trainer(
-        **trainer_settings(cfg),
-        logger=loggers or False,
-        callbacks=callbacks,
-        default_root_dir=folder,
-        plugins=[*environment(), CheckpointFiles(last)],
-        use_distributed_sampler=False,
-    )
-    if last.is_file():
-        print(f"{folder.name}: resuming from its last checkpoint.", flush=True)
-    trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    require_finite(folder, "the weights", dict(classifier.named_parameters()), trainer.global_step)
-    if is_a_try(cfg):
-        if trainer.is_global_zero:
-            print(f"{folder.name}: fast_dev_run went well; nothing of it is kept.", flush=True)
-    elif trainer.is_global_zero:
+    trainer = build_trainer(cfg, folder, finetuning_settings(cfg), clock)
+    goes_on(folder)
+    run_trainer(trainer, module, data, folder)
+
+    def write() -> dict[str, Any]:
         part = in_part(trainer, plain(cfg.trainer))
         save(classifier, preprocess, folder, rebuilding(model), train.class_names, record(cfg, store.backbone))
         done = {
@@ -305,30 +277,28 @@ def fit(cfg: DictConfig, folder: Path) -> None:
             "trained_parameters": sum(p.numel() for p in classifier.parameters() if p.requires_grad),
         }  # fmt: skip
         write_json(folder / TRAINED, done)
-        close_loggers(loggers, cfg, folder, done)
+        return done
+
+    finish(cfg, folder, trainer, write)
     trainer.strategy.barrier()
 
 
-def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
-    """The Trainer's arguments: DDP for several ranks, on GPUs with batch statistics over all of them."""
-    settings: dict[str, Any] = plain(cfg.trainer)
+def finetuning_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The Trainer's arguments: batch statistics over all ranks on GPUs, no validation without a split for it."""
+    settings = trainer_settings(cfg)
     if not cfg.validate:
         settings["limit_val_batches"] = 0
-    if settings["strategy"] == "auto" and wants_ranks(cfg):
-        settings["strategy"] = "ddp"
     if settings.get("sync_batchnorm") is None:
-        on_gpus = torch.cuda.is_available() and str(settings["accelerator"]) in ("auto", "gpu", "cuda")
-        settings["sync_batchnorm"] = on_gpus and wants_ranks(cfg)
+        settings["sync_batchnorm"] = on_gpu(cfg) and wants_ranks(cfg)
     return settings
 
 
-def finish(cfg: DictConfig, folder: Path, held_out: ImageData) -> None:
+def score(cfg: DictConfig, folder: Path, held_out: ImageData) -> None:
     """Score what ``fit`` saved on the held-out images, and write ``result.json``."""
     classifier, preprocess, _ = load(folder)
-    on_gpu = torch.cuda.is_available() and str(cfg.trainer.accelerator) in ("auto", "gpu", "cuda")
     found = predict(
         classifier, held_out, preprocess.evaluation(cfg.augment), max(1, min(256, cfg.batch_size)),
-        workers(preprocess.image_size, cfg.num_workers), "cuda" if on_gpu else "cpu",
+        workers(preprocess.image_size, cfg.num_workers), "cuda" if on_gpu(cfg) else "cpu",
     )  # fmt: skip
     embeddings = align(similarity_store(cfg, held_out.split), held_out)
     result = {"status": "finished", **read_json(folder / TRAINED, "delete it")}
@@ -342,6 +312,6 @@ def record(cfg: DictConfig, encoder: str) -> dict[str, Any]:
     return {
         "name": run_name(cfg), "mono_weight": float(cfg.mono_weight), "seed": cfg.seed, "data": cfg.data.name,
         "similarity": encoder, "features": cfg.features,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
+        "versions": versions(*VERSIONS),
         "config": OmegaConf.to_container(cfg, resolve=True),
     }  # fmt: skip

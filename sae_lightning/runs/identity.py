@@ -27,7 +27,7 @@ WATCHERS = (  # Lightning's callbacks that look on
     "RichModelSummary", "RichProgressBar", "TQDMProgressBar", "ThroughputMonitor",
 )  # fmt: skip
 
-DEAF = ("callbacks.MonoLoss",)  # callbacks that count, but heed nothing that is logged
+UNTOUCHED = ("callbacks.MonoLoss",)  # callbacks that count, but do nothing with what is logged
 
 BATCHES = ("trainer.limit_", "trainer.overfit_batches", "trainer.val_check_interval")  # 1 is one batch, 1.0 are all
 
@@ -62,7 +62,7 @@ class Rules:
 
     def not_counted(self, leaves: Mapping[str, Any]) -> dict[str, str]:
         """The patterns of what does not count among ``leaves``, with reasons."""
-        heard = any(leaf.startswith("callbacks.") and not leaf.startswith(DEAF) for leaf in leaves)
+        heard = any(leaf.startswith("callbacks.") and not leaf.startswith(UNTOUCHED) for leaf in leaves)
         return {**self.left_out, **({} if heard else self.listened), **self.idle(leaves)}
 
     def _is_absent(self, leaf: str, value: Any) -> bool:

@@ -33,7 +33,7 @@ CFG, WEIGHTS, RESULT, HISTORY = "cfg.json", "sae.safetensors", "result.json", "h
 SCORES, LATENTS, TOP_IMAGES, BAND_IMAGES = (
     "scores.json", "latents.safetensors", "top_images.safetensors", "bands.safetensors"
 )  # fmt: skip
-APPS, LOCK, FAILED, NOTES = "apps", ".lock", "failed.json", ("resolved.yaml", "meeting.json")
+APPS, LOCK, FAILED, NOTES = "apps", ".lock", "failed.json", ("resolved.yaml", "meeting.json", "rendezvous.json")
 CHECKPOINTS, LAST, BEFORE = "checkpoints", "last.ckpt", "before.ckpt"
 
 PRODUCTS = (RESULT, WEIGHTS, CFG)  # without which a run is not finished
@@ -188,9 +188,9 @@ def _keep(path: Path, earlier: str, codes: csr_matrix) -> None:
         return
 
 
-def is_finished(folder: Path) -> bool:
+def is_finished(folder: Path, products: Sequence[str] = PRODUCTS) -> bool:
     """Whether ``folder`` holds a whole run; ``result.json`` is written last."""
-    return all(whole(folder / name) for name in PRODUCTS)
+    return all(whole(folder / name) for name in products)
 
 
 def find_runs(patterns: str | Iterable[str], folder: Path) -> list[Path]:

@@ -1,10 +1,4 @@
-"""Stopping when asked to: SLURM's warnings (SIGUSR1, SIGUSR2), SIGTERM, a closed terminal (SIGHUP) and Ctrl-C (SIGINT)
-end a training at a checkpoint.
-
-``heeding`` takes the signals in the main thread, ``StopWhenAsked`` ends the training at the next step, in whatever
-thread and on all ranks alike, and ``heeding`` then hands the signal on: to submitit's handler, which requeues the job,
-or to an exit with a sentence.
-"""
+"""What watches a training: it stops at a signal, resamples dead latents, measures the speed, writes the history."""
 
 from __future__ import annotations
 
@@ -21,13 +15,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from sae_lightning.distributed.ranks import world_size
-from sae_lightning.distributed.stopping import FLAG, STEPS, Preempted, _listen, asked, working
+from sae_lightning.distributed.stopping import FLAG, STEPS, Preempted, in_training, stop_requested, take_signals
 from sae_lightning.files import set_aside, write_text
 from sae_lightning.saes import SAE
 from sae_lightning.training.data import FeatureDataModule
 
 
-class StopWhenAsked(Checkpoint):
+class StopOnSignal(Checkpoint):
     """Ends training after the step in which a signal came: writes a checkpoint to ``path`` and raises Preempted.
 
     All ranks stop at the same step: a flag is reduced over them in the background of each step and read after the
@@ -43,14 +37,14 @@ class StopWhenAsked(Checkpoint):
         self._pending: Any = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        _listen()
-        self._working = working()
+        take_signals()
+        self._working = in_training()
         self._working.__enter__()
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")  # on the CPU, so that no step waits for the GPU
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        _listen()
+        take_signals()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         signum = self._agreed()
@@ -70,7 +64,7 @@ class StopWhenAsked(Checkpoint):
 
     def _agreed(self) -> int:
         """The largest number of a signal on any rank, one call late where there are several; 0: go on."""
-        here = asked() or 0
+        here = stop_requested() or 0
         if self._group is None:
             return here
         agreed = 0

@@ -61,7 +61,7 @@ class CheckpointFiles(TorchCheckpointIO):
             ) from error
 
 
-def mend_checkpoint(run: Path) -> None:
+def repair_checkpoint(run: Path) -> None:
     """Leave ``run`` a whole last.ckpt or none: a damaged one is named and set aside, and the one before replaces it.
 
     Call it while holding the run. Raises CheckpointError where it cannot be read at all.

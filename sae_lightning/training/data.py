@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_lightning.distributed.ranks import rank, world_size
 from sae_lightning.features.loader import FeatureLoader
-from sae_lightning.features.shared import Seat, SharedLoader
+from sae_lightning.features.shared import SharedLoader, StreamMember
 from sae_lightning.features.store import FeatureStore
 
 
@@ -23,15 +23,15 @@ class FeatureDataModule(L.LightningDataModule):
     checkpoint holds, is the epoch and step of the next batch: training goes on there, also with another number of
     ranks; ValueError when the checkpoint was made from another store or with other settings of the order. In
     validation every token is seen once by one rank; ranks may take different numbers of steps, which sums over
-    ranks do not mind. With a ``seat`` the batches come from a stream that other trainings share.
+    ranks do not mind. With a ``member`` the batches come from a stream that other trainings share.
     """
 
     def __init__(
-        self, train: FeatureStore, val: FeatureStore, batch_size: int, seed: int = 42, seat: Seat | None = None,
-        **options: Any,
+        self, train: FeatureStore, val: FeatureStore, batch_size: int, seed: int = 42,
+        member: StreamMember | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.train, self.val, self.batch_size, self.seat = train, val, batch_size, seat
+        self.train, self.val, self.batch_size, self.member = train, val, batch_size, member
         self.options = {"seed": seed} | options
         self._loader: FeatureLoader | SharedLoader | None = None
         self._start: tuple[int, int] | None = None
@@ -43,17 +43,17 @@ class FeatureDataModule(L.LightningDataModule):
 
     def clock(self) -> float:
         """Seconds, of which those while other trainings have their turn do not count."""
-        return time.monotonic() if self.seat is None else self.seat.clock()
+        return time.monotonic() if self.member is None else self.member.clock()
 
     def train_dataloader(self) -> FeatureLoader | SharedLoader:
         device = None if self.trainer is None else self.trainer.strategy.root_device
         options: dict[str, Any] = {"rank": rank(), "world": world_size(), "device": device, **self.options}
         loader = FeatureLoader(self.train, self.batch_size, **options)
-        if self.seat is None:
+        if self.member is None:
             self._loader = loader
         else:
             assert device is not None
-            self._loader = SharedLoader(loader, self.seat, device)
+            self._loader = SharedLoader(loader, self.member, device)
         if self._start is not None:
             self._loader.seek(*self._start)
         return self._loader

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
+import signal
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -14,20 +18,15 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from sae_lightning.distributed.launch import (
-    check_tasks,
-    know_rank,
-    launch_ranks,
-    leading,
-    node,
-    wants_ranks,
-)
+from sae_lightning.distributed.launch import as_first_node, check_tasks, launch_ranks, node, wants_ranks
 from sae_lightning.distributed.ranks import rank, world_size
-from sae_lightning.distributed.stopping import heeding
-from sae_lightning.features.shared import Seat
+from sae_lightning.distributed.stopping import Preempted, stop_on_signals
+from sae_lightning.features.shared import StreamMember
 from sae_lightning.features.source import Source, looking_once, plain
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import held, lend_cache, set_damaged_aside, write_json
@@ -36,27 +35,19 @@ from sae_lightning.runs.run import HISTORY, LOCK, PRODUCTS, RESULT, is_finished
 from sae_lightning.runs.state import is_a_try, last_checkpoint
 from sae_lightning.saes import VARIANTS, Normalizer
 from sae_lightning.settings import check_settings
-from sae_lightning.training.callbacks import History, Resample, StopWhenAsked, Throughput
+from sae_lightning.training.callbacks import History, Resample, StopOnSignal, Throughput
 from sae_lightning.training.checkpoints import (
     CheckpointFiles,
     OwnCheckpoint,
-    mend_checkpoint,
     names_full_disk,
     remove_checkpoints,
+    repair_checkpoint,
 )
 from sae_lightning.training.data import FeatureDataModule, InOrder
 from sae_lightning.training.failed import StopNotFinite, begin_anew, in_part, require_finite, worth_keeping
-from sae_lightning.training.loggers import checkpoint_step, close_loggers, open_loggers, settle
+from sae_lightning.training.loggers import checkpoint_step, close_loggers, open_loggers, write_sweep_options
 from sae_lightning.training.module import SAEModule
 from sae_lightning.training.start import dead_at_start, prepare, warnings_for
-
-
-def environment() -> list[Any]:
-    """Lightning's plugins that keep it from taking a SLURM job for its own: our ranks, or this process alone."""
-    return [] if torch.distributed.is_torchelastic_launched() else [LightningEnvironment()]
-
-
-VERSIONS = ("torch", "lightning", "timm", "transformers", "numpy")
 
 
 def train(cfg: DictConfig) -> Path:
@@ -71,22 +62,22 @@ def train(cfg: DictConfig) -> Path:
     lend_cache(Path(cfg.paths.runs))
     with looking_once():
         folder = Path(cfg.paths.runs) / run_name(cfg)
-        with worth_keeping(folder, not is_a_try(cfg)), heeding(folder.name):
+        with worth_keeping(folder, not is_a_try(cfg)), stop_on_signals(folder.name):
             _lead(cfg, folder) if node()[0] == 0 else launch_ranks(cfg, folder, fit)
     return folder
 
 
 def _lead(cfg: DictConfig, folder: Path) -> None:
     """What the first or only node of a job does for one run."""
-    with held(folder / LOCK, f"training {folder.name}"), leading(folder):
+    with held(folder / LOCK, f"training {folder.name}"), as_first_node(folder):
         if is_finished(folder):
             print(f"{folder.name}: finished before, skipped.", flush=True)
             return
         begin_anew(folder)
         set_damaged_aside([folder / name for name in PRODUCTS], f"{folder.name} is trained again")
-        mend_checkpoint(folder)
+        repair_checkpoint(folder)
         if wants_ranks(cfg):
-            settle(cfg)
+            write_sweep_options(cfg)
             for split in ("train", "val"):  # once, before every rank opens them
                 Source.of(cfg).store(split)
             launch_ranks(cfg, folder, fit)
@@ -94,9 +85,9 @@ def _lead(cfg: DictConfig, folder: Path) -> None:
             fit(cfg, folder)
 
 
-def check(cfg: DictConfig) -> None:
+def check(cfg: DictConfig, command: str = "train") -> None:
     """ValueError in a sentence for settings that cannot work (``settings/``), here or anywhere."""
-    check_settings("train", cfg)
+    check_settings(command, cfg)
     check_gpus(cfg)
     build_callbacks(cfg, Path(cfg.paths.runs))
 
@@ -113,76 +104,139 @@ def check_gpus(cfg: DictConfig) -> None:
 
 
 @names_full_disk
-def fit(cfg: DictConfig, folder: Path, seat: Seat | None = None) -> None:
+def fit(cfg: DictConfig, folder: Path, member: StreamMember | None = None) -> None:
     """Train in this process (one of several ranks, or the only one) and write the artefact.
 
-    With a ``seat``, which is taken, the features come from a stream that other runs share (``packed.py``).
+    As a ``member`` of a stream that other runs share (``packed.py``), whose turn it is, it takes its features there.
     """
-    quiet()
-    know_rank()
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    source = Source.of(cfg)
-    stores = {split: source.store(split) for split in ("train", "val")}
-    stores["train"] = stores["train"].subset(**plain(cfg.subset))
-    stream = {key: value for key, value in plain(cfg.stream).items() if key not in ("damaged", "verify")}
-    data = FeatureDataModule(stores["train"], stores["val"], cfg.batch_size, cfg.seed, seat, **stream)
-    module = build_module(cfg, stores["train"], stores["val"].mean)
+    begin(cfg.seed)
+    source, stream = Source.of(cfg), plain(cfg.stream)
+    train, val = (source.store(split) for split in ("train", "val"))
+    train = train.subset(**plain(cfg.subset))
+    order = {name: value for name, value in stream.items() if not hasattr(source.reading, name)}
+    data = FeatureDataModule(train, val, cfg.batch_size, cfg.seed, member, **order)
+    module = build_module(cfg, train, val.mean)
+    made = record(cfg, folder, {"train": train, "val": val})
+    settings = trainer_settings(cfg)
+    settings["enable_progress_bar"] &= member is None  # a pack has one bar
     throughput = Throughput(data)
-    last = last_checkpoint(folder)
-    callbacks = [StopNotFinite(folder), *checkpoints(cfg, folder), History(folder / HISTORY), throughput]
-    callbacks += build_callbacks(cfg, folder)
-    callbacks.append(StopWhenAsked(last))
-    if cfg.resample.every:
-        callbacks.insert(0, Resample(cfg.resample.every, cfg.dead_after, cfg.resample.until))
-    settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
-    if settings["strategy"] == "auto" and wants_ranks(cfg):
-        settings["strategy"] = "ddp"
-    settings["enable_progress_bar"] &= seat is None  # a pack has one bar
-    made = record(cfg, folder, stores)
+    first = [Resample(cfg.resample.every, cfg.dead_after, cfg.resample.until)] if cfg.resample.every else []
     about = {"variant": module.sae.variant, "d_in": module.sae.d_in, "d_sae": module.sae.d_sae} | made
-    loggers = [] if is_a_try(cfg) else open_loggers(cfg, folder, about, checkpoint_step(last))
-    trainer = L.Trainer(
-        **settings,
-        logger=loggers or False,
-        callbacks=callbacks,
-        default_root_dir=folder,
-        plugins=[*environment(), CheckpointFiles(last)],
-        use_distributed_sampler=False,
-    )
+    trainer = build_trainer(cfg, folder, settings, throughput, first=first, about=about)
     start = data.clock()
-    if last.is_file():
-        print(f"{folder.name}: resuming from its last checkpoint.", flush=True)
-    else:
-        dead = dead_at_start(module.sae, stores["train"])  # by all ranks: it may compare activations over them
-        for sentence in warnings_for(stores["train"], dead, cfg.normalize, cfg.init.b_pre):
+    if not goes_on(folder):
+        dead = dead_at_start(module.sae, train)  # by all ranks: it may compare activations over them
+        for sentence in warnings_for(train, dead, cfg.normalize, cfg.init.b_pre):
             if trainer.is_global_zero:
                 print(f"{folder.name}: warning: {sentence}", flush=True)
-    trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    require_finite(folder, "the weights", dict(module.sae.named_parameters()), trainer.global_step)
+    run_trainer(trainer, module, data, folder)
     part = in_part(trainer, settings)
-    calibrate(cfg, module, stores["val"], trainer.strategy.root_device)
-    trainer.limit_val_batches = 1.0  # whatever was scored on the way, the result is of all
-    trainer.validate(module, data, verbose=False)
-    scores = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+    calibrate(cfg, module, val, trainer.strategy.root_device)
+    scores = validated(trainer, module, data)
     require_finite(folder, "the scores", scores, trainer.global_step)
-    if is_a_try(cfg):
-        if trainer.is_global_zero:
-            print(f"{folder.name}: fast_dev_run went well; nothing of it is kept.", flush=True)
-    elif trainer.is_global_zero:
+
+    def write() -> dict[str, Any]:
         module.sae.save(folder, **made)
-        seconds = throughput.seconds_before + data.clock() - start
         result = {
-            "status": "finished", **({"in_part": part} if part else {}), "seconds": seconds,
+            "status": "finished", **({"in_part": part} if part else {}),
+            "seconds": throughput.seconds_before + data.clock() - start,
             "steps": trainer.global_step, "samples_per_second": throughput.samples_per_second,
             "wait_share": throughput.wait_share, "devices": trainer.world_size,
-            "side_by_side": 1 if seat is None else seat.stream.members, "val": scores,
+            "side_by_side": 1 if member is None else member.stream.members, "val": scores,
         }  # fmt: skip
         write_json(folder / RESULT, result)
-        close_loggers(loggers, cfg, folder, result)
+        return result
+
+    finish(cfg, folder, trainer, write)
+    if trainer.is_global_zero and not is_a_try(cfg):
         remove_checkpoints(folder)
     trainer.strategy.barrier()
+
+
+# --- steps that all trainings with Lightning take, fine-tuning too -----------------------------------------
+def begin(seed: int) -> None:
+    """Make Lightning quiet, tell it which rank this is, and seed the generators."""
+    quiet()
+    # that of ``launch_ranks``, else 0, whatever other variables say
+    rank = int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
+    setattr(rank_zero_only, "rank", rank)  # noqa: B010  which mypy does not know
+    L.seed_everything(seed, workers=True, verbose=False)
+
+
+def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The Trainer's arguments that the config gives: DDP for several ranks."""
+    settings = plain(cfg.trainer)
+    if settings["strategy"] == "auto" and wants_ranks(cfg):
+        settings["strategy"] = "ddp"
+    return settings
+
+
+def build_trainer(
+    cfg: DictConfig, folder: Path, settings: dict[str, Any], *own: L.Callback, first: Sequence[L.Callback] = (),
+    about: dict[str, Any] | None = None,
+) -> L.Trainer:  # fmt: skip
+    """A Trainer that keeps checkpoints and a history in ``folder``, stops where it should, and logs as ``cfg`` says.
+
+    Its callbacks are ``first``, ours, the step's ``own``, and those of the config; ``about`` is for the loggers.
+    """
+    last = last_checkpoint(folder)
+    callbacks = [*first, StopNotFinite(folder), *checkpoints(cfg, folder), History(folder / HISTORY), *own]
+    callbacks += [*build_callbacks(cfg, folder), StopOnSignal(last)]
+    loggers = [] if is_a_try(cfg) else open_loggers(cfg, folder, about, checkpoint_step(last))
+    # our ranks, or this process alone: Lightning is not to take a SLURM job for its own
+    places = [] if torch.distributed.is_torchelastic_launched() else [LightningEnvironment()]
+    return L.Trainer(
+        **settings, logger=loggers or False, callbacks=callbacks, default_root_dir=folder,
+        plugins=[*places, CheckpointFiles(last)], use_distributed_sampler=False,
+    )  # fmt: skip
+
+
+def goes_on(folder: Path) -> bool:
+    """Whether the run has a checkpoint to go on from, which is said."""
+    if not last_checkpoint(folder).is_file():
+        return False
+    print(f"{folder.name}: resuming from its last checkpoint.", flush=True)
+    return True
+
+
+def run_trainer(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, folder: Path) -> None:
+    """Train, from the checkpoint if there is one; NotFiniteError where the weights are not finite at the end."""
+    last = last_checkpoint(folder)
+    with lightnings_stop():
+        trainer.fit(module, data, ckpt_path=last if last.is_file() else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    require_finite(folder, "the weights", dict(module.named_parameters()), trainer.global_step)
+
+
+def validated(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> dict[str, float]:
+    """The scores ``val/…`` on the whole split, whatever part of it was used on the way."""
+    trainer.limit_val_batches = 1.0
+    with lightnings_stop():
+        trainer.validate(module, data, verbose=False)
+    return {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+
+
+@contextmanager
+def lightnings_stop() -> Iterator[None]:
+    """Lightning's own exception for SIGTERM as ours."""
+    try:
+        yield
+    except SIGTERMException as error:
+        raise Preempted(signal.SIGTERM) from error
+
+
+def finish(cfg: DictConfig, folder: Path, trainer: L.Trainer, write: Callable[[], dict[str, Any]]) -> None:
+    """Let the first rank ``write`` the artefact, whose result goes to the loggers; a mere try is only said."""
+    if trainer.is_global_zero and is_a_try(cfg):
+        print(f"{folder.name}: fast_dev_run went well; nothing of it is kept.", flush=True)
+    elif trainer.is_global_zero:
+        close_loggers(trainer.loggers, cfg, folder, write())
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Python's version and those of ``packages``, for cfg.json."""
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def checkpoints(cfg: DictConfig, folder: Path) -> list[L.Callback]:
@@ -260,6 +314,6 @@ def record(cfg: DictConfig, folder: Path, stores: dict[str, FeatureStore]) -> di
         "seed": cfg.seed, "backbone": store.backbone, "layer": store.layer,
         "data": store.data, "features": store.kind, "severity": store.manifest.severity,
         "store": {split: s.fingerprint for split, s in stores.items()},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
+        "versions": versions("torch", "lightning", "timm", "transformers", "numpy"),
         "config": OmegaConf.to_container(cfg, resolve=True),
     }  # fmt: skip

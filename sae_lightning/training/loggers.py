@@ -128,7 +128,7 @@ def sweep_of(cfg: DictConfig, options: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def settle(cfg: DictConfig) -> None:
+def write_sweep_options(cfg: DictConfig) -> None:
     """Write what the sweep gives into the config, for ranks that know nothing of Hydra."""
     if "wandb" in (cfg.logger or {}):
         cfg.logger.wandb = sweep_of(cfg, OmegaConf.to_container(cfg.logger.wandb))  # type: ignore[arg-type]

@@ -19,19 +19,19 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
-from sae_lightning.distributed.launch import launch_ranks, n_ranks, wants_ranks
+from sae_lightning.distributed.launch import launch_ranks, n_ranks, on_gpu, wants_ranks
 from sae_lightning.distributed.limits import cores, free_memory
-from sae_lightning.distributed.stopping import Preempted, heeding
-from sae_lightning.features.shared import Seat, SharedStream, StreamStoppedError
+from sae_lightning.distributed.stopping import Preempted, stop_on_signals
+from sae_lightning.features.shared import SharedStream, StreamMember, StreamStoppedError
 from sae_lightning.features.source import Source, looking_once
 from sae_lightning.files import held, lend_cache, set_damaged_aside
 from sae_lightning.runs.identity import run_name
 from sae_lightning.runs.run import LOCK, PRODUCTS, is_finished
 from sae_lightning.runs.state import is_a_try
-from sae_lightning.training.checkpoints import mend_checkpoint
+from sae_lightning.training.checkpoints import repair_checkpoint
 from sae_lightning.training.failed import begin_anew, worth_keeping
 from sae_lightning.training.fit import check, fit
-from sae_lightning.training.loggers import settle
+from sae_lightning.training.loggers import write_sweep_options
 
 SHARE = 0.7  # of the free memory that a pack may take
 
@@ -60,11 +60,6 @@ def free_bytes(cfg: DictConfig) -> int:
         return int(cfg.pack.memory_gb * 2**30)
     free = torch.cuda.mem_get_info()[0] if on_gpu(cfg) else free_memory()
     return int(SHARE * free)
-
-
-def on_gpu(cfg: DictConfig) -> bool:
-    """Whether ``cfg`` trains on CUDA devices."""
-    return torch.cuda.is_available() and str(cfg.trainer.accelerator) in ("auto", "gpu", "cuda")
 
 
 def rounds(todo: dict[Path, DictConfig], d_in: int, limit: int) -> Iterator[dict[Path, DictConfig]]:
@@ -108,7 +103,7 @@ def train_packed(cfgs: Sequence[DictConfig]) -> list[Path]:
 
 def _train_packed(folders: dict[Path, DictConfig]) -> list[Path]:
     failed: list[Path] = []
-    with heeding(f"{len(folders)} runs side by side"), ExitStack() as locks:
+    with stop_on_signals(f"{len(folders)} runs side by side"), ExitStack() as locks:
         for folder in sorted(folders):
             locks.enter_context(worth_keeping(folder, not is_a_try(folders[folder])))
             locks.enter_context(held(folder / LOCK, f"training {folder.name}"))
@@ -121,7 +116,7 @@ def _train_packed(folders: dict[Path, DictConfig]) -> list[Path]:
             try:
                 check(cfg)
                 set_damaged_aside([folder / name for name in PRODUCTS], f"{folder.name} is trained again")
-                mend_checkpoint(folder)
+                repair_checkpoint(folder)
             except ValueError as error:
                 print(f"{folder.name}: {error}", file=sys.stderr, flush=True)
                 failed.append(folder)
@@ -140,7 +135,7 @@ def _train(todo: dict[Path, DictConfig]) -> list[Path]:
     """Train all of ``todo``, in rounds that fit the memory; returns those that failed."""
     first = next(iter(todo.values()))
     for cfg in todo.values():
-        settle(cfg)
+        write_sweep_options(cfg)
     store, _ = (Source.of(first).store(split) for split in ("train", "val"))  # before every thread or rank opens them
     failed: list[Path] = []
     for members in rounds(todo, store.d_in, free_bytes(first)):
@@ -172,7 +167,7 @@ def fit_together(members: dict[Path, DictConfig], world: int = 1) -> list[Path]:
         torch.set_num_threads(threads)
         try:
             stream.enter(member)
-            fit(members[folder], folder, Seat(stream, member))
+            fit(members[folder], folder, StreamMember(stream, member))
         except Preempted as error:
             preempted.append(error)
         except BaseException as error:

@@ -3,6 +3,7 @@
 What it imports on the way decides how long a user waits; the tests name it rather than measure seconds.
 """
 
+import ast
 import os
 import subprocess
 import sys
@@ -44,6 +45,17 @@ def cold(*arguments: str, cwd) -> subprocess.CompletedProcess[str]:
 def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
     """The packages that a process with ``-X importtime`` has imported."""
     return {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+
+
+def test_only_those_who_train_import_lightning():
+    """So runs are named and opened, evaluated and reported on without it; publish.py is for loggers alone."""
+    may = [ROOT / "sae_lightning" / name for name in ("training", "finetuning", "report/publish.py")]
+    for path in (ROOT / "sae_lightning").rglob("*.py"):
+        if not any(path.is_relative_to(place) for place in may):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:  # at the top of the module
+                names = [alias.name for alias in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not [n for n in names if n.startswith(("lightning", "sae_lightning.training"))], path
 
 
 @pytest.mark.slow

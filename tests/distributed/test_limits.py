@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from sae_lightning.distributed.limits import cores, free_memory, groups, heed_cores
+from sae_lightning.distributed.limits import cores, free_memory, groups, use_allowed_cores
 from sae_lightning.features.extraction import Settings
 from sae_lightning.finetuning.data import workers
 from sae_lightning.training.packed import SHARE, free_bytes, workers_of
@@ -114,5 +114,5 @@ def test_workers_threads_and_packs_keep_to_them(config, monkeypatch):
     assert workers(224, None) == 2
     assert workers_of(config(), 12) == 3
     assert free_bytes(config()) == int(SHARE * 10 * GIB)
-    heed_cores()
+    use_allowed_cores()
     assert chosen == [3]

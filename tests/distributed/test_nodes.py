@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae_lightning.distributed.launch import call_meeting, check_tasks, find_meeting, leading
+from sae_lightning.distributed.launch import as_first_node, await_rendezvous, check_tasks, publish_rendezvous
 
 
 def slurm(monkeypatch, node: int, nodes: int, tasks: int) -> None:
@@ -26,11 +26,11 @@ def test_a_job_with_other_tasks_or_nodes_than_the_config_is_refused(config, monk
 
 def test_nodes_meet_where_the_first_one_says(tmp_path, monkeypatch):
     slurm(monkeypatch, 0, 2, 2)
-    with leading(tmp_path):
-        store, address = call_meeting(tmp_path)
-        assert find_meeting(tmp_path) == (address, store.port)
-    assert find_meeting(tmp_path) is None  # over: finished, skipped or failed
+    with as_first_node(tmp_path):
+        store, address = publish_rendezvous(tmp_path)
+        assert await_rendezvous(tmp_path) == (address, store.port)
+    assert await_rendezvous(tmp_path) is None  # over: finished, skipped or failed
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # what an earlier start said is no news
-    with leading(tmp_path):
-        store, address = call_meeting(tmp_path)
-        assert find_meeting(tmp_path) == (address, store.port)
+    with as_first_node(tmp_path):
+        store, address = publish_rendezvous(tmp_path)
+        assert await_rendezvous(tmp_path) == (address, store.port)

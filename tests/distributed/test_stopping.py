@@ -14,7 +14,7 @@ import torch
 
 from sae_lightning.distributed import launch, stopping
 from sae_lightning.distributed.processes import run_together
-from sae_lightning.distributed.stopping import STEPS, Preempted, heeding, working
+from sae_lightning.distributed.stopping import STEPS, Preempted, in_training, stop_on_signals
 from sae_lightning.finetuning.fit import finetune
 from sae_lightning.runs.state import last_checkpoint
 from sae_lightning.training.fit import train
@@ -86,10 +86,10 @@ def test_what_is_ignored_stays_ignored():
     """nohup, and a shell's background jobs."""
     before = [signal.signal(number, signal.SIG_IGN) for number in stopping.TERMINAL]
     try:
-        with heeding("a run"), working():
+        with stop_on_signals("a run"), in_training():
             for number in stopping.TERMINAL:
                 signal.raise_signal(number)
-            assert stopping.asked() is None
+            assert stopping.stop_requested() is None
         assert [signal.getsignal(number) for number in stopping.TERMINAL] == [signal.SIG_IGN] * 2
     finally:
         for number, handler in zip(stopping.TERMINAL, before, strict=True):
@@ -97,9 +97,9 @@ def test_what_is_ignored_stays_ignored():
 
 
 def test_a_second_ctrl_c_stops_at_once(capfd):
-    with heeding("a run"), working():
+    with stop_on_signals("a run"), in_training():
         signal.raise_signal(signal.SIGINT)
-        assert stopping.asked() == signal.SIGINT
+        assert stopping.stop_requested() == signal.SIGINT
         assert "Once more stops at once" in capfd.readouterr().err
         with pytest.raises(SystemExit) as stopped:
             signal.raise_signal(signal.SIGINT)
@@ -108,7 +108,7 @@ def test_a_second_ctrl_c_stops_at_once(capfd):
 
 
 def test_workers_leave_the_terminal_s_signals_to_their_parent():
-    with heeding("a run"):
+    with stop_on_signals("a run"):
         assert status_of(lambda: [signal.raise_signal(number) for number in stopping.TERMINAL]) == 0
         assert status_of(lambda: signal.raise_signal(signal.SIGTERM)) == -signal.SIGTERM
 
@@ -122,10 +122,10 @@ def test_progress_goes_nowhere_where_the_terminal_is_gone():
         os.dup2(slave, 1)
         with pytest.raises(OSError, match="Input/output error"):
             os.write(1, b"progress")
-        with heeding("a run"), working():
+        with stop_on_signals("a run"), in_training():
             signal.raise_signal(signal.SIGHUP)
             os.write(1, b"progress")
-            assert stopping.asked() == signal.SIGHUP
+            assert stopping.stop_requested() == signal.SIGHUP
 
     assert status_of(work) == 0
     os.close(slave)
@@ -157,7 +157,7 @@ def test_ranks_are_asked_to_stop_and_meet_on_the_loopback_address(config, tmp_pa
         yield Ranks(Path(variables[0][stopping.FLAG]))
 
     monkeypatch.setattr(launch, "run_together", together)
-    with heeding("a run"), pytest.raises(Preempted) as stopped:
+    with stop_on_signals("a run"), pytest.raises(Preempted) as stopped:
         launch.launch_ranks(config("trainer.devices=2"), tmp_path, print)
     assert (stopped.value.signum, stopped.value.steps) == (signal.SIGHUP, (7, 7))
     assert [place["MASTER_ADDR"] for place in seen] == ["127.0.0.1"] * 2

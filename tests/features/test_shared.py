@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lightning.features.loader import FeatureLoader
-from sae_lightning.features.shared import Seat, SharedLoader, SharedStream, StreamStoppedError
+from sae_lightning.features.shared import SharedLoader, SharedStream, StreamMember, StreamStoppedError
 
 CPU = torch.device("cpu")
 BATCH = 256
@@ -20,7 +20,7 @@ class Trainings:
 
     def __init__(self, store, starts, workers, epochs=2, fail=None):
         self.stream = SharedStream(len(starts), workers)
-        self.seats = [Seat(self.stream, i) for i in range(len(starts))]
+        self.turns = [StreamMember(self.stream, i) for i in range(len(starts))]
         self.loaders = [FeatureLoader(store, BATCH, pinned=False) for _ in starts]
         self.epochs, self.fail = epochs, fail
         self.starts = starts
@@ -40,7 +40,7 @@ class Trainings:
     def _train(self, i):
         try:
             self.stream.enter(i)
-            loader = SharedLoader(self.loaders[i], self.seats[i], CPU)
+            loader = SharedLoader(self.loaders[i], self.turns[i], CPU)
             loader.seek(0, self.starts[i])
             while loader._next[0] < self.epochs:
                 for batch in loader:
@@ -127,13 +127,13 @@ def test_a_stop_reaches_all_between_two_batches(stores):
     assert all(len(seen) <= 9 for seen in trainings.seen)
 
 
-def test_the_clock_of_a_seat_stands_while_others_work(stores):
+def test_the_clock_of_a_member_stands_while_others_work(stores):
     trainings = Trainings(stores["train"], [0, 0], workers=1)
     slow = trainings._step
     trainings._step = lambda i, batch: (time.sleep(0.005 * i), slow(i, batch))
-    begun = [seat.clock() for seat in trainings.seats]
+    begun = [turn.clock() for turn in trainings.turns]
     trainings.run()
-    quick, other = (seat.clock() - start for seat, start in zip(trainings.seats, begun, strict=True))
+    quick, other = (turn.clock() - start for turn, start in zip(trainings.turns, begun, strict=True))
     assert quick < other - 0.003 * len(trainings.seen[1])
 
 

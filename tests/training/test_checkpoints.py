@@ -18,7 +18,7 @@ from sae_lightning.runs.state import last_checkpoint
 from sae_lightning.saes import SAE
 from sae_lightning.training import checkpoints
 from sae_lightning.training.callbacks import History
-from sae_lightning.training.checkpoints import CheckpointError, CheckpointFiles, mend_checkpoint
+from sae_lightning.training.checkpoints import CheckpointError, CheckpointFiles, repair_checkpoint
 from sae_lightning.training.fit import train
 from sae_lightning.training.loggers import _csv as open_csv
 
@@ -65,12 +65,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, tmp_path,
         shutil.rmtree(begun)
         shutil.copytree(tmp_path / "begun", begun)
         damage(last)
-        mend_checkpoint(begun)
+        repair_checkpoint(begun)
         assert (step_of(last), before.exists()) == (STEPS, False), name
         said = capsys.readouterr().err
         assert name == "missing" or (f"{last} is damaged" in said and "last.ckpt.damaged" in said), name
     cut(last)
-    mend_checkpoint(begun)
+    repair_checkpoint(begun)
     assert not last.exists()
     assert "training starts anew" in capsys.readouterr().err
     shutil.rmtree(begun)
@@ -129,7 +129,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_gives_a_sentence(tmp_path, m
     monkeypatch.setattr(checkpoints, "write_bytes", full)
     with pytest.raises(CheckpointError, match=r"last\.ckpt failed: the disk is full\. Free space"):
         files.save_checkpoint({"global_step": 2}, last)
-    mend_checkpoint(tmp_path)
+    repair_checkpoint(tmp_path)
     assert step_of(last) == 1
 
 
@@ -151,7 +151,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_whole_one(moves, tmp_path
     with pytest.raises(SystemExit):
         files.save_checkpoint({"global_step": 3}, last)
     left[0] = 9
-    mend_checkpoint(tmp_path)
+    repair_checkpoint(tmp_path)
     assert step_of(last) == 2
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sae_lightning.distributed import stopping
-from sae_lightning.distributed.stopping import Preempted, give_way, heeding, working
+from sae_lightning.distributed.stopping import Preempted, exit_for_signal, in_training, stop_on_signals
 from sae_lightning.saes import SAE
 from sae_lightning.training.fit import train
 from tests.processes import HANG, Command, wait_for
@@ -57,7 +57,7 @@ def test_a_run_stopped_in_any_step_goes_on_to_the_same_weights(name, at, config,
 
 
 def test_a_signal_outside_of_a_training_ends_the_job_at_once():
-    with pytest.raises(SystemExit) as stopped, heeding("a run"):
+    with pytest.raises(SystemExit) as stopped, stop_on_signals("a run"):
         signal.raise_signal(signal.SIGUSR2)
     assert stopped.value.code == 128 + signal.SIGUSR2
 
@@ -66,13 +66,13 @@ def test_a_training_in_another_thread_hears_the_signal_of_the_main_thread():
     heard = []
 
     def run(ready: threading.Event) -> None:
-        with working(), heeding("not the main thread, so nothing"):
+        with in_training(), stop_on_signals("not the main thread, so nothing"):
             ready.set()
-            while not stopping.asked():
+            while not stopping.stop_requested():
                 time.sleep(0.01)
-            heard.append(stopping.asked())
+            heard.append(stopping.stop_requested())
 
-    with heeding("a pack"):
+    with stop_on_signals("a pack"):
         thread = threading.Thread(target=run, args=(ready := threading.Event(),))
         thread.start()
         ready.wait()
@@ -88,7 +88,7 @@ def test_either_warning_reaches_the_handler_of_submitit(signum, listens, monkeyp
     got = []
     before = signal.signal(listens, lambda number, frame: got.append(number))
     try:
-        with pytest.raises(SystemExit), heeding("a run"):
+        with pytest.raises(SystemExit), stop_on_signals("a run"):
             raise Preempted(signum)
     finally:
         signal.signal(listens, before)
@@ -104,7 +104,7 @@ def test_after_sigterm_a_slurm_job_waits_for_slurm_to_decide(monkeypatch):
     handlers = {signal.SIGUSR2: lambda *_: requeued.append(1), signal.SIGTERM: lambda *_: passed.append(1)}
     start = time.monotonic()
     with pytest.raises(SystemExit):
-        give_way(signal.SIGTERM, "a run", handlers)
+        exit_for_signal(signal.SIGTERM, "a run", handlers)
     assert time.monotonic() - start >= 1.5
     assert (requeued, passed) == ([], [1])
 

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 from sae_lightning.training import wandb_run
-from sae_lightning.training.loggers import settle, sweep_of
+from sae_lightning.training.loggers import sweep_of, write_sweep_options
 from sae_lightning.training.wandb_run import WandbRun, finish, log_artefact, open_run
 from tests.configs import CONF
 from tests.processes import HANG, Command, wait_for
@@ -361,7 +361,7 @@ def test_the_group_is_the_sweep_and_the_experiment_a_tag(tmp_path):
     try:
         assert sweep_of(cfg, plain)["group"] == "demo 2025-01-31/12-00-00"
         assert sweep_of(cfg, plain | {"group": "grid 1"})["group"] == "grid 1"
-        settle(cfg)
+        write_sweep_options(cfg)
     finally:
         HydraConfig.instance().cfg = before
     assert (cfg.logger.wandb.group, cfg.logger.wandb.tags) == ("demo 2025-01-31/12-00-00", ["demo", "mine"])
