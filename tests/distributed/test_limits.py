@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sae_lightning.distributed.limits import cores, free_memory, groups, use_allowed_cores
-from sae_lightning.features.extraction import Settings
+from sae_lightning.features.extraction import Extraction
 from sae_lightning.finetuning.data import workers
 from sae_lightning.training.packed import SHARE, free_bytes, workers_of
 
@@ -110,7 +110,7 @@ def test_workers_threads_and_packs_keep_to_them(config, monkeypatch):
     monkeypatch.setattr("sae_lightning.training.packed.free_memory", lambda: 10 * GIB)
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    assert [Settings(sharing=n).workers(224) for n in (1, 2, 8)] == [2, 1, 1]
+    assert [Extraction(sharing=n).workers(224) for n in (1, 2, 8)] == [2, 1, 1]
     assert workers(224, None) == 2
     assert workers_of(config(), 12) == 3
     assert free_bytes(config()) == int(SHARE * 10 * GIB)

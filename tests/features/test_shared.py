@@ -20,7 +20,7 @@ class Trainings:
 
     def __init__(self, store, starts, workers, epochs=2, fail=None):
         self.stream = SharedStream(len(starts), workers)
-        self.turns = [StreamMember(self.stream, i) for i in range(len(starts))]
+        self.places = [StreamMember(self.stream, i) for i in range(len(starts))]
         self.loaders = [FeatureLoader(store, BATCH, pinned=False) for _ in starts]
         self.epochs, self.fail = epochs, fail
         self.starts = starts
@@ -40,7 +40,7 @@ class Trainings:
     def _train(self, i):
         try:
             self.stream.enter(i)
-            loader = SharedLoader(self.loaders[i], self.turns[i], CPU)
+            loader = SharedLoader(self.loaders[i], self.places[i], CPU)
             loader.seek(0, self.starts[i])
             while loader._next[0] < self.epochs:
                 for batch in loader:
@@ -131,9 +131,9 @@ def test_the_clock_of_a_member_stands_while_others_work(stores):
     trainings = Trainings(stores["train"], [0, 0], workers=1)
     slow = trainings._step
     trainings._step = lambda i, batch: (time.sleep(0.005 * i), slow(i, batch))
-    begun = [turn.clock() for turn in trainings.turns]
+    begun = [place.clock() for place in trainings.places]
     trainings.run()
-    quick, other = (turn.clock() - start for turn, start in zip(trainings.turns, begun, strict=True))
+    quick, other = (place.clock() - start for place, start in zip(trainings.places, begun, strict=True))
     assert quick < other - 0.003 * len(trainings.seen[1])
 
 
