@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -32,6 +35,21 @@ def dissociation(table: pd.DataFrame, x: str = "M2", y: str = "M3") -> pd.DataFr
     return pd.DataFrame(rows, columns=["backbone", "rho", "p", "p_t", "n", "x", "y"])
 
 
+def scatter(marks: Iterable[tuple[float, float, Mapping[str, Any]]], size: tuple[float, float], **legend: Any) -> str:
+    """Preservation against FVU, SVG: ``marks`` of both, with how matplotlib draws each."""
+    with figure(*size, title="preservation against FVU") as drawing:
+        axis = drawing.axis
+        for fvu, preservation, look in marks:
+            axis.scatter(fvu, preservation, **look)
+        axis.axhline(1, color=NULL, lw=1, ls=":")
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+        axis.set_xlabel("M2 FVU (lower is better)")
+        axis.set_ylabel("M3 preservation")
+        if legend:
+            axis.legend(**legend, frameon=False, fontsize=8, loc="lower left")
+    return drawing.svg
+
+
 @section("FVU and preservation")
 def dissociation_section(grid: Grid, paper: Paper) -> Block:
     """Preservation against FVU [Fig. 2a]."""
@@ -39,22 +57,18 @@ def dissociation_section(grid: Grid, paper: Paper) -> Block:
     if own.empty:
         return lacking(f"No run has both M2 and M3; `{EVALUATE}` makes them.")
     expansions, ks = sorted(own["expansion"].unique()), sorted(own["k"].dropna().unique())
-    with figure(5.4, 3.6) as drawing:
-        axis = drawing.axis
-        for _, row in own.iterrows():
-            size = 18 + (26 * ks.index(row["k"]) / max(1, len(ks) - 1) if row["k"] in ks else 0)
-            mark = MARKS[expansions.index(row["expansion"]) % len(MARKS)]
-            axis.scatter(row["M2"], row["M3"], s=size, marker=mark, color=grid.colours[row["title"]], alpha=0.6, lw=0)
-        for title, mean in own.groupby("title")[["M2", "M3"]].mean().iterrows():
-            axis.scatter(mean["M2"], mean["M3"], s=150, facecolor="none", edgecolor=grid.colours[str(title)], lw=1.8)
-        axis.axhline(1, color=NULL, lw=1, ls=":")
-        axis.xaxis.set_major_locator(MaxNLocator(6))
-        axis.set_xlabel("M2 FVU (lower is better)")
-        axis.set_ylabel("M3 preservation")
-        if len(expansions) > 1:
-            handles = [Line2D([], [], ls="", marker=MARKS[i % len(MARKS)], color="#666", label=f"×{e:g}")
-                       for i, e in enumerate(expansions)]  # fmt: skip
-            axis.legend(handles=handles, frameon=False, fontsize=8, loc="lower left")
+    marks: list[tuple[float, float, dict[str, Any]]] = []
+    for _, row in own.iterrows():
+        size = 18 + (26 * ks.index(row["k"]) / max(1, len(ks) - 1) if row["k"] in ks else 0)
+        mark = MARKS[expansions.index(row["expansion"]) % len(MARKS)]
+        look = {"s": size, "marker": mark, "color": grid.colours[row["title"]], "alpha": 0.6, "lw": 0}
+        marks.append((row["M2"], row["M3"], look))
+    for title, mean in own.groupby("title")[["M2", "M3"]].mean().iterrows():
+        ring = {"s": 150, "facecolor": "none", "edgecolor": grid.colours[str(title)], "lw": 1.8}
+        marks.append((mean["M2"], mean["M3"], ring))
+    handles = [Line2D([], [], ls="", marker=MARKS[i % len(MARKS)], color="#666", label=f"×{e:g}")
+               for i, e in enumerate(expansions)]  # fmt: skip
+    svg = scatter(marks, (5.4, 3.6), **{"handles": handles} if len(expansions) > 1 else {})
     caption = "One mark a run: the shape is its expansion, the larger the larger its k. Rings: means of backbones."
     about = "A lower FVU need not mean that a probe still reads as much. [ViSAEBench §5.2, Fig. 2a]"
     heads = [Head("over"), Head("ρ", ".2f", sign=True), Head("p", P), Head("n", ".0f"), Head("mean FVU"),
@@ -65,4 +79,4 @@ def dissociation_section(grid: Grid, paper: Paper) -> Block:
     rows.append(["means of backbones", *found.loc[ALL, ["rho", "p", "n", "x", "y"]]])
     table = Table("fvu-preservation", "Spearman’s ρ of FVU and preservation", heads, rows,
                   "A negative ρ: the lower FVU, the more is preserved. p is exact for n ≤ 8, of t above.")  # fmt: skip
-    return [about, Picture(drawing.svg, caption=caption), grid.key, table]
+    return [about, Picture(svg, caption=caption), grid.key, table]

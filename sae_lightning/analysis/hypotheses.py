@@ -206,12 +206,8 @@ def hypotheses(grid: Grid, paper: Paper) -> Block:
                      h["rho"], h["p"], h["p_t"], h["n"], verdict])  # fmt: skip
         if printed:
             theirs = printed.get(h["name"], {}) if not h["check"] else {}
-            rows[-1] += [
-                task_title(theirs["task"]) if theirs else "–",
-                theirs.get("rho"),
-                theirs.get("p"),
-                theirs.get("verdict", "–"),
-            ]
+            rows[-1] += [task_title(theirs["task"]) if theirs else "–", theirs.get("rho"), theirs.get("p"),
+                         theirs.get("verdict", "–")]  # fmt: skip
     counts = found[~found["check"]]["verdict"].value_counts()
     says = f"Of {counts.sum()} hypotheses, here: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + "."
     return [

@@ -116,17 +116,8 @@ def _route(table: pd.DataFrame, related: pd.DataFrame, task: str) -> Recommendat
     best = own[own["oriented"] >= own["oriented"].max() - 1e-9]
     oriented, p, n = best[["oriented", "p", "n"]].iloc[0] if len(best) else (float("nan"), float("nan"), 0)
     raw, codes = (choice(table, task_column(task, given)) for given in ("raw", "codes"))
-    return Recommendation(
-        kind_of(task),
-        task,
-        stands_in(table, task),
-        raw,
-        codes,
-        tuple(best["metric"]),
-        float(oriented),
-        float(p),
-        int(n),
-    )
+    kind, stand_in = kind_of(task), stands_in(table, task)
+    return Recommendation(kind, task, stand_in, raw, codes, tuple(best["metric"]), float(oriented), float(p), int(n))
 
 
 def choice(table: pd.DataFrame, column: str) -> Choice | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter
 
+from sae_lightning.analysis.dissociation import scatter
 from sae_lightning.metrics.sparsity import HISTOGRAMS
 from sae_lightning.rendering.figures import COLOURS, HEADLINE_K, NULL, OTHERS, budget_axis, figure
 from sae_lightning.rendering.page import Key
 from sae_lightning.report.benchmark import Scored
 from sae_lightning.runs.run import LATENTS
 from sae_lightning.saes.artefact import read_tensors, tensor_names
+
+
+def read_history(run: Path) -> pd.DataFrame:
+    """``history.csv`` of a run by step, NaN where a cell is empty; without columns when there is none."""
+    path = run / "history.csv"
+    if not path.is_file():
+        return pd.DataFrame()
+    return pd.read_csv(path, index_col="step", float_precision="round_trip").drop(columns="epoch", errors="ignore")
+
 
 PANELS = {
     "train/explained_variance": "explained variance",
@@ -27,31 +37,16 @@ PANELS = {
 }
 
 
-def history(run: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and values of every column of ``history.csv``; empty when there is none."""
-    path = run / "history.csv"
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    if not path.is_file():
-        return curves
-    with path.open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for column, cell in row.items():
-                if cell and column not in ("step", "epoch"):
-                    steps, values = curves.setdefault(column, ([], []))
-                    steps.append(float(row["step"]))
-                    values.append(float(cell))
-    return curves
-
-
 def training_curves(runs: Sequence[Mapping[str, Any]]) -> str:
     """Small multiples of the training curves, one line a run, SVG."""
     with figure(11, 2.7, 1, len(PANELS)) as drawing:
         axes = drawing.axes[0]
         for i, run in enumerate(runs):
-            curves = history(run["folder"])
+            curves = read_history(run["folder"])
             for axis, column in zip(axes, PANELS, strict=True):
                 if column in curves:
-                    axis.plot(*curves[column], color=COLOURS[i % len(COLOURS)], lw=1.2, label=run["label"])
+                    curve = curves[column].dropna()
+                    axis.plot(curve.index, curve, color=COLOURS[i % len(COLOURS)], lw=1.2, label=run["label"])
         for axis, title in zip(axes, PANELS.values(), strict=True):
             axis.set_title(title, loc="left", fontsize=9)
             axis.set_xlabel("step")
@@ -258,20 +253,9 @@ def monosemanticity(saes: Sequence[Scored], of: Encoding) -> str:
 
 def dissociation(saes: Sequence[Scored], of: Encoding) -> str:
     """Preservation against FVU, one mark an SAE [ViSAEBench Fig. 2a]; empty where there is none."""
-    saes = [sae for sae in saes if math.isfinite(sae.value("preservation") + sae.value("fvu"))]
-    if not saes:
-        return ""
-
-    with figure(3.7, 2.5, title="preservation against FVU") as drawing:
-        axis = drawing.axis
-        for sae in saes:
-            axis.scatter(sae.value("fvu"), sae.value("preservation"), s=34, **of.mark(sae))
-        axis.axhline(1, color=NULL, lw=1, ls=":")
-        axis.set_xlim(left=0)
-        axis.xaxis.set_major_locator(MaxNLocator(6))
-        axis.set_xlabel("FVU (lower is better)")
-        axis.set_ylabel("preservation")
-    return drawing.svg
+    marks = [(sae.value("fvu"), sae.value("preservation"), {"s": 34, **of.mark(sae)}) for sae in saes]
+    known = [mark for mark in marks if math.isfinite(mark[0] + mark[1])]
+    return scatter(known, (3.7, 2.5)) if known else ""
 
 
 def recovery(saes: Sequence[Scored], of: Encoding) -> list[str]:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from sae_lightning.metrics.part import CORE, PARTS, headlines
+from sae_lightning.report.figures import read_history
 from sae_lightning.report.latents import latent_groups, pictures
 from sae_lightning.report.page import load_run
 from sae_lightning.runs.run import SCORES, TOP_IMAGES, Run
@@ -55,13 +56,8 @@ def trained(run: Path) -> dict[str, Any]:
 
 def history_rows(run: Path) -> Iterator[tuple[int, dict[str, float]]]:
     """The rows of ``history.csv`` at the steps at which loggers count them, which begin with 0."""
-    path = run / "history.csv"
-    if not path.is_file():
-        return
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            values = {name: float(cell) for name, cell in row.items() if cell and name not in ("step", "epoch")}
-            yield int(row["step"]) - 1, values
+    for step, row in read_history(run).iterrows():
+        yield int(str(step)) - 1, {str(name): float(value) for name, value in row.dropna().items()}
 
 
 def latent_cards(run: Path, count: int) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sae_lightning.rendering.pictures import GAP, overlay, strip, thumbnail
-from sae_lightning.report.figures import history, training_curves
+from sae_lightning.report.figures import read_history, training_curves
 from sae_lightning.report.page import build
 
 
@@ -50,8 +50,9 @@ def test_strip_puts_images_side_by_side():
 
 def test_history_skips_empty_cells(tmp_path):
     (tmp_path / "history.csv").write_text("step,epoch,train/l0,val/fvu\n25,0,16.0,\n50,0,,0.25\n75,1,15.5,\n")
-    assert history(tmp_path) == {"train/l0": ([25.0, 75.0], [16.0, 15.5]), "val/fvu": ([50.0], [0.25])}
-    assert history(tmp_path / "none") == {}
+    found = {name: column.dropna().to_dict() for name, column in read_history(tmp_path).items()}
+    assert found == {"train/l0": {25: 16.0, 75: 15.5}, "val/fvu": {50: 0.25}}
+    assert list(read_history(tmp_path / "none")) == []
     assert training_curves([{"folder": tmp_path, "label": "a run"}]).startswith("<svg")
 
 
