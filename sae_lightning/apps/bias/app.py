@@ -7,7 +7,7 @@ of forcing it, and a check with a known answer: the same on a classifier with a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,39 +15,19 @@ from omegaconf import DictConfig
 
 from sae_lightning.apps.app import app
 from sae_lightning.apps.bias import page
-from sae_lightning.apps.bias.dose import dose, pushes, typical
-from sae_lightning.apps.bias.planted import Check, check, mark, versions
+from sae_lightning.apps.bias.dose import pushes
+from sae_lightning.apps.bias.planted import Check, check, versions
 from sae_lightning.apps.bias.study import Members, Study, Task, batches, labelled, mean_of, members, study, task_of
 from sae_lightning.apps.edits import WholeImages, whole_images
 from sae_lightning.apps.names import names_of
 from sae_lightning.backbones.backbone import BackboneError
 from sae_lightning.data import DataError
 from sae_lightning.features.source import plain
-from sae_lightning.rendering.pictures import strip, thumbnail
 from sae_lightning.runs.results import Headline, Result
 from sae_lightning.runs.run import Run
 
 TABLE = "bias.parquet"
-TOP = 8  # images in a latent's strip
 RANDOM = 50  # latents that the drawn ones are compared with
-
-
-class Shown(NamedTuple):
-    """The pictures and names that a page has; ``where`` [n] are the task's images in the split's data set."""
-
-    opened: Run
-    split: str
-    rows: np.ndarray
-    names: list[str]
-    pictures: bool
-
-    def strip(self, images: Sequence[int]) -> str:
-        """The task's ``images`` side by side; "" without pictures."""
-        if not self.pictures or not len(images):
-            return ""
-        data = self.opened.images(self.split)
-        ids = self.opened.store(self.split).image_ids
-        return strip([thumbnail(data[i]) for i in data.index_of([ids[self.rows[i]] for i in images]).tolist()])
 
 
 @app("bias")
@@ -72,22 +52,22 @@ def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
         opened.features("train")[fitted.rows], fitted.truth, images, held.truth, opened.sae, options.strength, cfg.seed
     )
     planted, why_not = _planted(opened, cfg, fitted, held)
-    shown = _shown(opened, cfg.split, held.rows)
-    tables = {TABLE: named(found.table, shown.names)}
+    names = names_of(opened)
+    tables = {TABLE: named(found.table, names)}
     chosen = _chosen(options, found)
     base = found.logits if options.keep_error else found.classifier.logits(images.decoded)
     headlines, numbers = _headlines(found, images, base, chosen, planted, options.plant.attribute, cfg.seed)
     if planted is not None:
-        tables["planted.parquet"] = named(_both(planted), shown.names)
-    context = {
-        "task": task, "study": found, "n": len(held.truth), "n_train": len(fitted.truth), "split": cfg.split,
-        "latents": [_latent(found, images, base, int(i), options.reach, task, shown) for i in chosen],
-        "rows": _rows(found, images, shown, options.rows), "examples": _examples(base, held.truth, shown),
-        "plant": options.plant, "why_not": why_not, "check": _check(planted, opened, cfg, held, shown),
-        "columns": (("auc", "predicted"), ("truth", "true"), ("errors", "errors"), ("excess", "excess")),
-    }  # fmt: skip
+        tables["planted.parquet"] = named(_both(planted), names)
+    pictures = page.Pictures.of(opened, cfg.split, held.rows)
+    sections = [
+        page.doses(found, images, base, chosen, options.reach, task, names, pictures),
+        page.latents(found, images, names, pictures, options.rows),
+        page.known_bias(planted, why_not, names, pictures, options.plant, task),
+    ]
     title = f"Bias of a classifier: {task.title[0]} against {task.title[1]}"
-    return Result(title, headlines, tables=tables, numbers=numbers, context=context)
+    lead = page.lead(len(fitted.truth), len(held.truth), cfg.split, task)
+    return Result(title, headlines, [lead], sections, tables, numbers=numbers)
 
 
 def _task(opened: Run, split: str, options: DictConfig) -> tuple[Task, Members]:
@@ -113,14 +93,6 @@ def _planted(opened: Run, cfg: DictConfig, fitted: Members, held: Members) -> tu
         return None, f"It needs pictures and the encoder. {error}"
     rho, most, strength = plant["correlation"], plant["most"], cfg.app.strength
     return check(train, there, elsewhere, opened.sae, rho, most, strength, cfg.seed), ""
-
-
-def _shown(opened: Run, split: str, rows: np.ndarray) -> Shown:
-    try:
-        opened.images(split)
-        return Shown(opened, split, rows, names_of(opened), True)
-    except DataError:
-        return Shown(opened, split, rows, [""] * opened.sae.d_sae, False)
 
 
 def _chosen(options: DictConfig, found: Study) -> np.ndarray:
@@ -211,58 +183,3 @@ def _planted_headlines(found: Check, attribute: str) -> tuple[list[Headline], di
         for kind in m.before:
             record[kind] = {"before": m.before[kind], "found": m.found[kind], "random": m.random[kind]}
     return lines, record
-
-
-def _rows(found: Study, images: WholeImages, shown: Shown, n: int) -> list[dict[str, Any]]:
-    """The ``n`` latents of the table: found ones first, then by association with the prediction."""
-    value = np.abs(found.table["auc"].to_numpy() - 0.5)
-    order = found.tested[np.argsort(-value[found.tested], kind="stable")]
-    latents = list(dict.fromkeys([*found.found.tolist(), *order.tolist()]))[:n]
-    sure = set(found.found.tolist())
-    return [
-        {"name": shown.names[i], "strip": _strip(images, i, shown), "found": i in sure, **found.table.iloc[i].to_dict()}
-        for i in latents
-    ]  # fmt: skip
-
-
-def _strip(images: WholeImages, latent: int, shown: Shown) -> str:
-    own = images.magnitudes[:, [latent]].toarray().ravel()
-    return shown.strip([int(i) for i in np.argsort(-own, kind="stable")[:TOP] if own[i] > 0])
-
-
-def _latent(
-    found: Study, images: WholeImages, base: np.ndarray, latent: int, reach: float, task: Task, shown: Shown
-) -> dict[str, Any]:
-    """What the page shows of one drawn latent."""
-    curve = dose(
-        latent, float(found.effects[latent]), base, found.truth, images, typical(base, found.truth), reach
-    )  # fmt: skip
-    own = images.magnitudes[:, [latent]].toarray().ravel()
-    return {
-        "latent": latent, "name": shown.names[latent], "strip": _strip(images, latent, shown), "dose": curve,
-        "response": page.response(curve), "spread": page.spread(own, found.predicted, task.title),
-        "row": found.table.iloc[latent],
-    }  # fmt: skip
-
-
-def _examples(base: np.ndarray, truth: np.ndarray, shown: Shown) -> list[str]:
-    return [shown.strip([i]) for i in typical(base, truth)]
-
-
-def _check(found: Check | None, opened: Run, cfg: DictConfig, held: Members, shown: Shown) -> dict[str, Any] | None:
-    """What the page shows of the planted check."""
-    if found is None:
-        return None
-    ids, data = opened.store(cfg.split).image_ids, opened.images(cfg.split)
-    plain_ones = [data[int(i)] for i in data.index_of([ids[i] for i in held.rows[:TOP]])]
-    marked = [mark(image, cfg.app.plant.attribute, cfg.app.plant.strength) for image in plain_ones]
-    pictures = [strip([thumbnail(image) for image in some]) for some in (plain_ones, marked)]
-    top = found.biased.ranked[:TOP]
-    return {
-        "found": found, "pictures": pictures, "figure": page.detections(found),
-        "top": [
-            {"latent": int(i), "name": shown.names[i], "tells": found.detection(int(i)),
-             **found.biased.table.iloc[i].to_dict(), "control": found.control.table.iloc[i]}
-            for i in top
-        ],
-    }  # fmt: skip

@@ -1,18 +1,202 @@
-"""Figures of the application bias: dose and response, magnitudes by prediction, the planted check."""
+"""What the page on bias shows: dose and response of single latents, the table of latents, the planted check."""
 
 from __future__ import annotations
 
-import numpy as np
-from matplotlib.axes import Axes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from sae_lightning.apps.bias.dose import Dose
-from sae_lightning.apps.bias.planted import Check
-from sae_lightning.apps.bias.study import Study
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from omegaconf import DictConfig
+from PIL import Image
+
+from sae_lightning.apps.bias.dose import Dose, dose, typical
+from sae_lightning.apps.bias.planted import Check, Mitigation, mark
+from sae_lightning.apps.bias.study import LEVEL, Study, Task
+from sae_lightning.apps.edits import WholeImages
+from sae_lightning.data import DataError, ImageData
+from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.rendering.figures import COLOURS, figure
+from sae_lightning.rendering.page import Beside, Card, Cards, Heading, Key, Note, Picture, Section, Strip, pictured
+from sae_lightning.rendering.pictures import strip, thumbnail
+from sae_lightning.rendering.table import Head, Table
+from sae_lightning.runs.run import Run
+
+Change = Callable[[Image.Image], Image.Image]
+
+TOP = 8  # images in a latent's strip
 
 POSITIVE, NEGATIVE, GREY = COLOURS[1], COLOURS[0], "#8a8f99"
 
 BINS = 24
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of the task's images, by their number in the task; None where the run has none."""
+
+    data: ImageData | None
+    places: np.ndarray
+
+    @staticmethod
+    def of(opened: Run, split: str, rows: np.ndarray) -> Pictures:
+        """Those of ``rows`` [n] of the store of ``split``."""
+        try:
+            data = opened.images(split)
+        except DataError:
+            return Pictures(None, rows)
+        ids = opened.store(split).image_ids
+        return Pictures(data, data.index_of([ids[i] for i in rows]))
+
+    def strip(self, images: Sequence[int] | np.ndarray, change: Change = lambda image: image) -> str:
+        """The ``images`` side by side, each after a ``change``; "" without pictures."""
+        there = [int(self.places[i]) for i in images if i >= 0]
+        return strip([thumbnail(change(self.data[i])) for i in there]) if self.data is not None and there else ""
+
+
+def lead(n_train: int, n: int, split: str, task: Task) -> str:
+    """What is explained."""
+    return (
+        f"A logistic regression on the encoder's features, fitted to {n_train} training images and explained on {n} "
+        f"held-out ones ({split}). It calls {task.title[0]} positive. Intervals are 95 %; q is the false discovery "
+        "rate over latents (Benjamini–Hochberg)."
+    )
+
+
+def doses(
+    found: Study, images: WholeImages, base: np.ndarray, chosen: np.ndarray, reach: float, task: Task,
+    names: Sequence[str], pictures: Pictures,
+) -> Section:  # fmt: skip
+    """The ``chosen`` latents with their curves."""
+    if not len(chosen):
+        nothing = "No latent's magnitude goes with the prediction at a false discovery rate of 5 %."
+        return Section("Dose and response", nothing)
+    examples = typical(base, found.truth)
+    key = Key(list(zip(task.title, (POSITIVE, NEGATIVE), strict=True)))
+    shown = [pictured(uri, side, width=40) for side, i in zip(task.title, examples, strict=True)
+             if (uri := pictures.strip([i]))]  # fmt: skip
+    columns = []
+    for latent in chosen.tolist():
+        row, own = found.table.iloc[latent], images.magnitudes[:, [latent]].toarray().ravel()
+        curve = dose(latent, float(found.effects[latent]), base, found.truth, images, examples, reach)
+        level = "not level within reach" if curve.plateau is None else f"level from {curve.plateau:.3g} on"
+        footer = (
+            f"AUC of the predicted classes {_interval(*row[['auc', 'auc_lo', 'auc_hi']])}; direct effect "
+            f"{row['effect']:+.3f}; {level}"
+        )
+        uri = pictures.strip(top_images(images.magnitudes, TOP, np.array([latent]))[0])
+        card = Card(_called(latent, names), [Strip(uri, "its top images")] if uri else [], footer=footer)
+        figures = [Picture(response(curve)), Picture(spread(own, found.predicted, task.title))]
+        columns.append([Cards([card], columns=1), *figures])
+    return Section(
+        "Dose and response",
+        "The latents whose magnitudes go most with the prediction, each forced to a magnitude on every image. Lines "
+        "are means over a class with their interval; dashed lines are one example of each class, whose own magnitude "
+        "is the ring. Grey: magnitudes that are usual. Dotted upright: from here the curves are level.",
+        key, shown, Beside(columns, "repeat(auto-fill, minmax(min(100%, 380px), 1fr))"),
+        Note("Below each: magnitudes by predicted class, where the latent fires, with the share of images on which it "
+             "does."),
+    )  # fmt: skip
+
+
+def latents(found: Study, images: WholeImages, names: Sequence[str], pictures: Pictures, n: int) -> Section:
+    """A table of ``n`` latents: found ones first, then by association with the prediction."""
+    value = np.abs(found.table["auc"].to_numpy() - 0.5)
+    order = found.tested[np.argsort(-value[found.tested], kind="stable")]
+    chosen = np.array(list(dict.fromkeys([*found.found.tolist(), *order.tolist()]))[:n], dtype=np.int64)
+    rows = []
+    for latent, top in zip(chosen.tolist(), top_images(images.magnitudes, TOP, chosen), strict=True):
+        row, uri = found.table.iloc[latent], pictures.strip(top)
+        image = pictured(uri, f"top images of latent {latent}", width=36 * TOP) if uri else ""
+        rows.append([_called(latent, names), image, row["images"], row["effect"],
+                     *(_tested(row, name) for name in ("auc", "truth", "errors", "excess"))])  # fmt: skip
+    heads = [Head("latent"), Head("top images"), Head("fires on", ".0f"), Head("effect", sign=True),
+             *map(Head, ("predicted", "true", "errors", "excess"))]  # fmt: skip
+    return Section(
+        "Latents",
+        "“Predicted” is the AUC of a latent's magnitude between images called positive and negative, “true” that "
+        "between the true classes, “errors” that of the prediction within each true class: it tells what the "
+        "classifier uses, rightly or not. “Excess” is bias beyond the task: the log-odds per deviation of the "
+        "magnitude that the classifier gives the latent beyond what the held-out images bear out; 0 for a latent that "
+        "deserves its weight. Bold: q below 0.05. The excess can only be seen on images in which a shortcut no longer "
+        "goes with the class.",
+        Table("latents", "", heads, rows),
+        Note(f"{len(rows)} of {len(found.tested)} latents that fire on 10 images or more; {len(found.found)} with an "
+             "excess. All are in bias.parquet."),
+    )  # fmt: skip
+
+
+def known_bias(
+    found: Check | None, why_not: str, names: Sequence[str], pictures: Pictures, plant: DictConfig, task: Task
+) -> Section:
+    """The planted check, or ``why_not``."""
+    title, what = "A bias that is known", plant.attribute
+    if found is None:
+        return Section(title, why_not)
+    few = range(min(TOP, len(pictures.places)))
+    strips = [
+        pictured(pictures.strip(few, change), alt, width=44 * TOP)
+        for alt, change in (("pictures", lambda image: image),
+                            (f"with the {what}", lambda image: mark(image, what, plant.strength)))
+    ]  # fmt: skip
+    rows = []
+    for latent in found.biased.ranked[:TOP].tolist():
+        row, control = found.biased.table.iloc[latent], found.control.table.iloc[latent]
+        rows.append([_called(latent, names), _interval(*found.detection(latent)), row["effect"],
+                     _tested(row, "excess"), _tested(control, "excess")])  # fmt: skip
+    heads = [Head("latent"), Head(f"tells the {what} (AUC)"), Head("effect", sign=True), Head("excess"),
+             Head("in the control")]  # fmt: skip
+    return Section(
+        title,
+        f"Into the classifier's training pictures a {what} was put so that it correlates with {task.title[0]} by "
+        f"{plant.correlation}; in the control by 0. The SAE has never seen it. On held-out pictures it is independent "
+        "of the class, so what the classifier makes of it there is bias. Found are latents that it overrates, and with "
+        "the opposite sign those that it neglects for them.",
+        strips,
+        Heading(f"Excess against what tells the {what}", "filled: found; red: the latent that tells it best"),
+        Picture(detections(found), wide=True),
+        Table("surest", "The surest latents", heads, rows),
+        Heading("Taking it out", "accuracy on pictures of another split"),
+        mitigation(found.mitigation, what),
+    )
+
+
+def mitigation(m: Mitigation | None, what: str) -> list[Any]:
+    """What neutralising the found latents does."""
+    if m is None:
+        return [
+            "No latent was found whose effect is in the direction of its excess, so there is nothing to neutralise."
+        ]
+    heads = [Head(f"the {what} speaks"), Head("biased classifier"),
+             Head(f"{len(m.latents)} found latents neutralised"), Head("as many random ones")]  # fmt: skip
+    rows = [
+        [words, *(_interval(*part[kind], digits=3) for part in (m.before, m.found, m.random))]
+        for kind, words in (("conflicting", "against the class"), ("aligned", "for the class"))
+    ]
+    return [
+        Table("mitigation", "", heads, rows),
+        "A latent is neutralised by giving it its mean amount in every picture: "
+        f"{', '.join(map(str, m.latents.tolist()))}. Where the {what} speaks against the class that gains "
+        f"{_interval(*m.gain, digits=3)}, and {_interval(*m.over_random, digits=3)} more than random latents do.",
+    ]
+
+
+def _called(latent: int, names: Sequence[str]) -> str:
+    return f"{latent} {names[latent]}".strip()
+
+
+def _interval(value: float, lo: float, hi: float, digits: int = 2) -> str:
+    """An estimate with its interval; "" where it is not defined."""
+    return f"{value:.{digits}f} ({lo:.{digits}f} to {hi:.{digits}f})" if np.isfinite(value) else ""
+
+
+def _tested(row: pd.Series, name: str) -> str:
+    """An estimate of a latent with its interval, bold where q is below 0.05."""
+    text = _interval(*row[[name, f"{name}_lo", f"{name}_hi"]])
+    return Markup("<b>{}</b>").format(text) if row[f"{name}_q"] < LEVEL else text
 
 
 def response(found: Dose) -> str:
