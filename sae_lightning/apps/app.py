@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from sae_lightning import __version__
 from sae_lightning.files import write_json, write_text
 from sae_lightning.registry import Registry, import_plugins, one_of
-from sae_lightning.rendering.page import Note, headlines, page, render
+from sae_lightning.rendering.page import Note, headlines, page
 from sae_lightning.runs.results import RECORD, Result
 from sae_lightning.runs.run import Run, chosen_runs, shared_results
 
@@ -81,12 +81,8 @@ def write_result(result: Result, runs: Sequence[Run], cfg: DictConfig) -> Result
         table.to_parquet(folder / file, index=False)
     for file, text in result.texts.items():
         write_text(folder / file, text)
-    if result.context:
-        shown = {"title": result.title, "about": about, "headlines": result.headlines, **result.context}
-        write_text(result.page, render(f"apps/{name}.html", shown))
-    else:
-        lead = [Note(about), *result.lead, *([headlines(result.headlines)] if result.headlines else [])]
-        write_text(result.page, page(f"{result.title} · {about}", lead, result.sections, heading=result.title))
+    lead = [Note(about), *result.lead, *([headlines(result.headlines)] if result.headlines else [])]
+    write_text(result.page, page(f"{result.title} · {about}", lead, result.sections, heading=result.title))
     asked = OmegaConf.to_container(cfg.app, resolve=False)
     record = {
         "app": name, "title": result.title, "about": about, "version": __version__,

@@ -48,7 +48,6 @@ class Result:
     about: str = ""
     app: str = ""
     folder: Path = Path()
-    context: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def page(self) -> Path:

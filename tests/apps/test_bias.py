@@ -139,7 +139,7 @@ def opened_on(folder, *overrides: str):
         images = Source.of(cfg).images(split)
         return SimpleNamespace(image_ids=images.image_ids, labels=torch.tensor(images.labels))
 
-    return SimpleNamespace(config=cfg, name="a run", store=store)
+    return SimpleNamespace(source=Source.of(cfg), name="a run", store=store)
 
 
 @pytest.mark.parametrize("overrides", [(), ("data.limit=20",), ("data.splits.val=null", "data.splits.test=null")])

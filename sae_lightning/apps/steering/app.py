@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sae_lightning.apps.app import app
 from sae_lightning.apps.names import names_of
+from sae_lightning.apps.steering import page
 from sae_lightning.apps.steering.latents import SteeredLatent, choose, diffmean
-from sae_lightning.apps.steering.page import page_context
 from sae_lightning.apps.steering.trials import (
     GOALS,
     METHODS,
@@ -83,20 +83,22 @@ def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     }  # fmt: skip
 
     cost = reconstruction_cost(steered, pools["test"])
-    names = names_of(opened)
-    context = page_context(
-        turned, [names[t.latent] for t in turned], train, curves, table, best, cost, options,
-        examples(steered, turned[: options.shown], pools["test"], options), vlm.title, judging.backbone.title, shown,
-    )  # fmt: skip
+    called = names_of(opened)
+    names = [called[t.latent] for t in turned]
+    said = examples(steered, turned[: options.shown], pools["test"], options)
+    sections = [
+        page.captions_section(turned, names, train, shown, said, options),
+        page.doses(curves, list(options.top_k), judging.backbone.title),
+        page.latents(turned, names, table, best, options),
+    ]  # fmt: skip
     numbers = {
         "vlm": vlm.title, "judge": judging.backbone.title, "layer": layer, "cost": cost,
         "captions": len(on_val) + len(on_test),
         "best": [{"goal": goal, "method": method, "alpha": a[0]} for (goal, method), a in best.items()],
     }  # fmt: skip
-    return Result(
-        "Steering a vision-language model", headlines(table, best, options.top_k), tables=tables, numbers=numbers,
-        context=context,
-    )  # fmt: skip
+    lead = [*page.lead(len(turned), vlm.title, options), page.cost_note(cost, options.keep_error)]
+    lines = headlines(table, best, options.top_k)
+    return Result("Steering a vision-language model", lines, lead, sections, tables, numbers=numbers)
 
 
 class Judge:
