@@ -8,7 +8,7 @@ import platform
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -33,8 +33,9 @@ from sae_lightning.files import held, lend_cache, set_damaged_aside, write_json
 from sae_lightning.runs.identity import callbacks_on, identity, level_of, run_name, short_hash
 from sae_lightning.runs.run import HISTORY, LOCK, PRODUCTS, RESULT, is_finished
 from sae_lightning.runs.state import is_a_try, last_checkpoint
-from sae_lightning.saes import VARIANTS, Normalizer
+from sae_lightning.saes import SAE, VARIANTS, Normalizer
 from sae_lightning.settings import check_settings
+from sae_lightning.settings.combinations import WIDEST, width
 from sae_lightning.training.callbacks import History, Resample, StopOnSignal, Throughput
 from sae_lightning.training.checkpoints import (
     CheckpointFiles,
@@ -89,7 +90,27 @@ def check(cfg: DictConfig, command: str = "train") -> None:
     """ValueError in a sentence for settings that cannot work (``settings/``), here or anywhere."""
     check_settings(command, cfg)
     check_gpus(cfg)
+    if command == "train":
+        check_sae(cfg)
     build_callbacks(cfg, Path(cfg.paths.runs))
+
+
+def check_sae(cfg: DictConfig) -> None:
+    """ValueError where the variant's class refuses its settings, which is asked without memory for weights."""
+    d_in = width(cfg.backbone, cfg.features) or WIDEST
+    normalizer = Normalizer(d_in)
+    with suppress(RuntimeError), torch.device("meta"):  # one that looks at its weights is asked later
+        make_sae(cfg, d_in, normalizer, None)
+
+
+def make_sae(cfg: DictConfig, d_in: int, normalizer: Normalizer | None, seed: int | None) -> SAE:
+    """The SAE that ``cfg`` asks for on features of ``d_in`` dimensions; ValueError for settings that it cannot have."""
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.sae.settings, resolve=True)  # type: ignore[assignment]
+    d_sae = int(cfg.expansion) * d_in if cfg.d_sae is None else int(cfg.d_sae)
+    try:
+        return VARIANTS[cfg.sae.name](d_in, d_sae, normalizer=normalizer, seed=seed, **settings)
+    except TypeError as error:
+        raise ValueError(f"sae.settings={settings} do not fit sae.name={cfg.sae.name}: {error}.") from error
 
 
 def check_gpus(cfg: DictConfig) -> None:
@@ -269,9 +290,7 @@ def quiet() -> None:
 def build_module(cfg: DictConfig, store: FeatureStore, center: Tensor | None = None) -> SAEModule:
     """The module for ``cfg`` on the features of ``store``, scored about ``center``; ValueError for k beyond d_sae."""
     normalizer = Normalizer(store.d_in, store.mean, store.std) if cfg.normalize == "standard" else None
-    settings: dict[str, Any] = OmegaConf.to_container(cfg.sae.settings, resolve=True)  # type: ignore[assignment]
-    d_sae = int(cfg.expansion) * store.d_in if cfg.d_sae is None else int(cfg.d_sae)
-    sae = VARIANTS[cfg.sae.name](store.d_in, d_sae, normalizer=normalizer, seed=cfg.seed, **settings)
+    sae = make_sae(cfg, store.d_in, normalizer, cfg.seed)
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     prepare(sae, store, cfg.init.b_pre, cfg.sae.get("target_l0"))
     return SAEModule(

@@ -9,7 +9,7 @@ from sae_lightning.saes.sae import ForwardOutput
 from sae_lightning.training.fit import train
 
 CONFIG = """# @package _global_
-sae: {name: shifted, settings: {shift: 0.25}, threshold: calibrated}
+sae: {name: shifted, settings: SETTINGS, threshold: calibrated}
 loss: {reconstruction: 1.0, small: 0.1}
 """
 
@@ -48,10 +48,20 @@ def variant():
     del VARIANTS["shifted"], TERMS["small"]
 
 
-def test_a_variant_of_another_package_trains_and_loads(variant, config, tmp_path, capsys):
-    (tmp_path / "own" / "sae").mkdir(parents=True)
-    (tmp_path / "own" / "sae" / "shifted.yaml").write_text(CONFIG)
-    folder = train(config(f"hydra.searchpath=[file://{tmp_path / 'own'}]", "sae=shifted", "trainer.max_epochs=1"))
+@pytest.fixture
+def own(config, tmp_path):
+    """``own(settings, *overrides)``: a config of the variant, from a folder of its own."""
+
+    def make(settings, *overrides):
+        (tmp_path / "own" / "sae").mkdir(parents=True)
+        (tmp_path / "own" / "sae" / "shifted.yaml").write_text(CONFIG.replace("SETTINGS", settings))
+        return config(f"hydra.searchpath=[file://{tmp_path / 'own'}]", "sae=shifted", *overrides)
+
+    return make
+
+
+def test_a_variant_of_another_package_trains_and_loads(variant, own, config, capsys):
+    folder = train(own("{shift: 0.25}", "trainer.max_epochs=1"))
     assert "calibrated on True True" in capsys.readouterr().out
     sae = SAE.load(folder)
     assert (type(sae), sae.settings()) == (variant, {"shift": 0.25})
@@ -59,6 +69,15 @@ def test_a_variant_of_another_package_trains_and_loads(variant, config, tmp_path
     assert {"loss/small", "train/shift"} <= set(history[0].split(","))
     with pytest.raises(ValueError, match=r"sae\.name=relu has no loss term small; set .*, or choose shifted"):
         train(config("sae=relu", "+loss.small=1"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [("{shift: 1, width: 1}", "unexpected keyword argument 'width'"), ("{}", "missing 1 required .*'shift'")],
+)
+def test_its_class_checks_its_settings_before_any_work(variant, settings, sentence, own):
+    with pytest.raises(ValueError, match=rf"sae\.settings=.* do not fit sae\.name=shifted: .*{sentence}"):
+        train(own(settings, "paths.stores=/nowhere"))
 
 
 def test_a_variant_s_name_is_taken_once():

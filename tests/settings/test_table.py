@@ -57,8 +57,8 @@ def test_the_trainer_takes_what_lightnings_takes():
 
 
 def test_the_table_names_what_the_package_has():
-    assert set(known.VARIANTS) == set(VARIANTS)
-    for name, cls in VARIANTS.items():
+    assert set(known.VARIANTS) <= set(VARIANTS)  # a variant that the table does not know checks its settings itself
+    for name, cls in ((name, VARIANTS[name]) for name in known.VARIANTS):
         settings = {
             key for parent in cls.__mro__ if issubclass(parent, saes.SAE) and "__init__" in vars(parent)
             for key in inspect.signature(parent.__init__).parameters
