@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import sae_lightning.settings.resolvers  # noqa: F401  registers a resolver that configs use
-from sae_lightning.apps.app import EACH, TOGETHER
+from sae_lightning.apps.app import OURS
 from sae_lightning.data import data_source
 from sae_lightning.evaluation.similarity import Similarity
 from sae_lightning.metrics.part import parts_of
@@ -71,7 +71,7 @@ def test_every_choice_of_metrics_names_parts_and_usable_data_sets(name):
 
 
 def test_every_application_has_its_options_and_its_code():
-    assert sorted(EACH + TOGETHER) == APPS
+    assert sorted(OURS) == APPS
     for name in APPS:
         cfg = load(f"app={name}", root="explore")
         assert cfg.app.name == name

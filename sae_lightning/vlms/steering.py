@@ -38,7 +38,7 @@ class Edit:
     alpha: float | Tensor = 0.0
 
     def __post_init__(self) -> None:
-        one_of(self.mode, MODES, "mode of an edit")
+        one_of(self.mode, MODES, "mode")
 
     def apply(self, z: Tensor) -> Tensor:
         """The edited values of codes ``z`` [N], N / B tokens of each picture one after another."""

@@ -133,13 +133,13 @@ def faces(tmp_path_factory):
 
 def opened_on(folder, *overrides: str):
     """What the labels need of a run on ``folder``, whose stores hold the images that the config chooses."""
-    cfg = composed("config", "data=celeba", f"data.id={folder}", "data.config=null", *overrides)
+    source = Source.of(composed("config", "data=celeba", f"data.id={folder}", "data.config=null", *overrides))
 
     def store(split: str):
-        images = Source.of(cfg).images(split)
+        images = source.images(split)
         return SimpleNamespace(image_ids=images.image_ids, labels=torch.tensor(images.labels))
 
-    return SimpleNamespace(source=Source.of(cfg), name="a run", store=store)
+    return SimpleNamespace(source=source, name="a run", store=store)
 
 
 @pytest.mark.parametrize("overrides", [(), ("data.limit=20",), ("data.splits.val=null", "data.splits.test=null")])

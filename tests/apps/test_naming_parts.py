@@ -102,7 +102,7 @@ def test_one_word_or_one_latent_cannot_be_compared():
 
 
 # --- where texts lie ------------------------------------------------------------------------------
-@pytest.mark.parametrize("norm", ["none", "layer", "unit"])
+@pytest.mark.parametrize("norm", ["none", "layer", "rms", "unit"])
 def test_texts_go_through_what_the_sae_does_to_its_inputs(norm):
     sae = TopK(6, 12, k=2, seed=0, input_norm=norm)
     with torch.no_grad():
@@ -114,8 +114,8 @@ def test_texts_go_through_what_the_sae_does_to_its_inputs(norm):
     x = (texts - texts.mean(0)) / (texts - texts.mean(0)).square().mean().sqrt()
     if norm == "layer":
         x = torch.stack([(row - row.mean()) / row.std(correction=0) for row in x])
-    if norm == "unit":
-        x = torch.stack([row / row.norm() * 6**0.5 for row in x])
+    if norm in ("rms", "unit"):
+        x = torch.stack([row / row.norm() * (6**0.5 if norm == "rms" else 1) for row in x])
     torch.testing.assert_close(kept, x / x.norm(dim=1, keepdim=True))
     y = x - sae.b_pre.detach()
     torch.testing.assert_close(removed, y / y.norm(dim=1, keepdim=True))

@@ -43,7 +43,7 @@ def test_every_writer_that_finds_no_room_is_understood(name, tmp_path):
             names_full_disk(write)(None, tmp_path)
     finally:
         limit_files()
-    assert [path.name for path in tmp_path.iterdir()] == ([] if name == "ours" else ["half"])
+    assert name != "ours" or not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
