@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from sae_lightning.evaluation.by_latent import bands, choose_latents, ranked, spread_ranks, top_purity
 from sae_lightning.evaluation.image_codes import ImageCodes
-from sae_lightning.evaluation.scoring_pass import ScoringPass, check_store, stream
+from sae_lightning.evaluation.scoring_pass import ScoringPass
 from sae_lightning.evaluation.similarity import Judge, Similarity
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import write_json, write_tensors
@@ -109,9 +108,11 @@ def write_summary(
     run, store, sae, top = scored.run, scored.store, scored.sae, scored.top(SHOWN)
     latents = {name: t.cpu() for metric in scored.metrics.values() for name, t in metric.of_latents().items()}
     monoscores, counts = latents["monoscore"], latents["counts"]
-    metrics = core_scores(scored)
+    found = [scored.metrics[name].compute() for name in core.NAMES if name in scored.metrics]
+    metrics = {name: float(value) for each in found for name, value in each.items()}
     baseline = metrics.pop("similarity_baseline")  # says something of the judge, not of the SAE
-    metrics |= shares_above(monoscores, above) | decoder_cosine(sae.W_dec)
+    metrics |= {f"monoscore_above_{t:g}": float((monoscores > t).double().mean()) for t in above}
+    metrics |= decoder_cosine(sae.W_dec)
     label, top_share = top_purity(top.images, store.labels)
     enough = top.fired >= 10
     known = store.labelled and bool(enough.any())
@@ -131,54 +132,9 @@ def write_summary(
     return scores
 
 
-def core_metrics(scored: SAE, store: FeatureStore, judge: Judge) -> dict[str, SumMetric]:
+def core_metrics(sae: SAE, store: FeatureStore, judge: Judge) -> dict[str, SumMetric]:
     """What a pass must stream for it."""
-    return core.streams(Streamed(scored, store, judge.d), {})
-
-
-def core_scores(scored: ScoringPass) -> dict[str, float]:
-    """What the core metrics' ``compute`` give."""
-    names = [name for name in core_metrics(scored.sae, scored.store, scored.judge) if name in scored.metrics]
-    found = [scored.metrics[name].compute() for name in names]
-    return {name: float(value) for each in found for name, value in each.items()}
-
-
-def shares_above(scores: Tensor, above: Sequence[float]) -> dict[str, float]:
-    """The share of all latents whose MonoScore [d_sae] lies above each of ``above``."""
-    return {f"monoscore_above_{t:g}": float((scores > t).double().mean()) for t in above}
-
-
-def evaluate_run(
-    run: Path, split: str = "test", similarity: Similarity | None = None, **options: Any
-) -> dict[str, Any]:
-    """``score`` the SAE in ``run`` on ``split`` of its own data; extracts the store if it is missing.
-
-    ``similarity`` judges how alike images are (by default the SAE's own features).
-    """
-    source = Run(run).source
-    similarity, store = similarity or Similarity(), source.store(split)
-    judge = Judge(store, similarity.open(source, split), similarity.key(source))
-    return score(run, store, judge=judge, **options)
-
-
-def score(
-    run: Path, store: FeatureStore, batch_tokens: int = 4096, judge: Judge | None = None, **options: Any
-) -> dict[str, Any]:
-    """Score the SAE in ``run`` on ``store`` in one pass, write what ``write_summary`` says, and return the scores.
-
-    MonoScore and purity work on codes of images: of patch tokens the maximum over an image's patches. ``judge`` gives
-    the images' embeddings (by default their own features); ``options`` are those of ``write_summary``. Raises
-    StoreError when the store is of another backbone, layer or width than the SAE.
-    """
-    judge = judge or Judge(store)
-    check_store(run, store)
-    with TemporaryDirectory(dir=run, prefix="evaluation.") as folder:
-        scored = ScoringPass(run, store, judge, Path(folder), core_metrics(SAE.load(run), store, judge))
-        try:
-            stream([scored], batch_tokens, title=f"Scoring {run.name}")
-            return write_summary(scored, **options)
-        finally:
-            scored.close()
+    return core.streams(Streamed(sae, store, judge.d), {})
 
 
 def stored_scores(

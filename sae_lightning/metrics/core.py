@@ -10,6 +10,7 @@ from sae_lightning.metrics.reconstruction import Reconstruction
 from sae_lightning.metrics.sparsity import L0, Firing
 
 MSAE = "Metrics of MSAE"
+NAMES = ("reconstruction", "l0", "firing", "mono", "purity")  # of what it streams
 SHOWN = (  # what tables of runs show
     Column("expl. var.", "explained_variance", better=True),
     Column("R²", "r2", better=True, about="mean coefficient of determination of the dimensions"),

@@ -21,13 +21,13 @@ from sae_lightning.apps.explorer.run_view import OpenRuns, PictureRef, RunView
 from sae_lightning.apps.explorer.server import Explorer, make_app, page
 from sae_lightning.apps.explorer.uploads import Uploads
 from sae_lightning.apps.explorer.views import Captioner
-from sae_lightning.evaluation.core import evaluate_run
 from sae_lightning.features.source import Source
 from sae_lightning.runs.run import Run
 from sae_lightning.saes import Normalizer, TopK
 from sae_lightning.training.fit import record
 from tests.configs import composed
 from tests.processes import HANG
+from tests.scoring import evaluate_run
 
 SITE = "http://127.0.0.1:8000"
 

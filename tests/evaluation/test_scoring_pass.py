@@ -15,7 +15,7 @@ from safetensors import safe_open
 from sklearn.metrics import r2_score
 
 from sae_lightning.evaluation.by_latent import choose_latents, ranked, spread_ranks, strongest, top_purity
-from sae_lightning.evaluation.core import score, stored_scores
+from sae_lightning.evaluation.core import stored_scores
 from sae_lightning.evaluation.similarity import Judge, Similarity
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.kernels import native
@@ -23,6 +23,7 @@ from sae_lightning.runs.run import BAND_IMAGES, FILES, LATENTS, SCORES, TOP_IMAG
 from sae_lightning.saes import Normalizer, SparseCodes, TopK
 from sae_lightning.saes.artefact import read_tensors
 from tests.conftest import fill_store, write_store
+from tests.scoring import score
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from sae_lightning.data import DataError
 from sae_lightning.distributed.ranks import Ranks
 from sae_lightning.evaluation import scoring_pass, suite
-from sae_lightning.evaluation.core import score, stored_scores
+from sae_lightning.evaluation.core import stored_scores
 from sae_lightning.evaluation.job import PARTIAL, Job, Settings
 from sae_lightning.evaluation.suite import PartError, evaluate, evaluate_runs, scoring_lock
 from sae_lightning.features.store import FeatureStore
@@ -26,6 +26,7 @@ from sae_lightning.runs.scores import TABLE, read_rows, value_of
 from sae_lightning.saes import SAE, VARIANTS, BatchTopK, Normalizer, TopK
 from sae_lightning.saes.artefact import read_tensors
 from tests.conftest import write_store
+from tests.scoring import score
 
 FIT = {"test_share": 0.2, "seed": 42, "C": 1.0, "max_iter": 200}
 

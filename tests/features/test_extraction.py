@@ -13,7 +13,6 @@ from PIL import Image
 from sae_lightning.backbones.backbone import Tap
 from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.data import DataError
-from sae_lightning.evaluation.core import score
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
@@ -32,6 +31,7 @@ from tests.features.jobs import (
     picture_config,
     times,
 )
+from tests.scoring import score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

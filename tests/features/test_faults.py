@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from sae_lightning.backbones.backbone import Backbone, Tap
-from sae_lightning.evaluation.core import score
 from sae_lightning.features.manifest import Manifest, StoreError
 from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
@@ -46,6 +45,7 @@ from tests.features.jobs import (
     times,
 )
 from tests.processes import wait_for
+from tests.scoring import score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sae_lightning.evaluation.core import evaluate_run
 from sae_lightning.evaluation.similarity import Similarity
 from sae_lightning.files import write_tensors
 from sae_lightning.report.latents import common_ranks
@@ -17,6 +16,7 @@ from sae_lightning.runs.run import BAND_IMAGES, LATENTS, SCORES, TOP_IMAGES
 from sae_lightning.runs.scores import TABLE
 from sae_lightning.saes.artefact import read_tensors
 from sae_lightning.training.fit import train
+from tests.scoring import evaluate_run
 
 
 @pytest.mark.slow

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sae_lightning.evaluation.core import evaluate_run
 from sae_lightning.metrics.base import Score
 from sae_lightning.report.publish import GOALS, history_rows, publish, scores_of, sheet, wandb_options
 from sae_lightning.runs.scores import put_scores
 from sae_lightning.training.fit import train
 from sae_lightning.training.loggers import TESTED
 from tests.configs import composed
+from tests.scoring import evaluate_run
 from tests.training.test_loggers import csv_points, tensorboard_points
 from tests.training.wandb_files import KEY, Service, offline_run, records
 
