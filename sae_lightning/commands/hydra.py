@@ -81,9 +81,13 @@ class ClosingTable(Callback):
         from sae_lightning.rendering.table import Head, Table
 
         found = {folder.name: self.row(folder) for folder in folders}
-        rows = [[name, *cells, *[""] * (len(self.columns) - len(cells))] for name, (cells, _) in found.items()]
+        scores = ["scores[" in shown for shown in self.columns.values()]  # what else there is a run's name holds too
+        before = [""] * (scores.index(True) if True in scores else 0)
+        rows = [[name, *(cells if len(cells) == len(scores) else [*before, *cells, *[""] * len(scores)][: len(scores)])]
+                for name, (cells, _) in found.items()]  # fmt: skip
+        heads = [Head("run"), *(Head(title, drop=int(not s)) for title, s in zip(self.columns, scores, strict=True))]
         console = console or Console()
-        Table("runs", self.title, [Head(title) for title in ("run", *self.columns)], rows).show(console)
+        Table("runs", self.title, heads, rows).show(console)
         for name, (_, remark) in found.items():
             if remark:
                 console.print(f"{name}: {remark}", markup=False, soft_wrap=True)

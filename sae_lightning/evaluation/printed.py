@@ -33,7 +33,7 @@ def core_table(runs: Sequence[Path], split: str) -> Table:
         k = "–" if made["k"] is None else f"{made['k']:g}"
         values = (metrics.get(column.metric) for column in SHOWN)
         rows.append([run.name, made["backbone"], f"{k} of {made['d_in']}", *values])
-    heads = [Head("run"), Head("backbone"), Head("k of d_in"), *(column.head for column in SHOWN)]
+    heads = [Head("run"), Head("backbone", drop=1), Head("k of d_in", drop=1), *(c.head for c in SHOWN)]
     return Table(CORE, f"Scores on the {split} split", heads, rows)
 
 
@@ -47,5 +47,5 @@ def headline_table(runs: Sequence[Path], split: str) -> Table:
             value = column.of(scores)
             cells.append(value if math.isfinite(value) else Unknown(column.why(scores)))
         rows.append(cells)
-    heads = [Head("run"), Head("backbone"), *(column.head for column in columns)]
+    heads = [Head("run"), Head("backbone", drop=1), *(column.head for column in columns)]
     return Table("visaebench", f"ViSAEBench on the {split} split", heads, rows)

@@ -46,9 +46,9 @@ def test_the_closing_table_shows_the_columns_of_conf(command, made, result, show
         table = instantiate(compose(command, return_hydra_config=True).hydra.callbacks.closing_table)
     folder = tmp_path / "run-1"
     folder.mkdir()
-    assert cells(table, folder)[:2] == ["run-1", "not finished"]
+    assert [cell for cell in cells(table, folder) if cell] == ["run-1", "not finished"]
     (folder / "failed.json").write_text(json.dumps({"about": "The loss is nan."}))
-    assert cells(table, folder)[:2] == ["run-1", "failed"]
+    assert [cell for cell in cells(table, folder) if cell] == ["run-1", "failed"]
     (folder / "cfg.json").write_text(json.dumps(made))
     (folder / "result.json").write_text(json.dumps(result))
     assert cells(table, folder) == ["run-1", *shown]
