@@ -142,6 +142,11 @@ def over_seeds(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return table.groupby(CELL, dropna=False)[list(columns)].mean()
 
 
+def one_sign(values: pd.Series) -> bool:
+    """Whether all are above zero, or all below."""
+    return bool((values > 0).all() or (values < 0).all())
+
+
 def backbone_means(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Means over configurations, indexed by backbone: what ViSAEBench correlates across backbones [§4.5].
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from sae_lightning.analysis.grid import CONFIGURATION, FAMILY, METRICS, Grid, section
+from sae_lightning.analysis.grid import CONFIGURATION, FAMILY, METRICS, Grid, one_sign, section
 from sae_lightning.analysis.paper import Paper
 from sae_lightning.rendering.figures import panels
 from sae_lightning.rendering.page import TRAIN, Block, Picture, lacking
@@ -39,8 +39,7 @@ def layer_differences(
             if len(values):
                 a, b = values.mean()
                 change = values.iloc[:, 1] - values.iloc[:, 0]
-                consistent = bool((change > 0).all() or (change < 0).all())
-                rows.append((backbone, metric, first, last, a, b, b - a, len(values), consistent))
+                rows.append((backbone, metric, first, last, a, b, b - a, len(values), one_sign(change)))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

@@ -1,4 +1,4 @@
-"""The page's first sections: what was run, profiles and means a backbone, FVU against preservation, every setting."""
+"""What was run, profiles and means of backbones, and every setting: the sections that show M1–M7 as they are."""
 
 from __future__ import annotations
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import pandas as pd
 
 from sae_lightning.analysis.correlation import spearman
-from sae_lightning.analysis.grid import CELL, METRICS, Grid, backbone_means, main_family, over_seeds, section
+from sae_lightning.analysis.grid import CELL, METRICS, Grid, backbone_means, main_family, one_sign, over_seeds, section
 from sae_lightning.analysis.paper import PAPER, Paper
-from sae_lightning.rendering.page import TRAIN, Block, lacking, some
+from sae_lightning.rendering.page import TRAIN, Block, lacking, slug, some
 from sae_lightning.rendering.table import Head, P, Table
 
 
@@ -89,18 +88,12 @@ def differences(
         means = groups[["first", "second", "difference"]].mean()
         for backbone, row in means.iterrows():
             own = groups.get_group(backbone)["difference"]
-            rows.append(
-                {"metric": metric, "backbone": backbone, **row, "cells": len(own), "consistent": _one_sign(own)}
-            )
+            rows.append({"metric": metric, "backbone": backbone, **row, "cells": len(own), "consistent": one_sign(own)})
         if len(means):
-            sign = _one_sign(means["difference"])
+            sign = one_sign(means["difference"])
             rows.append({"metric": metric, "backbone": "all", **means.mean(), "cells": len(values), "consistent": sign})
     names = ["metric", "backbone", "first", "second", "difference", "cells", "consistent"]
     return pd.DataFrame(rows, columns=names)
-
-
-def _one_sign(values: pd.Series) -> bool:
-    return bool((values > 0).all() or (values < 0).all())
 
 
 @section("Families of SAEs")
@@ -136,7 +129,7 @@ def _table_9(grid: Grid, found: Consistency, first: str, second: str, paper: Pap
                r["p"], r["p_t"]]  # fmt: skip
         printed = theirs.get(r["metric"], {})
         rows.append([*own, *(printed.get(c) for c in ("batchtopk", "jumprelu", "rho", "p") if theirs)])
-    return Table(f"ranks-{_slug(second)}", f"Rankings of backbones by {first} and by {second}", heads, rows)
+    return Table(f"ranks-{slug(second)}", f"Rankings of backbones by {first} and by {second}", heads, rows)
 
 
 def _ranking(grid: Grid, names: tuple[str, ...]) -> str:
@@ -157,8 +150,4 @@ def _differences(grid: Grid, found: Consistency, first: str, second: str) -> lis
          "yes" if r["consistent"] else "no", r["cells"]]
         for m, r in overall.iterrows()
     ]  # fmt: skip
-    return [Table(f"differences-{_slug(second)}", f"{second} minus {first} at the same expansion and k", heads, lines)]
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return [Table(f"differences-{slug(second)}", f"{second} minus {first} at the same expansion and k", heads, lines)]

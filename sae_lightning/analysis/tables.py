@@ -1,4 +1,4 @@
-"""The page's sections on probing curves, M7's thresholds, layers, and families of SAEs."""
+"""Sections that show scores as they are: probing curves, M7's thresholds, channels' Moran's I, other data sets."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from sae_lightning import __version__
-from sae_lightning.rendering.table import NOTHING, Head, Table, number
+from sae_lightning.rendering.table import Head, Table
 
 TRAIN = "python train.py -m experiment=visaebench_grid"
 
@@ -123,7 +123,7 @@ class Section:
     @property
     def anchor(self) -> str:
         """The name that links in the page use."""
-        return "-".join("".join(c if c.isalnum() else " " for c in self.title.lower()).split())
+        return slug(self.title)
 
     @property
     def about(self) -> list[str]:
@@ -174,6 +174,11 @@ def laid_out(blocks: Iterable[Any]) -> list[tuple[str, list[Any]]]:
     return [(kind, list(same)) for kind, same in groupby(_flat(blocks), lambda b: type(b).__name__.lower())]
 
 
+def slug(text: str) -> str:
+    """``"Codes lift, ρ"`` as ``codes-lift-ρ``."""
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
 def plural(n: int, one: str, many: str = "") -> str:
     """``2 runs``, ``1 run``."""
     return f"{n} {one if n == 1 else many or f'{one}s'}"
@@ -215,7 +220,6 @@ def environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("sae_lightning.rendering"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     made.filters |= {"prose": prose, "laid_out": laid_out}
-    made.filters["figure"] = lambda value, form=".3f": NOTHING if jinja2.is_undefined(value) else number(value, form)
     made.globals |= {"version": __version__, "plural": plural}
     return made
 
