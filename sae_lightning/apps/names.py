@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -31,6 +33,11 @@ def names_of(opened: Run) -> list[str]:
     classes = data.class_names
     label, purity, images = dominant(opened.codes("train"), data.labels, len(classes))
     return label_names(label, purity, images, classes)
+
+
+def called(latent: int, names: Sequence[str]) -> str:
+    """``12 ship``: the latent and its name."""
+    return f"{latent} {names[latent]}".strip()
 
 
 def label_names(

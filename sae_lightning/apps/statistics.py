@@ -1,10 +1,11 @@
-"""95 % confidence intervals that several applications give."""
+"""Statistics of several applications: intervals, associations of latents with groups of images, fair draws."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import optimize, sparse, special, stats
 from statsmodels.stats.proportion import proportion_confint
 
@@ -22,7 +23,7 @@ def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def share_interval(count: int, of: int) -> tuple[float, float]:
+def share_interval(count: float, of: int) -> tuple[float, float]:
     """Of the share ``count`` of ``of`` (Wilson)."""
     low, high = proportion_confint(count, of, method="wilson")
     return float(low), float(high)
@@ -135,3 +136,23 @@ def false_discovery(p: np.ndarray) -> np.ndarray:
 def of_latents(found: Association, tested: np.ndarray) -> Association:
     """``found`` with NaN for latents that are not among ``tested`` [d_sae] bool."""
     return Association(*(np.where(tested, each, np.nan) for each in found))
+
+
+def turns(groups: np.ndarray) -> np.ndarray:
+    """Of each of ``groups`` [n] how many of the same group come before it, by which they can be taken in turns."""
+    series = pd.Series(groups)
+    return series.groupby(series).cumcount().to_numpy()
+
+
+ALIKE = 20  # latents of most equal firing, of which one is drawn
+
+
+def fires_alike(latent: int, others: np.ndarray, images: np.ndarray, rng: np.random.Generator) -> int:
+    """One of ``others`` [d_sae] bool, drawn from the 20 that fire on most nearly as many images; -1: none fires.
+
+    ``images`` [d_sae] counts those that each latent fires on.
+    """
+    able = np.flatnonzero(others & (images > 0))
+    gap = np.abs(np.log(images[able]) - np.log(images[latent]))
+    near = able[np.argsort(gap, kind="stable")[:ALIKE]]
+    return int(rng.choice(near)) if len(near) else -1

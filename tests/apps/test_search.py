@@ -20,7 +20,6 @@ from sae_lightning.apps.search.dose import (
     LATENT,
     OTHER,
     RANDOM,
-    alike,
     class_latents,
     dose_means,
     dose_table,
@@ -41,7 +40,7 @@ from sae_lightning.apps.search.neighbours import (
     spaces,
     top_shared,
 )
-from sae_lightning.apps.statistics import mean_interval
+from sae_lightning.apps.statistics import fires_alike, mean_interval
 from sae_lightning.runs.run import Run
 from sae_lightning.saes import TopK
 from sae_lightning.saes.sae import Normalizer
@@ -217,10 +216,10 @@ def test_class_latents_are_the_strongest_of_those_that_the_class_dominates():
 
 
 def test_a_random_latent_is_of_another_class_and_fires_as_often(monkeypatch):
-    monkeypatch.setattr("sae_lightning.apps.search.dose.ALIKE", 2)
+    monkeypatch.setattr("sae_lightning.apps.statistics.ALIKE", 2)
     label, images = np.array([0, 0, 1, 1, 1, 2]), np.array([100, 101, 90, 5, 110, 0])
-    assert {alike(0, label, images, np.random.default_rng(i)) for i in range(20)} == {2, 4}
-    assert alike(0, np.zeros(6), images, np.random.default_rng(0)) == -1
+    assert {fires_alike(0, label != label[0], images, np.random.default_rng(i)) for i in range(20)} == {2, 4}
+    assert fires_alike(0, np.zeros(6, dtype=bool), images, np.random.default_rng(0)) == -1
 
 
 def dictionary(n=120):

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from statsmodels.stats.inter_rater import aggregate_raters, fleiss_kappa
-from statsmodels.stats.proportion import proportion_confint
 
 from sae_lightning.apps.agreement.study import CHOICES
+from sae_lightning.apps.statistics import share_interval
 
 LATENTS = ["run_left", "latent_left", "run_right", "latent_right"]
 
@@ -62,9 +62,9 @@ def agreement(scored: pd.DataFrame, name: str) -> dict[str, float | int]:
     if not n:
         return {"agreement": np.nan, "low": np.nan, "high": np.nan, "n": 0, "ties": 0, "p": np.nan}
     agreed = hits + ties / 2
-    low, high = proportion_confint(agreed, n, method="wilson")
+    low, high = share_interval(agreed, n)
     p = stats.binomtest(hits, n - ties).pvalue if n > ties else 1.0
-    return {"agreement": agreed / n, "low": float(low), "high": float(high), "n": n, "ties": ties, "p": float(p)}
+    return {"agreement": agreed / n, "low": low, "high": high, "n": n, "ties": ties, "p": float(p)}
 
 
 def by_difference(scored: pd.DataFrame, name: str, bins: Sequence[float]) -> pd.DataFrame:

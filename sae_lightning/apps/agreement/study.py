@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from sae_lightning.apps.statistics import turns
 from sae_lightning.evaluation.by_latent import dominant, scored_latents, top_images
 from sae_lightning.evaluation.similarity import Judge, Similarity
 from sae_lightning.metrics import MonoScore, MSScore
@@ -140,8 +141,7 @@ def draw_pairs(scores: pd.DataFrame, n: int, strata: int, n_images: int, seed: i
     values = live[by].to_numpy()
     gap = abs(values[drawn[:, 0]] - values[drawn[:, 1]])
     stratum = np.minimum((gap / max(gap.max(), 1e-12) * strata).astype(int), strata - 1)
-    turn = pd.Series(stratum).groupby(stratum).cumcount().to_numpy()  # first, second … of its range
-    chosen = rng.permutation(np.argsort(turn, kind="stable")[:n])
+    chosen = rng.permutation(np.argsort(turns(stratum), kind="stable")[:n])
     sides = rng.permuted(drawn[chosen], axis=1)
     left, right = (live.iloc[sides[:, i]].reset_index(drop=True) for i in (0, 1))
     return pd.DataFrame({

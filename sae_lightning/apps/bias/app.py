@@ -121,14 +121,9 @@ def _both(found: Check) -> pd.DataFrame:
 
 
 def _headlines(
-    found: Study,
-    images: WholeImages,
-    base: np.ndarray,
-    chosen: np.ndarray,
-    planted: Check | None,
-    attribute: str,
+    found: Study, images: WholeImages, base: np.ndarray, chosen: np.ndarray, planted: Check | None, attribute: str,
     seed: int,
-) -> tuple[list[Headline], dict[str, Any]]:
+) -> tuple[list[Headline], dict[str, Any]]:  # fmt: skip
     """The figures of the page's head, and further ones for the record."""
     majority = max(found.truth.mean(), 1 - found.truth.mean())
     lines = [

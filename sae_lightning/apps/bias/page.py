@@ -17,6 +17,7 @@ from sae_lightning.apps.bias.dose import Dose, dose, typical
 from sae_lightning.apps.bias.planted import Check, Mitigation, mark
 from sae_lightning.apps.bias.study import LEVEL, Study, Task
 from sae_lightning.apps.edits import WholeImages
+from sae_lightning.apps.names import called
 from sae_lightning.data import DataError, ImageData
 from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.rendering.figures import COLOURS, figure
@@ -88,7 +89,7 @@ def doses(
             f"{row['effect']:+.3f}; {level}"
         )
         uri = pictures.strip(top_images(images.magnitudes, TOP, np.array([latent]))[0])
-        card = Card(_called(latent, names), [Strip(uri, "its top images")] if uri else [], footer=footer)
+        card = Card(called(latent, names), [Strip(uri, "its top images")] if uri else [], footer=footer)
         figures = [Picture(response(curve)), Picture(spread(own, found.predicted, task.title))]
         columns.append([Cards([card], columns=1), *figures])
     return Section(
@@ -111,7 +112,7 @@ def latents(found: Study, images: WholeImages, names: Sequence[str], pictures: P
     for latent, top in zip(chosen.tolist(), top_images(images.magnitudes, TOP, chosen), strict=True):
         row, uri = found.table.iloc[latent], pictures.strip(top)
         image = pictured(uri, f"top images of latent {latent}", width=36 * TOP) if uri else ""
-        rows.append([_called(latent, names), image, row["images"], row["effect"],
+        rows.append([called(latent, names), image, row["images"], row["effect"],
                      *(_tested(row, name) for name in ("auc", "truth", "errors", "excess"))])  # fmt: skip
     heads = [Head("latent"), Head("top images"), Head("fires on", ".0f"), Head("effect", sign=True),
              *map(Head, ("predicted", "true", "errors", "excess"))]  # fmt: skip
@@ -145,7 +146,7 @@ def known_bias(
     rows = []
     for latent in found.biased.ranked[:TOP].tolist():
         row, control = found.biased.table.iloc[latent], found.control.table.iloc[latent]
-        rows.append([_called(latent, names), _interval(*found.detection(latent)), row["effect"],
+        rows.append([called(latent, names), _interval(*found.detection(latent)), row["effect"],
                      _tested(row, "excess"), _tested(control, "excess")])  # fmt: skip
     heads = [Head("latent"), Head(f"tells the {what} (AUC)"), Head("effect", sign=True), Head("excess"),
              Head("in the control")]  # fmt: skip
@@ -182,10 +183,6 @@ def mitigation(m: Mitigation | None, what: str) -> list[Any]:
         f"{', '.join(map(str, m.latents.tolist()))}. Where the {what} speaks against the class that gains "
         f"{_interval(*m.gain, digits=3)}, and {_interval(*m.over_random, digits=3)} more than random latents do.",
     ]
-
-
-def _called(latent: int, names: Sequence[str]) -> str:
-    return f"{latent} {names[latent]}".strip()
 
 
 def _interval(value: float, lo: float, hi: float, digits: int = 2) -> str:

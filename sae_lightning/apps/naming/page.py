@@ -20,6 +20,7 @@ from sae_lightning.apps.naming.match import (
     of_latents,
 )
 from sae_lightning.apps.naming.vocabulary import MEASURES, RANDOM_LATENTS, RANDOM_WORDS, TextNames
+from sae_lightning.apps.statistics import turns
 from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.evaluation.core import activation_maps
 from sae_lightning.rendering.figures import COLOURS, figure
@@ -207,8 +208,7 @@ def groups(opened: Run, table: pd.DataFrame, text: TextNames | None, cfg: DictCo
 def _first_of(table: pd.DataFrame, name: str, by: str, n: int) -> pd.Series:
     """The strongest latent of each name, then the others, strongest first; up to ``n``."""
     ordered = table.sort_values(by, ascending=False, kind="stable")
-    again = ordered.groupby(name, sort=False).cumcount()
-    return ordered.assign(again=again).sort_values("again", kind="stable").head(n)["latent"]
+    return ordered.iloc[np.argsort(turns(ordered[name].to_numpy()), kind="stable")[:n]]["latent"]
 
 
 def cards(opened: Run, table: pd.DataFrame, latents: np.ndarray, cfg: DictConfig) -> list[Card]:

@@ -9,7 +9,7 @@ import pandas as pd
 from omegaconf import DictConfig, ListConfig
 
 from sae_lightning.apps.app import app
-from sae_lightning.apps.names import names_of
+from sae_lightning.apps.names import called, names_of
 from sae_lightning.apps.search import page
 from sae_lightning.apps.search.dose import (
     LATENT,
@@ -58,7 +58,7 @@ def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     queries = queries_of(opened, split, options.queries, options.shown, seed)
     of_train = opened.images("train").labels
     label, purity, _ = dominant(opened.codes("train"), of_train, n_classes)
-    called = captions(names, label, purity, images.class_names)
+    titles = captions(names, label, purity, images.class_names)
     by_class = class_latents(opened.codes("train"), of_train, n_classes, 1)
     chosen = turned_latents(queries, options.turn.latents, names, by_class, seed)
 
@@ -66,11 +66,11 @@ def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     shown, rows = [], []
     for query, latents in zip(queries, chosen, strict=True):
         neighbours, about = page.shown_neighbours(
-            query, features, codes, images, called, options.neighbours, options.shared
+            query, features, codes, images, titles, options.neighbours, options.shared
         )
         rows += about
         turns = [
-            (page.caption(i, called), page.shown_turned(opened.sae, query, i, to, units, features, images,
+            (called(i, titles), page.shown_turned(opened.sae, query, i, to, units, features, images,
                                                         options.neighbours, options.turn.keep_error))
             for i in latents
         ]  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_lightning.apps.edits import WholeImages, edited, whole_images
 from sae_lightning.apps.search.neighbours import neighbours, precision
-from sae_lightning.apps.statistics import mean_interval
+from sae_lightning.apps.statistics import fires_alike, mean_interval
 from sae_lightning.evaluation.by_latent import dominant
 from sae_lightning.runs.run import Run
 from sae_lightning.saes import SAE
@@ -41,8 +41,6 @@ SPREAD_IMAGES = 1024  # that tell how far images lie from their mean
 
 FIRES = 20  # training images that a latent must fire on
 
-ALIKE = 20  # latents of most equal firing share, of which one is drawn
-
 
 def class_latents(codes: csr_matrix, labels: np.ndarray, n_classes: int, each: int) -> list[tuple[int, int]]:
     """For every class ``each`` of the latents that it dominates, as (latent, class), strongest first.
@@ -60,14 +58,6 @@ def class_latents(codes: csr_matrix, labels: np.ndarray, n_classes: int, each: i
         mine = np.flatnonzero((label == c) & (images >= FIRES) & (excess > 0))
         chosen += [(int(i), c) for i in mine[np.argsort(-excess[mine], kind="stable")[:each]]]
     return chosen
-
-
-def alike(latent: int, label: np.ndarray, images: np.ndarray, rng: np.random.Generator) -> int:
-    """A random latent of another dominant class among the 20 that fire on most nearly as many images; -1: none."""
-    others = np.flatnonzero((label != label[latent]) & (images > 0))
-    gap = abs(np.log(images[others]) - np.log(images[latent]))
-    near = others[np.argsort(gap, kind="stable")[:ALIKE]]
-    return int(rng.choice(near)) if len(near) else -1
 
 
 def dose_table(
@@ -97,7 +87,7 @@ def dose_table(
         for latent, c in chosen:
             if c not in decoded:
                 continue
-            ways = _ways(opened, latent, alike(latent, label, fires, rng), c, generator)
+            ways = _ways(opened, latent, fires_alike(latent, label != label[latent], fires, rng), c, generator)
             to = [dose * unit for dose in wanted]
             moved = [edited(opened.sae, decoded[c], latent, to, along.numpy()) for along in ways.values()]
             every = np.concatenate([decoded[c].decoded.astype(np.float32)[None], *moved])

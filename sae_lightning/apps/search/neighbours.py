@@ -16,7 +16,7 @@ from scipy.sparse import csr_matrix, diags_array
 from sklearn.metrics.pairwise import manhattan_distances
 from torch import Tensor
 
-from sae_lightning.apps.statistics import mean_interval
+from sae_lightning.apps.statistics import mean_interval, turns
 from sae_lightning.data import ImageData
 from sae_lightning.data.decode import to_rgb
 from sae_lightning.metrics.probes import Matrix, as_matrix
@@ -135,9 +135,7 @@ def queries_of(
 def drawn(labels: np.ndarray, n: int, seed: int) -> list[int]:
     """``n`` images by ``seed``, one of each class before a second of any."""
     order = np.random.default_rng(seed).permutation(len(labels))
-    ordered = pd.Series(labels[order])
-    turn = ordered.groupby(ordered).cumcount().to_numpy()  # first, second … of its class
-    return order[np.argsort(turn, kind="stable")[:n]].tolist()
+    return order[np.argsort(turns(labels[order]), kind="stable")[:n]].tolist()
 
 
 def _query(opened: Run, split: str, images: ImageData, one: str | int) -> Query:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from scipy.sparse import csr_matrix
 
 from sae_lightning.apps.edits import edited, whole_images
+from sae_lightning.apps.names import called
 from sae_lightning.apps.search.dose import ARMS
 from sae_lightning.apps.search.neighbours import (
     COSINE,
@@ -30,12 +31,6 @@ from sae_lightning.rendering.page import Heading, Picture, Section, pictured
 from sae_lightning.rendering.pictures import data_uri, thumbnail
 from sae_lightning.rendering.table import Head, Table
 from sae_lightning.saes import SAE
-
-
-def caption(latent: int, names: Sequence[str]) -> str:
-    """``12 ship``: the latent and what it is called."""
-    return f"{latent} {names[latent]}".strip()
-
 
 GREEN, ORANGE = "#2e8b57", "#e08e1b"  # frames: of the query's class, and new among its neighbours
 
@@ -58,7 +53,7 @@ def shown_neighbours(
         there = found.images[0][found.images[0] >= 0]
         pairs = csr_matrix(query.codes[np.zeros(len(there), dtype=np.int64)])
         explained = top_shared(contributions(pairs, codes[there], codes, by), n)
-        lines = [[f"{value:.2g} · {caption(latent, names)}" for latent, value in shared] for shared in explained]
+        lines = [[f"{value:.2g} · {called(latent, names)}" for latent, value in shared] for shared in explained]
         cells.append([method, *_neighbours(found, images, query.label, lines)])
         for index, distance, shared in zip(there.tolist(), found.distances[0].tolist(), explained, strict=False):
             rows.append({

@@ -10,9 +10,8 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from sae_lightning.apps.statistics import fires_alike, turns
 from sae_lightning.evaluation.by_latent import top_images, top_purity
-
-NEAREST = 20  # latents of about the same firing rate that a random one is drawn from
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,7 @@ def choose(codes: csr_matrix, labels: np.ndarray, n: int, top: int, purity: floa
 def round_robin(latents: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """``latents`` [m] in turns over their classes ``labels`` [m]: all bests of a class by score, all seconds, ..."""
     order = np.lexsort((latents, -scores))
-    turns: dict[int, int] = {}
-    turn = np.empty(len(order), dtype=int)
-    for place, i in enumerate(order):
-        turn[place] = turns[labels[i]] = turns.get(labels[i], -1) + 1
-    return latents[order[np.argsort(turn, kind="stable")]]
+    return latents[order[np.argsort(turns(labels[order]), kind="stable")]]
 
 
 def matched(fired: np.ndarray, latents: Sequence[int] | np.ndarray, seed: int) -> list[int]:
@@ -68,15 +63,10 @@ def matched(fired: np.ndarray, latents: Sequence[int] | np.ndarray, seed: int) -
 
     ``fired`` [d_sae] counts images. ValueError where no other latent fires.
     """
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for latent in latents:
-        others = np.flatnonzero((fired > 0) & (np.arange(len(fired)) != latent))
-        if not len(others):
-            raise ValueError("No latent but one ever fires; there is none to compare with. Train longer.")
-        distance = np.abs(np.log(fired[others]) - np.log(fired[latent]))
-        near = others[np.argsort(distance, kind="stable")[:NEAREST]]
-        drawn.append(int(rng.choice(near)))
+    rng, every = np.random.default_rng(seed), np.arange(len(fired))
+    drawn = [fires_alike(int(latent), every != latent, fired, rng) for latent in latents]
+    if -1 in drawn:
+        raise ValueError("No latent but one ever fires; there is none to compare with. Train longer.")
     return drawn
 
 
