@@ -18,7 +18,7 @@ from sae_lightning.rendering.figures import COLOURS
 from sae_lightning.rendering.page import Block, Key, Section
 from sae_lightning.runs.identity import monoloss_of, same_but
 from sae_lightning.runs.run import SCORES, Run
-from sae_lightning.runs.scores import read_rows, value_of
+from sae_lightning.runs.scores import value_of
 
 ORDER = ("dinov2", "clip", "siglip", "mae", "deit")  # of the paper; others follow, and take the next colours
 
@@ -57,7 +57,11 @@ def read_grid(runs: Sequence[Path], split: str = "test") -> pd.DataFrame:
     probing AUC at k = 128 on another data set, codes alone). NaN stands where a run has no such score on ``split``.
     ArtefactError for a folder without a readable cfg.json.
     """
-    rows = [_row(Run(run), split) for run in runs]
+    return _table([Run(run) for run in runs], split)
+
+
+def _table(runs: Sequence[Run], split: str) -> pd.DataFrame:
+    rows = [_row(run, split) for run in runs]
     found = {name for row in rows for name in row} - {*SETTINGS, *METRICS}
     table = pd.DataFrame(rows, columns=[*SETTINGS, *METRICS, *sorted(found)])
     numbers = [*FLOATS, *METRICS, *sorted(found)]
@@ -233,14 +237,14 @@ def load(runs: Sequence[Path]) -> Grid:
 
     FileNotFoundError where none has scores, ValueError where they were scored on different splits.
     """
-    scored = [run for run in runs if (run / SCORES).is_file()]
+    scored = [Run(run) for run in runs if (run / SCORES).is_file()]
     if not scored:
         raise FileNotFoundError(f"None of {len(runs)} runs has scores; make them with evaluate.py metrics=visaebench.")
-    splits = sorted({Run(run).scores["split"] for run in scored})
+    splits = sorted({run.scores["split"] for run in scored})
     if len(splits) > 1:
         raise ValueError(f"The runs were scored on different splits ({', '.join(splits)}); evaluate them on one.")
-    frame = in_order(read_grid(scored, splits[0]))
-    found = [row for run in scored for row in read_rows(run, strict=True) if row["split"] == splits[0]]
+    frame = in_order(_table(scored, splits[0]))
+    found = [row for run in scored for row in run.rows if row["split"] == splits[0]]
     rows = pd.DataFrame(found, columns=["run", "metric", "setting", "value"])
     return Grid(frame, main_family(frame), rows, splits[0], colours(frame))
 
