@@ -12,7 +12,7 @@ from sae_lightning.files import Lock
 
 
 @dataclass(frozen=True)
-class Batch:
+class Claimed:
     """Consecutive images of one shard."""
 
     shard: int
@@ -40,7 +40,7 @@ class Claims:
             )
         self.per_shard = sizes[0]
         self.n_shards = -(-n_images // self.per_shard)
-        self.issued: deque[Batch] = deque()
+        self.issued: deque[Claimed] = deque()
         self._range = range(self.n_shards * part // parts, self.n_shards * (part + 1) // parts)
         self._held: dict[int, list[Lock]] = {}
         self._next: int | None = None
@@ -68,7 +68,7 @@ class Claims:
         finished = self.finished_by_all()
         return sum(len(self.images_of(s)) for s in finished) + sum(n for s, n in encoded if s not in finished)
 
-    def encoded(self, batch: Batch) -> None:
+    def encoded(self, batch: Claimed) -> None:
         """Count the images of a batch that is encoded."""
         self._encoded[batch.shard] += len(batch.images)
 
@@ -88,7 +88,7 @@ class Claims:
             assert shard is not None
             images = list(self.images_of(shard))
             for i in range(0, len(images), self.batch_size):
-                batch = Batch(shard, images[i : i + self.batch_size], i + self.batch_size >= len(images))
+                batch = Claimed(shard, images[i : i + self.batch_size], i + self.batch_size >= len(images))
                 self.issued.append(batch)
                 yield batch.images
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from sae_lightning.distributed.limits import cores
 from sae_lightning.features.claims import Claims
 from sae_lightning.features.codec import check_dtype
 from sae_lightning.features.manifest import StoreError
-from sae_lightning.features.prepare import Captions, Pictures, collate
+from sae_lightning.features.prepare import Collated, Pictures, collate
 from sae_lightning.features.shard import ShardFile
 from sae_lightning.features.writer import StoreWriter
 from sae_lightning.registry import one_of
@@ -31,11 +30,11 @@ DEPTH = 4  # batches in flight
 
 
 @dataclass
-class Encoded:
-    """The features of consecutive images of one shard, and what is known of the images.
+class Batch:
+    """Consecutive images of one shard: what an encoder takes of them, and what is kept beside their features.
 
-    ``left_out`` has the ids of images that could not be read. ``last`` ends the shard; ``state`` is then where a stream
-    of images stands.
+    ``pixels`` [n, 3, H, W] are of the readable ones; ``errors`` says by position what is wrong with the others,
+    ``said`` what is to be printed of them. ``last`` ends the shard; ``state`` is then where a stream of images stands.
     """
 
     shard: int
@@ -43,77 +42,70 @@ class Encoded:
     image_ids: list[str]
     labels: list
     captions: list[str] | None
-    features: dict[Tap, Tensor]
-    left_out: list[str] = field(default_factory=list)
+    pixels: Tensor | None = None
+    errors: Mapping[int, DataError] = field(default_factory=dict)
+    said: Mapping[str, str] = field(default_factory=dict)
     state: dict | None = None
+
+    def split(self, of_text: bool) -> tuple[list[int], list[int]]:
+        """Positions of the images with features and of those without; every image has a text."""
+        without = [] if of_text else list(self.errors)
+        return [i for i in range(len(self.image_ids)) if i not in without], without
 
 
 class Sink:
-    """``put`` batches in order; after the last of a shard it is finished and ``release(shard)`` is called.
+    """``put`` batches with their features in order: a thread writes them to the stores of ``writers``.
 
-    An error in the thread is raised by the next ``put`` or by ``close``.
+    After the last batch of a shard it is finished and ``release(shard)`` is called. An error in the thread is raised by
+    the next ``put`` or by ``close``.
     """
 
-    def __init__(self, writers: Mapping[Tap, StoreWriter], release: Callable[[int], None]) -> None:
+    def __init__(self, writers: Mapping[Tap, StoreWriter], release: Callable[[int], None] = lambda shard: None) -> None:
         self.writers, self.release = writers, release
+        self.of_text = all(tap.kind == "text" for tap in writers)
         self._open: dict[Tap, ShardFile] = {}
-        self._parts: list[Encoded] = []  # of the open shard, without their features
+        self._parts: list[Batch] = []  # of the open shard, without their pixels
         self._error: BaseException | None = None
-        self._stopped = threading.Event()
-        self._queue: queue.Queue = queue.Queue(DEPTH)
+        self._room = threading.Semaphore(DEPTH)
+        self._thread = ThreadPoolExecutor(1)
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
 
-    def put(self, batch: Encoded) -> None:
-        """Hand over the next batch."""
+    def put(self, batch: Batch, features: Mapping[Tap, Tensor]) -> None:
+        """Hand over the next batch; waits while as many as ``DEPTH`` are not yet written."""
         ready = None
-        if self._stream is not None and any(x.is_cuda for x in batch.features.values()):
+        if self._stream is not None and any(x.is_cuda for x in features.values()):
             ready = torch.cuda.Event()
             ready.record()
-        self._hand((batch, ready))
+        self._room.acquire()
+        if self._error is not None:
+            raise self._error
+        self._thread.submit(self._take, replace(batch, pixels=None), dict(features), ready)
 
     def close(self) -> None:
         """Wait until everything is written."""
-        self._hand(None)
-        self._thread.join()
+        self._thread.shutdown()
         if self._error is not None:
             raise self._error
 
     def stop(self) -> None:
         """End the thread; a shard that is not finished is removed. Harmless after ``close``."""
-        self._stopped.set()
-        self._thread.join()
+        self._thread.shutdown(cancel_futures=True)
         for shard in self._open.values():
             shard.abort()
         self._open = {}
 
-    def _hand(self, item: object) -> None:
-        while True:
-            if self._error is not None:
-                raise self._error
-            try:
-                self._queue.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def _run(self) -> None:
+    def _take(self, batch: Batch, features: dict[Tap, Tensor], ready: torch.cuda.Event | None) -> None:
         try:
-            while not self._stopped.is_set():
-                try:
-                    item = self._queue.get(timeout=0.1)
-                except queue.Empty:
-                    continue
-                if item is None:
-                    return
-                self._take(*item)
+            if self._error is None:
+                self._write(batch, features, ready)
         except BaseException as error:
             self._error = error
+        finally:
+            self._room.release()
 
-    def _take(self, batch: Encoded, ready: torch.cuda.Event | None) -> None:
-        features, batch.features = batch.features, {}
+    def _write(self, batch: Batch, features: dict[Tap, Tensor], ready: torch.cuda.Event | None) -> None:
         self._parts.append(batch)
+        ids = [batch.image_ids[i] for i in batch.split(self.of_text)[0]]
         with torch.cuda.stream(self._stream) if ready is not None else nullcontext():
             if ready is not None:
                 assert self._stream is not None
@@ -124,16 +116,16 @@ class Sink:
                 if not self.writers[tap].has(batch.shard):
                     if tap not in self._open:
                         self._open[tap] = self.writers[tap].begin(batch.shard)
-                    self._open[tap].append(x if x.ndim == 3 else x[:, None], batch.image_ids)
+                    self._open[tap].append(x if x.ndim == 3 else x[:, None], ids)
         if batch.last:
             self._finish(batch)
 
-    def _finish(self, last: Encoded) -> None:
-        parts, self._parts = self._parts, []
-        ids = [x for part in parts for x in part.image_ids]
-        labels = [x for part in parts for x in part.labels]
-        captions = [x for part in parts for x in part.captions or []]
-        left_out = [x for part in parts for x in part.left_out]
+    def _finish(self, last: Batch) -> None:
+        parts, self._parts = [(part, *part.split(self.of_text)) for part in self._parts], []
+        ids = [part.image_ids[i] for part, kept, _ in parts for i in kept]
+        labels = [part.labels[i] for part, kept, _ in parts for i in kept]
+        captions = [part.captions[i] for part, kept, _ in parts for i in kept if part.captions]
+        left_out = [part.image_ids[i] for part, _, without in parts for i in without]
         for tap, writer in self.writers.items():
             text = captions if tap.kind == "text" else None
             if tap in self._open or not writer.has(last.shard):  # nothing is open where no image could be read
@@ -252,19 +244,20 @@ def _pass(
     for tap in writers:
         backbone.check(tap)
     check_captions(images.name, images.captions is not None or not of_text)
-    samples = Captions(images) if of_text else Pictures(images, backbone)
-    workers = 0 if of_text else settings.workers(backbone.image_size)
-    encode = encoder(backbone, list(writers), settings)
     claims = Claims(len(images), list(writers.values()), settings.batch_size, *settings.share())
     with progress(backbone, writers, images.name, images.split, len(images)) as bar:
+
+        def advance(batch: Batch) -> None:
+            bar.update(claims.done() - bar.n if batch.last else len(batch.image_ids))
+
         while True:
             bar.update(claims.done() - bar.n)
             if claims.ready():
-                loader = PictureLoader(
-                    samples, pixel_bytes(backbone.image_size, settings.batch_size), workers, "extract.num_workers",
-                    collate, batch_sampler=claims, pin_memory=settings.target().type == "cuda",
-                )  # fmt: skip
-                _encode(images, loader, encode, writers, claims, settings, bar, summary)
+                try:
+                    batches = claimed(images, backbone, claims, settings, of_text)
+                    encode_all(batches, backbone, [Sink(writers, claims.release)], settings, summary, advance)
+                finally:
+                    claims.release_all()
             if settings.part is not None or claims.all_finished():
                 break
             time.sleep(POLL)
@@ -274,35 +267,54 @@ def _pass(
             writer.seal(claims.n_shards)
 
 
-def _encode(
-    images: ImageData, loader: Iterable, encode: Callable[[Any], Features], writers: Mapping[Tap, StoreWriter],
-    claims: Claims, settings: Extraction, bar: tqdm, summary: Summary,
+def claimed(
+    images: ImageData, backbone: Backbone, claims: Claims, settings: Extraction, of_text: bool
+) -> Iterator[Batch]:
+    """Batches of all shards that can be claimed now, with their pictures decoded unless it is text that is encoded."""
+    pixels: Iterable[Collated] = ((None, {}, {}) for _ in claims)
+    if not of_text:
+        size, pinned = backbone.image_size, settings.target().type == "cuda"
+        pixels = PictureLoader(
+            Pictures(images, backbone), pixel_bytes(size, settings.batch_size), settings.workers(size),
+            "extract.num_workers", collate, batch_sampler=claims, pin_memory=pinned,
+        )  # fmt: skip
+    for payload, errors, said in pixels:
+        part = claims.issued.popleft()
+        claims.encoded(part)
+        yield Batch(
+            part.shard, part.last, [images.image_ids[i] for i in part.images],
+            [int(images.labels[i]) for i in part.images],
+            [images.captions[i] for i in part.images] if images.captions else None, payload, errors, said,
+        )  # fmt: skip
+
+
+def encode_all(
+    batches: Iterable[Batch], backbone: Backbone, sinks: Sequence[Sink], settings: Extraction, summary: Summary,
+    advance: Callable[[Batch], object],
 ) -> None:  # fmt: skip
-    """Encode whatever can be claimed now."""
+    """Encode all ``batches`` into the stores of the ``sinks``, which this closes, and count them in ``summary``."""
     start = mark = time.perf_counter()
-    sink = Sink(writers, claims.release)
+    encoders = [encoder(backbone, list(sink.writers), settings) for sink in sinks]
     try:
-        for payload, errors, said in loader:
-            batch = claims.issued.popleft()
-            say(said)
-            settings.allow(errors)
+        for batch in batches:
+            say(batch.said)
+            settings.allow(batch.errors)
             summary.waiting += time.perf_counter() - mark
-            features = encode(payload) if payload is not None else {}
+            inputs = [batch.captions if sink.of_text else batch.pixels for sink in sinks]
+            features = [
+                {} if x is None or not len(x) else encode(x) for encode, x in zip(encoders, inputs, strict=True)
+            ]
             mark = time.perf_counter()
-            claims.encoded(batch)
-            kept = [image for i, image in enumerate(batch.images) if i not in errors]
-            sink.put(Encoded(
-                batch.shard, batch.last, [images.image_ids[i] for i in kept], [int(images.labels[i]) for i in kept],
-                [images.captions[i] for i in kept] if images.captions else None, features,
-                [images.image_ids[batch.images[i]] for i in errors],
-            ))  # fmt: skip
-            summary.images += len(batch.images)
-            bar.update(claims.done() - bar.n if batch.last else len(batch.images))
-        sink.close()
+            for sink, found in zip(sinks, features, strict=True):
+                sink.put(batch, found)
+            summary.images += len(batch.image_ids)
+            advance(batch)
+        for sink in sinks:
+            sink.close()
         summary.waiting += time.perf_counter() - mark
     finally:
-        sink.stop()
-        claims.release_all()
+        for sink in sinks:
+            sink.stop()
         summary.seconds += time.perf_counter() - start
 
 

@@ -15,14 +15,14 @@ from sae_lightning.data.errors import brief, gathering
 
 
 class Sample(NamedTuple):
-    """An encoder's ``input`` (pixels or a caption), or why it is none, and what is to be ``said`` of such pictures."""
+    """An encoder's ``input``, or why it is none, and what is to be ``said`` of such pictures."""
 
-    input: Tensor | str | DataError
+    input: Tensor | DataError
     said: dict[str, str]
 
 
-# pixels [n, 3, H, W] of the readable images (or all captions), what is wrong with the others by position, what to say
-Collated = tuple[Tensor | list[str] | None, dict[int, DataError], dict[str, str]]
+# pixels [n, 3, H, W] of the readable images, what is wrong with the others by position, what to say
+Collated = tuple[Tensor | None, dict[int, DataError], dict[str, str]]
 
 
 class Takes(Protocol):
@@ -84,26 +84,9 @@ class Input(NamedTuple):
     transform: Callable[[Image.Image], Tensor]
 
 
-class Captions(Dataset):
-    """The images' captions."""
-
-    def __init__(self, images: ImageData) -> None:
-        self.captions = images.captions or []
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, index: int) -> Sample:
-        return Sample(self.captions[index], {})
-
-
 def collate(samples: Sequence[Sample]) -> Collated:
     """One batch of ``samples``."""
     errors = {i: sample.input for i, sample in enumerate(samples) if isinstance(sample.input, DataError)}
-    said = {
-        kind: sentence for sample in reversed(samples) for kind, sentence in sample.said.items()
-    }  # the first of each
+    said = {kind: sentence for sample in samples for kind, sentence in sample.said.items()}
     pixels = [sample.input for sample in samples if isinstance(sample.input, Tensor)]
-    if pixels:
-        return torch.stack(pixels), errors, said
-    return [sample.input for sample in samples if isinstance(sample.input, str)] or None, errors, said
+    return torch.stack(pixels) if pixels else None, errors, said

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 from sae_lightning.backbones.backbone import Backbone, Tap
 from sae_lightning.data import DataError, ImageStream, Item, decode
-from sae_lightning.data.errors import begin_anew, say
+from sae_lightning.data.errors import begin_anew
 from sae_lightning.distributed.limits import cores
 from sae_lightning.features.extraction import (
     POLL,
-    Encoded,
+    Batch,
     Extraction,
-    Features,
     Sink,
     Summary,
     check_captions,
-    encoder,
+    encode_all,
     progress,
 )
 from sae_lightning.features.manifest import RECORDS, StoreError, read_record
@@ -31,24 +30,6 @@ from sae_lightning.features.writer import StoreWriter
 from sae_lightning.files import Lock
 
 AHEAD = 4  # batches that are being decoded while one is encoded
-
-
-@dataclass
-class Part:
-    """Consecutive items of a shard; ``state`` is where the stream stands after the shard's last."""
-
-    shard: int
-    items: list[Item]
-    last: bool
-    state: dict | None = None
-
-    def encoded(self, features: Features, errors: Collection[int]) -> Encoded:
-        """For the sink: all items but those at the positions ``errors``, whose ``features`` these are."""
-        kept = [item for i, item in enumerate(self.items) if i not in errors]
-        return Encoded(
-            self.shard, self.last, [item.image_id for item in kept], [item.label for item in kept],
-            [item.caption or "" for item in kept], features, [self.items[i].image_id for i in errors], self.state,
-        )  # fmt: skip
 
 
 def extract_stream(
@@ -85,40 +66,13 @@ def _run(
     if len(sizes) > 1:
         raise StoreError(f"These stores were begun with {sorted(sizes)} images a shard; finish each by itself.")
     done = finished_shards(list(writers.values()))
-    seen = [tap for tap in writers if tap.kind != "text"]
-    text = [tap for tap in writers if tap.kind == "text"]
-    look = encoder(backbone, seen, settings)
-    tell = encoder(backbone, text, settings)
-    start = mark = time.perf_counter()
-    sinks = [Sink({tap: writers[tap] for tap in group}, lambda shard: None) for group in (seen, text)]
-    try:
-        with progress(backbone, writers, images.name, images.split, images.length) as bar:
-            bar.update(sum(shard.images for shard in done.values()))
-            parts = cut(images, done, sizes.pop(), settings.batch_size)
-            for part, samples in decoded(parts, backbone, bool(seen), settings):
-                payload, errors, said = collate(samples)
-                say(said)
-                settings.allow(errors)
-                summary.waiting += time.perf_counter() - mark
-                features = look(payload) if payload is not None else {}
-                told: Features = {}
-                if text and part.items:
-                    check_captions(images.name, all(item.caption is not None for item in part.items))
-                    told = tell([item.caption or "" for item in part.items])
-                mark = time.perf_counter()
-                if seen:
-                    sinks[0].put(part.encoded(features, errors))
-                if text:  # also of pictures that cannot be read
-                    sinks[1].put(part.encoded(told, ()))
-                summary.images += len(part.items)
-                bar.update(len(part.items))
-            for sink in sinks:
-                sink.close()
-            summary.waiting += time.perf_counter() - mark
-    finally:
-        for sink in sinks:
-            sink.stop()
-        summary.seconds += time.perf_counter() - start
+    groups = [{tap: w for tap, w in writers.items() if (tap.kind == "text") == of_text} for of_text in (False, True)]
+    sinks = [Sink(group) for group in groups if group]
+    with progress(backbone, writers, images.name, images.split, images.length) as bar:
+        bar.update(sum(shard.images for shard in done.values()))
+        batches = cut(images, done, sizes.pop(), settings.batch_size)
+        ready = decoded(batches, images.name, backbone, [bool(group) for group in groups], settings)
+        encode_all(ready, backbone, sinks, settings, summary, lambda batch: bar.update(len(batch.image_ids)))
     if not any(writer.count() for writer in writers.values()):
         raise DataError(f"The {images.split} split of '{images.name}' has no images.")
 
@@ -147,8 +101,10 @@ def finished_shards(writers: list[StoreWriter]) -> dict[int, Finished]:
     return found
 
 
-def cut(images: ImageStream, done: Mapping[int, Finished], per_shard: int, batch_size: int) -> Iterator[Part]:
-    """The stream's items as parts of shards, without those of shards that are ``done``."""
+def cut(
+    images: ImageStream, done: Mapping[int, Finished], per_shard: int, batch_size: int
+) -> Iterator[tuple[Batch, list[Item]]]:
+    """The stream's items as batches of shards, without those of shards that are ``done``."""
     items: Iterator[Item] | None = None
     shard, filled = 0, 0
     state: dict | None = None
@@ -164,7 +120,10 @@ def cut(images: ImageStream, done: Mapping[int, Finished], per_shard: int, batch
         ended = len(some) < wanted
         if filled:
             last = ended or filled == per_shard
-            yield Part(shard, some, last, images.state_dict() if last else None)
+            yield Batch(
+                shard, last, [item.image_id for item in some], [item.label for item in some],
+                [item.caption or "" for item in some], state=images.state_dict() if last else None,
+            ), some  # fmt: skip
         if ended:
             return
         if filled == per_shard:
@@ -172,17 +131,29 @@ def cut(images: ImageStream, done: Mapping[int, Finished], per_shard: int, batch
 
 
 def decoded(
-    parts: Iterator[Part], backbone: Backbone, pictures: bool, settings: Extraction
-) -> Iterator[tuple[Part, list[Sample]]]:
-    """Each part with its pictures as the backbone's input, decoded by threads ahead of time."""
+    batches: Iterator[tuple[Batch, list[Item]]], name: str, backbone: Backbone, wanted: Sequence[bool],
+    settings: Extraction,
+) -> Iterator[Batch]:  # fmt: skip
+    """Each batch with its pictures as the backbone's input, decoded by threads ahead of time.
+
+    ``wanted`` says whether pictures are, and texts, which then all must have.
+    """
+    pictures, texts = wanted
+    waiting: deque[tuple[Batch, list[Future[Sample]]]] = deque()
+
+    def whole() -> Batch:
+        batch, futures = waiting.popleft()
+        batch.pixels, batch.errors, batch.said = collate([future.result() for future in futures])
+        return batch
+
     with ThreadPoolExecutor(max(1, settings.num_workers or cores())) as pool:
-        waiting: deque = deque()
-        for part in parts:
-            items = part.items if pictures else []
-            futures = [pool.submit(prepare, partial(decode, item), item.image_id, backbone) for item in items]
-            waiting.append((part, futures))
+        for batch, items in batches:
+            check_captions(name, not texts or all(item.caption is not None for item in items))
+            some = items if pictures else []
+            waiting.append(
+                (batch, [pool.submit(prepare, partial(decode, item), item.image_id, backbone) for item in some])
+            )
             if len(waiting) > AHEAD:
-                ready, futures = waiting.popleft()
-                yield ready, [future.result() for future in futures]
-        for ready, futures in waiting:
-            yield ready, [future.result() for future in futures]
+                yield whole()
+        while waiting:
+            yield whole()
