@@ -87,6 +87,6 @@ class Input(NamedTuple):
 def collate(samples: Sequence[Sample]) -> Collated:
     """One batch of ``samples``."""
     errors = {i: sample.input for i, sample in enumerate(samples) if isinstance(sample.input, DataError)}
-    said = {kind: sentence for sample in samples for kind, sentence in sample.said.items()}
+    said = {kind: said for sample in reversed(samples) for kind, said in sample.said.items()}  # the first of each
     pixels = [sample.input for sample in samples if isinstance(sample.input, Tensor)]
     return torch.stack(pixels) if pixels else None, errors, said
