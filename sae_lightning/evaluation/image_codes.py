@@ -63,11 +63,6 @@ class RowFile:
         """Close the file, which stays."""
         self._file.close()
 
-    def remove(self) -> None:
-        """Close and delete the file."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)
-
 
 BLOCK = 1 << 22  # entries looked through at once
 
@@ -89,7 +84,7 @@ class ImageCodes:
 
     8 bytes an entry (int32 latent, float32 value) and 4 an image lie in three files in ``folder``, which a new object
     on the same folder finds again: ``images`` of them, or none. 50,000 images with 500 active latents each take
-    200 MB. Use it in a ``with`` block, or call ``close``; ``remove`` deletes the files.
+    200 MB.
     """
 
     def __init__(self, d_sae: int, folder: Path, images: int = 0) -> None:
@@ -105,21 +100,10 @@ class ImageCodes:
         """Where the codes lie."""
         return self._counts, self._latents, self._values
 
-    def __enter__(self) -> ImageCodes:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Close the files, which stay."""
         for file in self.files:
             file.close()
-
-    def remove(self) -> None:
-        """Delete the files."""
-        for file in self.files:
-            file.remove()
 
     def append(self, codes: SparseCodes) -> None:
         """Add the codes of the next images, one sample each; ValueError for codes of another d_sae."""

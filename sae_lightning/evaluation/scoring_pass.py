@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -156,11 +155,6 @@ class ScoringPass:
         """Close the files, which stay."""
         for file in (*self.codes.files, *self.pools.values()):
             file.close()
-
-    def remove(self) -> None:
-        """Delete all that it left on the disk."""
-        self.close()
-        shutil.rmtree(self.folder)
 
 
 def states(metric: SumMetric) -> dict[str, Tensor]:
