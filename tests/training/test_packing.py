@@ -1,5 +1,6 @@
 """Which runs of a sweep share a stream, how much memory they take, and what a folder says of their states."""
 
+import hashlib
 import json
 from collections import Counter
 from functools import cache
@@ -203,3 +204,11 @@ def test_packs_can_be_submitted(config, pictures, tmp_path):
     results = sorted(Path(cfg.paths.runs).glob("*/result.json"))
     assert sorted(json.loads(path.read_text())["side_by_side"] for path in results) == [2, 2]
     assert all(path.parent.name in done.stdout for path in results)
+
+
+def test_the_names_of_the_experiments_runs_are_those_that_lie_on_disks():
+    names = ["dinov2-x8-k16-s42-b20c6b71", "clip-x8-k16-s42-d7c6e72d", "siglip-x8-k16-s42-c11ddf66",
+             "mae-x8-k16-s42-0f3e71c5", "deit-x8-k16-s42-de6e6a39"]  # fmt: skip
+    assert [run_name(cfg) for cfg in jobs_of("experiment=demo")] == [f"batchtopk-{name}" for name in names]
+    grid = " ".join(run_name(cfg) for cfg in jobs_of("experiment=visaebench_grid"))
+    assert hashlib.sha256(grid.encode()).hexdigest().startswith("078ecbfdec312a51"), grid
