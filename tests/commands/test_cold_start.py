@@ -89,9 +89,9 @@ def test_a_sweep_says_what_it_trains_before_it_imports_what_trains(tmp_path):
 
 def test_what_a_run_is_trained_on_is_said_as_far_as_it_is_known(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = [tmp_path / "runs" / "topk-1"]
+    folder, nothing = [tmp_path / "runs" / "topk-1"], f"paths.stores={tmp_path / 'stores'}"
     assert first_line([config("sae=topk")], folder).startswith("Training topk on deit (tiny) patch-L4, ")
     assert first_line([config("sae=topk")], folder).endswith(" tokens, into runs/topk-1")
     published = ("backbone=mae", "backbone.size=published", "backbone.published.pretrained=false")
     assert "mae (ViT-B/16, random weights) patch-L11, 32 images, into" in first_line([config(*published)], folder)
-    assert "deit (tiny) patch-L4 of folder, into" in first_line([config("subset.per_class=2")], folder)
+    assert "deit (tiny) patch-L4 of folder, into" in first_line([config("subset.per_class=2", nothing)], folder)
