@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 import sae_lightning.settings.resolvers  # noqa: F401  registers a resolver that configs use
 from sae_lightning.apps.app import OURS
 from sae_lightning.data import data_source
-from sae_lightning.evaluation.similarity import Similarity
+from sae_lightning.evaluation.similarity import SimilarityEncoder
 from sae_lightning.metrics.part import parts_of
 from sae_lightning.runs.identity import run_name
 from sae_lightning.saes import VARIANTS
@@ -67,7 +67,7 @@ def test_every_choice_of_metrics_names_parts_and_usable_data_sets(name):
             run.data = part.options["data"]
             assert OmegaConf.to_container(run.data, resolve=True)["source"] in data_source
         if part.encoder is not None:
-            assert not Similarity(**part.encoder(run, part.options)).own
+            assert not SimilarityEncoder(**part.encoder(run, part.options)).own
 
 
 def test_every_application_has_its_options_and_its_code():

@@ -36,7 +36,7 @@ from experiments.bench.dense_evaluation import evaluate as dense
 from experiments.bench.timing import Row, interleaved, measure_peak, peak_mb, print_table, shared_parser, write_json
 from sae_lightning.evaluation.core import core_metrics
 from sae_lightning.evaluation.scoring_pass import ScoringPass, stream
-from sae_lightning.evaluation.similarity import Judge
+from sae_lightning.evaluation.similarity import ImageEmbeddings
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
 from sae_lightning.metrics import MonoScore, Moran
@@ -139,7 +139,7 @@ class Task:
 def streamed(task: Task, folder: Path, saes: int = 1) -> list[ScoringPass]:
     """The pass, or that of several SAEs at once, finished."""
     store = task.store
-    judge, sae, span = Judge(store), SAE.load(task.run), range(task.images)
+    judge, sae, span = ImageEmbeddings(store), SAE.load(task.run), range(task.images)
     passes = []
     for i in range(saes):
         metrics = core_metrics(sae, store, judge) | {"moran": Moran(sae.d_sae, GRID, **MORAN, row_standardized=True)}

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from sae_lightning.evaluation.job import PARTIAL, Job, Settings
 from sae_lightning.evaluation.scoring_pass import batches, stream
-from sae_lightning.evaluation.similarity import Judge
+from sae_lightning.evaluation.similarity import ImageEmbeddings
 from sae_lightning.metrics import MonoScore, Moran, absorption, decoder_cosine, preservation, probes
 from sae_lightning.metrics import monosemanticity as m5
 from sae_lightning.metrics.base import Score
@@ -120,7 +120,7 @@ def monosemanticity_choices(run: Job) -> Iterator[tuple[str, str, float]]:
     for n in (8, 32):
         yield "M5 monosemanticity", f"top {n} images", score(embeddings, n)["monosemanticity"]
     yield "M5 monosemanticity", "512 latents", score(embeddings, latents=512)["monosemanticity"]
-    mean = score(Judge(store).embeddings(everything, store.features(everything)))["monosemanticity"]
+    mean = score(ImageEmbeddings(store).embeddings(everything, store.features(everything)))["monosemanticity"]
     yield "M5 monosemanticity", "judged by the scored features themselves", mean
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_lightning.evaluation.by_latent import bands, choose_latents, ranked, spread_ranks, top_purity
 from sae_lightning.evaluation.image_codes import ImageCodes
 from sae_lightning.evaluation.scoring_pass import ScoringPass
-from sae_lightning.evaluation.similarity import Judge, Similarity
+from sae_lightning.evaluation.similarity import ImageEmbeddings, SimilarityEncoder
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import write_json, write_tensors
 from sae_lightning.metrics import core, decoder_cosine
@@ -132,13 +132,13 @@ def write_summary(
     return scores
 
 
-def core_metrics(sae: SAE, store: FeatureStore, judge: Judge) -> dict[str, SumMetric]:
+def core_metrics(sae: SAE, store: FeatureStore, judge: ImageEmbeddings) -> dict[str, SumMetric]:
     """What a pass must stream for it."""
     return core.streams(Streamed(sae, store, judge.d), {})
 
 
 def stored_scores(
-    run: Path, split: str, names: Iterable[str], similarity: Similarity | None = None
+    run: Path, split: str, names: Iterable[str], similarity: SimilarityEncoder | None = None
 ) -> dict[str, Any] | None:
     """The scores of ``run`` on ``split``; None unless whole, newer than the SAE, with every metric in ``names`` and,
     where ``similarity`` is given, judged by it.

@@ -22,7 +22,7 @@ from sae_lightning.data.masks import Masks, load_masks
 from sae_lightning.data.siblings import Groups, sibling_groups
 from sae_lightning.evaluation.core import core_metrics, stored_scores, write_summary
 from sae_lightning.evaluation.scoring_pass import ScoringPass, batches, check_store
-from sae_lightning.evaluation.similarity import Judge, Similarity
+from sae_lightning.evaluation.similarity import ImageEmbeddings, SimilarityEncoder
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
@@ -39,7 +39,7 @@ M = TypeVar("M", bound=SumMetric)
 
 PARTIAL = "evaluation.partial"
 
-OWN = Similarity()
+OWN = SimilarityEncoder()
 
 NEEDED = ("data", "backbone")  # sections of the config that a run was trained with
 
@@ -52,7 +52,7 @@ class Settings:
 
     metrics: DictConfig
     split: str = "test"
-    similarity: Similarity = OWN
+    similarity: SimilarityEncoder = OWN
     batch_tokens: int = 4096
     memory_gb: float = 4
     checkpoint_minutes: float = 5
@@ -144,10 +144,10 @@ class Job:
         return self.source.replace(data=next(part.options["data"] for part in self.settings.parts if part.data == name))
 
     # --- what it lacks ----------------------------------------------------------------------------
-    def similarity(self, part: Part) -> Similarity | None:
+    def similarity(self, part: Part) -> SimilarityEncoder | None:
         """What says how alike images are for ``part``; None where it does not ask."""
         if part.encoder is not None:
-            return Similarity(**part.encoder(self.config, part.options))
+            return SimilarityEncoder(**part.encoder(self.config, part.options))
         return self.settings.similarity if part.name == CORE else None
 
     def key(self, part: Part) -> str:
@@ -187,7 +187,7 @@ class Job:
         store, parts = self.store(name), [part for part in self.parts if name in part.passes]
         similarity = self.settings.similarity
         opened = similarity.open(self.source, self.settings.split) if name == MAIN else None
-        judge = Judge(store, opened, similarity.key(self.source)) if name == MAIN else Judge(store)
+        judge = ImageEmbeddings(store, opened, similarity.key(self.source)) if name == MAIN else ImageEmbeddings(store)
         metrics: dict[str, SumMetric] = {}
         if name == MAIN:
             sae = SAE.load(self.folder)
@@ -294,7 +294,7 @@ class Job:
     def embeddings(self, part: str) -> Tensor:
         """Embeddings [n, d] float32 of all images by the similarity encoder of a part."""
         store, other = self.store(), self._encoder(next(p for p in self.parts if p.name == part))
-        judge, none = Judge(store, other), torch.empty(0)
+        judge, none = ImageEmbeddings(store, other), torch.empty(0)
         spans = (slice(i, min(len(store), i + 1024)) for i in range(0, len(store), 1024))
         return torch.cat([judge.embeddings(span, store.features(span) if other is None else none) for span in spans])
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from sae_lightning.evaluation.by_latent import strongest
 from sae_lightning.evaluation.image_codes import ImageCodes, RowFile
-from sae_lightning.evaluation.similarity import Judge
+from sae_lightning.evaluation.similarity import ImageEmbeddings
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import set_aside, write_tensors
@@ -47,7 +47,7 @@ class ScoringPass:
     """
 
     def __init__(
-        self, run: Path, store: FeatureStore, judge: Judge, folder: Path, metrics: Mapping[str, SumMetric],
+        self, run: Path, store: FeatureStore, judge: ImageEmbeddings, folder: Path, metrics: Mapping[str, SumMetric],
         images: bool = False, span: range | None = None, device: str = "cpu",
     ) -> None:  # fmt: skip
         check_store(run, store)

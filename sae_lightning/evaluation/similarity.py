@@ -1,4 +1,4 @@
-"""What judges how alike two images are for the MonoScore: the SAE's own features, or those of another encoder."""
+"""The similarity encoder, which says how alike two images are: the SAE's own features, or those of another encoder."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sae_lightning.features.store import FeatureStore
 
 
 @dataclass(frozen=True)
-class Similarity:
-    """The choice of a judge, before its store is found.
+class SimilarityEncoder:
+    """The choice of a similarity encoder, before its store is found.
 
     ``backbone`` is a backbone config, whose interpolations are resolved in the config of the run that is scored; None
     is the run's own backbone. ``features`` is the kind of its features: by default ``pooled`` of another backbone, and
@@ -32,20 +32,20 @@ class Similarity:
 
     @property
     def own(self) -> bool:
-        """Whether the features that are scored judge themselves."""
+        """Whether images are as alike as the features that are scored."""
         return self.backbone is None and self.features is None and self.store is None
 
     def key(self, source: Source) -> str:
-        """What tells judges of a run with features of ``source`` apart: equal keys, equal similarities."""
+        """What tells similarity encoders of a run with features of ``source`` apart: equal keys, equal similarities."""
         if self.own:
             return "own"
         if self.store is not None:
             return f"store:{FeatureStore.open(self.store).fingerprint}"
-        judge = self.of(source)
-        return f"{identity(judge.backbone)}|{judge.tap}"
+        encoder = self.of(source)
+        return f"{identity(encoder.backbone)}|{encoder.tap}"
 
     def open(self, source: Source, split: str) -> FeatureStore | None:
-        """The judge's store of ``split``, extracted if it is missing; None when the scored features judge themselves.
+        """The encoder's store of ``split``, extracted if it is missing; None where it is the scored features' own.
 
         Raises StoreError, DataError or BackboneError with a sentence.
         """
@@ -53,22 +53,22 @@ class Similarity:
             return None
         if self.store is not None:
             return FeatureStore.open(Path(self.store))
-        judge = self.of(source)
-        if judge.given and self.backbone is not None:
+        encoder = self.of(source)
+        if encoder.given and self.backbone is not None:
             raise StoreError(
                 "The data of this run are given as a store, so that no other encoder can read its images. Name the "
-                f"folder of a store of {judge.backbone['name']} with similarity_store=…, with the same image ids."
+                f"folder of a store of {encoder.backbone['name']} with similarity_store=…, with the same image ids."
             )
-        return judge.store(split)
+        return encoder.store(split)
 
     def of(self, source: Source) -> Source:
-        """The judge's features of the images of ``source``."""
+        """The encoder's features of the images of ``source``."""
         if self.backbone is None:
             return source.replace(features=self.features or source.features)
         return source.replace(backbone=self.backbone, features=self.features or "pooled")
 
 
-class Judge:
+class ImageEmbeddings:
     """Embeddings [n, d] of the images of ``store``: their own features, or those in the store ``other``.
 
     An image's embedding is the mean of its patch features, or the feature itself where there is one an image; as
@@ -98,7 +98,7 @@ class Judge:
         return features.float().mean(1)
 
     def about(self) -> dict[str, Any]:
-        """What ``scores.json`` says of the judge."""
+        """What ``scores.json`` says of the similarity encoder."""
         store = self.other or self.store
         kind = store.kind if store.layer is None else f"{store.kind} L{store.layer}"
         title = f"{store.backbone} {kind}" + (" (mean of an image)" if store.kind == "patch" else "")
@@ -108,8 +108,8 @@ class Judge:
         }  # fmt: skip
 
 
-def similarity_of(cfg: DictConfig) -> Similarity:
-    """The judge that ``evaluate.py`` was asked for; interpolations of its backbone stay for the run's config."""
+def similarity_of(cfg: DictConfig) -> SimilarityEncoder:
+    """The one that ``evaluate.py`` was asked for; interpolations of its backbone stay for the run's config."""
     chosen = cfg.get("similarity")
     backbone = None if chosen is None else OmegaConf.to_container(chosen, resolve=False)
-    return Similarity(backbone, cfg.similarity_features, cfg.similarity_store)  # type: ignore[arg-type]
+    return SimilarityEncoder(backbone, cfg.similarity_features, cfg.similarity_store)  # type: ignore[arg-type]

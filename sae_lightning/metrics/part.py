@@ -267,8 +267,8 @@ class Part:
     name in the option ``name``; with ``images`` these are streamed, else read by the part itself.
 
     ``applies`` says of which runs (by their config) it is; ``leaves`` names what it writes into latents.safetensors;
-    ``encoder`` gives the similarity encoder, if any, as arguments of ``Similarity``, of which the options ``apart`` are
-    the choice. ``undefined`` says why a figure is NaN, where the score itself does not. ``columns`` stand in the table
+    ``encoder`` gives the arguments of its ``SimilarityEncoder``, if any, of which the options ``apart`` are the
+    choice. ``undefined`` says why a figure is NaN, where the score itself does not. ``columns`` stand in the table
     ``title``, with a sentence ``about`` it; ``tasks`` are its downstream tasks.
     """
 

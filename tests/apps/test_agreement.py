@@ -35,7 +35,7 @@ from sae_lightning.apps.agreement.study import (
 )
 from sae_lightning.apps.app import results_of
 from sae_lightning.evaluation.by_latent import top_images
-from sae_lightning.evaluation.similarity import Similarity
+from sae_lightning.evaluation.similarity import SimilarityEncoder
 from tests.configs import CONF
 from tests.conftest import fill_store
 from tests.processes import HANG
@@ -230,7 +230,7 @@ def opened(tmp_path_factory):
 
 
 def test_scores_are_the_weighted_similarities_of_the_definition(opened):
-    scores = latent_scores(opened, "test", Similarity(), 9)
+    scores = latent_scores(opened, "test", SimilarityEncoder(), 9)
     h = opened.store("test").features(slice(0, 60)).double().squeeze(1).numpy()
     cosine = (h @ h.T) / np.outer(np.linalg.norm(h, axis=1), np.linalg.norm(h, axis=1))
     for latent in (0, 7):
@@ -292,7 +292,7 @@ def test_simulated_judges_prefer_pure_latents_and_are_called_simulated(opened, t
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 def test_the_page_in_a_browser_exports_what_the_analysis_reads_and_goes_on_where_it_was_left(opened, tmp_path):
-    scores = latent_scores(opened, "test", Similarity(), 4)
+    scores = latent_scores(opened, "test", SimilarityEncoder(), 4)
     pairs = draw_pairs(scores, 6, 2, 4, seed=0)
     page = collecting_page(study_of(pairs, {"a": opened}, "test", 4))
     press = "for (const key of {keys}) document.dispatchEvent(new KeyboardEvent('keydown', {{ key, bubbles: true }}));"

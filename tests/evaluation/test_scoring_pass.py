@@ -16,7 +16,7 @@ from sklearn.metrics import r2_score
 
 from sae_lightning.evaluation.by_latent import choose_latents, ranked, spread_ranks, strongest, top_purity
 from sae_lightning.evaluation.core import stored_scores
-from sae_lightning.evaluation.similarity import Judge, Similarity
+from sae_lightning.evaluation.similarity import ImageEmbeddings, SimilarityEncoder
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.kernels import native
 from sae_lightning.runs.run import BAND_IMAGES, FILES, LATENTS, SCORES, TOP_IMAGES, find_runs
@@ -83,7 +83,7 @@ def test_monosemanticity_and_purity_equal_a_dense_pass(run, stores, tmp_path, ju
         embeddings = np.random.default_rng(0).normal(size=(90, 1, 5)).astype(np.float16)
         other = store_of_ids(tmp_path / "judge", torch.from_numpy(embeddings))
         embeddings = embeddings[:, 0].astype(np.float64)
-        judge = Judge(store, other, "another")
+        judge = ImageEmbeddings(store, other, "another")
     scores = score(run, store, batch_tokens, judge=judge, above=[0.1, 0.9])
     latents, _ = read_tensors(run / LATENTS)
     expected = slow_scores(peaks, embeddings)
@@ -121,14 +121,14 @@ def test_another_store_is_aligned_by_image_id(run, stores, tmp_path):
     store = stores["test"]
     generator = torch.Generator().manual_seed(0)
     embeddings, shuffle = torch.randn(90, 1, 5, generator=generator), torch.randperm(90, generator=generator)
-    straight = Judge(store, store_of_ids(tmp_path / "straight", embeddings))
+    straight = ImageEmbeddings(store, store_of_ids(tmp_path / "straight", embeddings))
     ids = [f"image-{i}" for i in shuffle.tolist()]
-    other = Judge(store, store_of_ids(tmp_path / "shuffled", embeddings[shuffle], ids))
+    other = ImageEmbeddings(store, store_of_ids(tmp_path / "shuffled", embeddings[shuffle], ids))
     span = slice(10, 50)
     torch.testing.assert_close(other.embeddings(span, None), straight.embeddings(span, None))
     lacking = store_of_ids(tmp_path / "lacking", embeddings[:80])
     with pytest.raises(StoreError, match=r"lacks 10 of the 90 images .*first: 'image-80'.*same data set"):
-        Judge(store, lacking)
+        ImageEmbeddings(store, lacking)
 
 
 def test_bands_show_the_latents_of_the_spread_ranks(run, stores):
@@ -244,8 +244,8 @@ def test_stored_scores_are_used_only_when_whole_and_fresh(run, stores):
     os.utime(run / "sae.safetensors", (written + 10, written + 10))
     assert stored_scores(run, "test", ["fvu"]) is None
     os.utime(run / "sae.safetensors", (written - 10, written - 10))
-    assert stored_scores(run, "test", ["fvu"], Similarity()) == scores
-    assert stored_scores(run, "test", ["fvu"], Similarity(store=str(stores["val"].folder))) is None
+    assert stored_scores(run, "test", ["fvu"], SimilarityEncoder()) == scores
+    assert stored_scores(run, "test", ["fvu"], SimilarityEncoder(store=str(stores["val"].folder))) is None
     for name in FILES:
         content = (run / name).read_bytes()
         (run / name).unlink()

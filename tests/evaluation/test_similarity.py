@@ -6,14 +6,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sae_lightning.evaluation.similarity import Judge, Similarity, similarity_of
+from sae_lightning.evaluation.similarity import ImageEmbeddings, SimilarityEncoder, similarity_of
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.source import Source
 from tests.configs import composed
 from tests.conftest import fill_store
 
 
-def chosen(*overrides: str) -> Similarity:
+def chosen(*overrides: str) -> SimilarityEncoder:
     """What ``evaluate.py`` makes of command-line overrides."""
     return similarity_of(composed("evaluate", *overrides))
 
@@ -30,7 +30,7 @@ def test_another_encoder_judges_in_the_run_s_own_setting(resolved):
     own = Source.of(resolved).store("test")
     assert (store.backbone, store.kind, store.n_patches) == ("dinov2 (tiny)", "pooled", 1)
     assert store.image_ids == own.image_ids
-    judge = Judge(own, store, similarity.key(Source.of(resolved)))
+    judge = ImageEmbeddings(own, store, similarity.key(Source.of(resolved)))
     torch.testing.assert_close(judge.embeddings(slice(2, 5), None), store.features(slice(2, 5)).float()[:, 0])
     about = judge.about()
     assert about["title"] == "dinov2 (tiny) pooled"
@@ -57,7 +57,7 @@ def test_own_features_need_no_store(resolved):
     assert similarity.open(Source.of(resolved), "test") is None
     own = Source.of(resolved).store("test")
     features = own.features(slice(0, 3))
-    judge = Judge(own)
+    judge = ImageEmbeddings(own)
     torch.testing.assert_close(judge.embeddings(slice(0, 3), features), features.float().mean(1))
     assert judge.about()["title"] == "deit (tiny) patch L4 (mean of an image), the scored features"
 
@@ -83,7 +83,7 @@ def test_a_store_by_its_folder(resolved, tmp_path):
     store = similarity.open(Source.of(resolved), "test")
     assert similarity.key(Source.of(resolved)) == f"store:{store.fingerprint}"
     with pytest.raises(StoreError, match="Similarities need features of the same images"):
-        Judge(own, store)
+        ImageEmbeddings(own, store)
 
 
 def test_data_given_as_stores_cannot_be_read_by_another_encoder(resolved):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from sae_lightning.evaluation.similarity import Similarity
+from sae_lightning.evaluation.similarity import SimilarityEncoder
 from sae_lightning.files import write_tensors
 from sae_lightning.report.latents import common_ranks
 from sae_lightning.report.monoloss import POINTS, profile
@@ -84,7 +84,7 @@ def test_runs_with_and_without_monoloss_are_compared(config, tmp_path):
     bare = build(runs, tmp_path / "bare.html", detailed=0, grids=0).read_text()
     assert "With and without MonoLoss" in bare
     assert "<h3>Rank " not in bare
-    evaluate_run(runs[0], similarity=Similarity(features="pooled"))
+    evaluate_run(runs[0], similarity=SimilarityEncoder(features="pooled"))
     with pytest.raises(ValueError, match="cannot be compared"):
         build(runs, tmp_path / "page.html")
     again = OmegaConf.create(json.loads((runs[0] / "cfg.json").read_text())["config"])

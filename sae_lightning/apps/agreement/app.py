@@ -23,7 +23,7 @@ from sae_lightning.apps.agreement.study import (
     study_of,
 )
 from sae_lightning.apps.app import app
-from sae_lightning.evaluation.similarity import Similarity
+from sae_lightning.evaluation.similarity import SimilarityEncoder
 from sae_lightning.rendering.page import Section
 from sae_lightning.runs.results import Headline, Result
 from sae_lightning.runs.run import Run
@@ -46,7 +46,7 @@ def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     files = _files(options.judgements)
     d_sae = {name: one.sae.d_sae for name, one in opened.items()}
     judgements = read_judgements(files, d_sae) if files else None  # before anything slow
-    judge = Similarity(None if options.judge is None else OmegaConf.to_container(options.judge, resolve=False))  # type: ignore[arg-type]
+    judge = SimilarityEncoder(None if options.judge is None else OmegaConf.to_container(options.judge, resolve=False))  # type: ignore[arg-type]
     scores = pd.concat([latent_scores(one, split, judge, options.images) for one in runs], ignore_index=True)
     tables, texts = {LATENTS: scores}, {}
     sections: list[Section] = []

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sae_lightning.apps.statistics import turns
 from sae_lightning.evaluation.by_latent import dominant, scored_latents, top_images
-from sae_lightning.evaluation.similarity import Judge, Similarity
+from sae_lightning.evaluation.similarity import ImageEmbeddings, SimilarityEncoder
 from sae_lightning.metrics import MonoScore, MSScore
 from sae_lightning.rendering.page import render
 from sae_lightning.rendering.pictures import GAP, data_uri, thumbnail
@@ -153,7 +153,7 @@ def draw_pairs(scores: pd.DataFrame, n: int, strata: int, n_images: int, seed: i
 SCORES = {"ms": "MS score", "monoscore": "MonoScore", "purity": "class purity (labels)", "constant": "a constant"}
 
 
-def latent_scores(opened: Run, split: str, judge: Similarity, n_images: int) -> pd.DataFrame:
+def latent_scores(opened: Run, split: str, judge: SimilarityEncoder, n_images: int) -> pd.DataFrame:
     """One row a latent of a run: ``run``, ``latent``, ``images`` that it fires on, and the scores.
 
     ``ms`` [ms-score-vlm] by the features of ``judge``, ``monoscore`` by the run's own, both of the pooled codes of
@@ -174,7 +174,7 @@ def latent_scores(opened: Run, split: str, judge: Similarity, n_images: int) -> 
 
 def _scored(kind: type[MonoScore], opened: Run, split: str, other: object) -> np.ndarray:
     store, codes = opened.store(split), opened.codes(split)
-    judge = Judge(store, other)  # type: ignore[arg-type]
+    judge = ImageEmbeddings(store, other)  # type: ignore[arg-type]
     return scored_latents(
         kind(codes.shape[1], judge.d), codes, lambda some: judge.embeddings(some, store.features(some))
     )

@@ -68,7 +68,7 @@ def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
         split: draw_pool(vlm, images, classes, n, cfg.seed)
         for split, images, n in (("val", val, options.images), ("test", shown, options.tested))
     }
-    judging = Judge(opened, options)
+    judging = CaptionJudge(opened, options)
     tried = {(goal, method): list(options[goal]) for goal, method in product(GOALS, METHODS)}
     on_val = judging.add(trials(steered, turned, pools["val"], means, tried, options.images), turned)
     curves = by_latent(on_val)
@@ -101,7 +101,7 @@ def run(runs: Sequence[Run], cfg: DictConfig) -> Result:
     return Result("Steering a vision-language model", lines, lead, sections, tables, numbers=numbers)
 
 
-class Judge:
+class CaptionJudge:
     """The image–text encoder ``options.judge`` and what it makes of the train images of ``opened``."""
 
     def __init__(self, opened: Run, options: DictConfig) -> None:
