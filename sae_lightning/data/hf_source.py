@@ -102,7 +102,7 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst")  # the library
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedData:
     """``splits`` maps the data set's own split names to Dataset or IterableDataset.
 
     ``mark`` changes when the data do and is the same in every process: what local files hold, the commit on the hub.
@@ -116,7 +116,7 @@ class Opened:
     files: Mapping[str, list[str]] = field(default_factory=dict)
 
 
-def open_source(cfg: Mapping[str, Any]) -> Opened:
+def open_source(cfg: Mapping[str, Any]) -> OpenedData:
     """All splits of the data set ``id``, ``config``, ``revision``; undownloaded if ``streaming``.
 
     ``id`` may be a path: a folder of parquet files or pictures, one parquet file, or a folder of save_to_disk.
@@ -143,9 +143,9 @@ def open_source(cfg: Mapping[str, Any]) -> Opened:
                 f"data.id, data.config and data.revision{advice}."
             ) from error
     if not local:
-        return Opened(cfg["name"], splits, f"{cfg['id']}@{mark}")
+        return OpenedData(cfg["name"], splits, f"{cfg['id']}@{mark}")
     name = path.resolve().name if str(cfg["name"]) == str(cfg["id"]) else cfg["name"]
-    return Opened(name, splits, _files_mark(path), files)
+    return OpenedData(name, splits, _files_mark(path), files)
 
 
 def _cause(error: BaseException) -> BaseException:

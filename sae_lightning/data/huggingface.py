@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from sae_lightning.data.columns import Columns, captions, find_columns, pictures, row_id
 from sae_lightning.data.errors import DataError, tell
-from sae_lightning.data.hf_source import Opened, open_source
+from sae_lightning.data.hf_source import OpenedData, open_source
 from sae_lightning.data.images import ImageData, data_source
 from sae_lightning.data.splits import (
     UNLABELLED,
@@ -144,7 +144,7 @@ def load_hf(cfg: dict[str, Any], split: str) -> ImageData | ImageStream:
     return part.stream(checked_limit(cfg.get("limit")), cfg.get("config")) if cfg.get("streaming") else part.images()
 
 
-def _columns(opened: Opened, names: Mapping[str, str], split: str, cfg: Mapping[str, Any]) -> Columns:
+def _columns(opened: OpenedData, names: Mapping[str, str], split: str, cfg: Mapping[str, Any]) -> Columns:
     """Those of the split, with the label that train has; says so when there is none."""
     source, train = names[split], names["train"]
     columns = find_columns(opened.splits[source].features, cfg, opened.name)
@@ -170,7 +170,7 @@ class Part:
     """One of our splits of the data set: ``names`` are the data set's own of ours, ``held_out`` what is cut from it."""
 
     split: str
-    opened: Opened
+    opened: OpenedData
     names: Mapping[str, str]
     columns: Columns
     held_out: Mapping[str, float]
