@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from sae_lightning.backbones.backbone import BackboneError, backbone_library
+from sae_lightning.files import file_sha256
 from sae_lightning.registry import one_of
 
 SIZES = ("tiny", "published")
@@ -155,5 +156,4 @@ def digest(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _file_digest(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)

@@ -31,7 +31,7 @@ class UnitRowAdam(torch.optim.AdamW):
     ) -> None:
         self.clip: float | None = None
         self.grad_norm: float | None = None
-        groups = [{"unit": False, "project": False, **group} for group in params]
+        groups = [{"unit": False, "project": group.get("unit", False), **group} for group in params]
         on_gpu = all(p.is_cuda for group in groups for p in group["params"])
         settings = {"weight_decay": 0.0, "fused": True if on_gpu else None} | settings
         super().__init__(groups, lr=lr, **settings)
@@ -77,8 +77,7 @@ class UnitRowAdam(torch.optim.AdamW):
         super().step()
         for p, group in params:
             if group["unit"]:
-                norm = p.norm(dim=1, keepdim=True).clamp_min(1e-8)
-                p.div_(norm if bad is None else torch.where(bad > 0, 1.0, norm))
+                p.div_(_lengths(p) if bad is None else torch.where(bad > 0, 1.0, _lengths(p)))
         return loss
 
     def _unscale(self, gradients: list[Tensor]) -> Tensor | None:
@@ -108,7 +107,12 @@ class UnitRowAdam(torch.optim.AdamW):
             decoupled=group["decoupled_weight_decay"], unit=group["project"],
         )  # fmt: skip
         if group["unit"] and not group["project"]:
-            p.div_(p.norm(dim=1, keepdim=True).clamp_min(1e-8))
+            p.div_(_lengths(p))
+
+
+def _lengths(p: Tensor) -> Tensor:
+    """Of the rows of ``p`` [n, d], as [n, 1]."""
+    return p.norm(dim=1, keepdim=True).clamp_min(1e-8)
 
 
 def check_name(name: str | None) -> None:

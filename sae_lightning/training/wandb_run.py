@@ -19,6 +19,8 @@ from urllib.request import Request, urlopen
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from sae_lightning.saes.artefact import FILES
+
 if TYPE_CHECKING:
     from wandb import Run
 
@@ -294,6 +296,6 @@ def log_artefact(run: Run, folder: Path, metadata: Mapping[str, Any]) -> None:
     import wandb
 
     artifact = wandb.Artifact(f"sae-{folder.name}", type="sae", metadata=dict(metadata))
-    for name in (name for name in ("sae.safetensors", "cfg.json") if (folder / name).is_file()):
+    for name in (name for name in FILES if (folder / name).is_file()):
         artifact.add_file(str(folder / name), policy="immutable")  # not copied to a place in the home folder
     run.log_artifact(artifact)

@@ -117,8 +117,6 @@ def collecting_page(study: Mapping[str, Any]) -> str:
 
 CANDIDATES = 50_000  # pairs that are drawn from
 
-SIDES = ("left", "right")
-
 
 def draw_pairs(scores: pd.DataFrame, n: int, strata: int, n_images: int, seed: int, by: str = "ms") -> pd.DataFrame:
     """About ``n`` pairs of latents in random order and on random sides, as many from each range of differences.
