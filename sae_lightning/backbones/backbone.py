@@ -93,8 +93,9 @@ class Backbone(nn.Module):
     the default one (from 0) with its width ``d_in`` and its patch grid ``grid`` (rows, columns). ``transform``
     turns a PIL image into the model's input [3, image_size, image_size] and can be pickled.
 
-    ``read`` runs ``model``; ``project`` takes pooled outputs into the image–text space; ``load_text`` makes the
-    text tower, a module from captions to embeddings [B, d], when captions first ask for it.
+    ``read`` runs ``model``, and ``module_at`` names the module that gives a layer; ``project`` takes pooled outputs
+    into the image–text space; ``load_text`` makes the text tower, a module from captions to embeddings [B, d], when
+    captions first ask for it.
     """
 
     def __init__(
@@ -110,13 +111,14 @@ class Backbone(nn.Module):
         transform: Callable[[Image.Image], Tensor],
         project: nn.Module | None = None,
         load_text: Callable[[], nn.Module] | None = None,
+        module_at: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.project = project.eval().requires_grad_(False) if project is not None else None
         self.text_tower: nn.Module | None = None
         self.name, self.title, self.depth, self.image_size, self.transform = name, title, depth, image_size, transform
-        self._read, self._load_text = read, load_text
+        self._read, self._load_text, self._module_at = read, load_text, module_at
         self.layer = self.check_layer(layer)
         self._shapes, self.kinds = self._try_out()
         self.d_in, self.grid = self.width_at(self.layer), self.grid_at(self.layer)
@@ -132,6 +134,12 @@ class Backbone(nn.Module):
     def width_at(self, layer: int) -> int:
         """Width of the tokens of ``layer``."""
         return self._shapes[self.check_layer(layer)][1]
+
+    def module_at(self, layer: int) -> nn.Module:
+        """The module whose output is ``layer``; BackboneError where the library does not say it."""
+        if self._module_at is None:
+            raise BackboneError(f"{self.title} does not say which module gives a layer; name it by its path.")
+        return self._module_at(self.check_layer(layer))
 
     def check_layer(self, layer: int) -> int:
         """``layer`` counted from 0; BackboneError unless it exists."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lightning.backbones.backbone import Backbone, BackboneError, LayerTokens, Reading, backbone_library, reason
 from sae_lightning.backbones.settings import Published, asked_layer, fixed_seed, fully_loaded, published
@@ -44,7 +44,13 @@ def load_timm(cfg: Mapping[str, Any]) -> Backbone:
         layer=asked_layer(cfg, "published"),
         image_size=anatomy.image_size,
         transform=create_transform(**data, is_training=False),
+        module_at=partial(timm_module, model),
     )
+
+
+def timm_module(model: Any, layer: int) -> nn.Module:
+    """The module of a timm model that gives ``layer``."""
+    return model.get_submodule(model.feature_info[layer]["module"])
 
 
 def read_timm(model: Any, images: Tensor, layers: Collection[int], pooled: bool) -> Reading:

@@ -125,7 +125,7 @@ def load_tiny(cfg: Mapping[str, Any]) -> Backbone:
     """The tiny backbone ``cfg.name``; with ``cfg.tiny.pretrained=false`` the same architecture with random weights."""
     from timm.data import create_transform  # here, as the import takes seconds, and names of runs need no encoder
 
-    from sae_lightning.backbones.timm import read_timm
+    from sae_lightning.backbones.timm import read_timm, timm_module
 
     name, trained = cfg["name"], _trained(cfg)
     with fixed_seed():
@@ -148,6 +148,7 @@ def load_tiny(cfg: Mapping[str, Any]) -> Backbone:
         ),
         project=project,
         load_text=partial(_load_text, name, trained) if name in IMAGE_TEXT else None,
+        module_at=partial(timm_module, vit),
     )
 
 

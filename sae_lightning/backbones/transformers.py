@@ -251,9 +251,10 @@ def load_transformers(cfg: Mapping[str, Any]) -> Backbone:
         inspect.signature(tower.forward).bind(**model_inputs(tower, torch.zeros(1, 3, size, size)))
     except TypeError as error:
         raise _unsupported(wanted, config, f"it does not take pictures alone, {error}") from error
+    blocks = _blocks(tower, depth)
     return Backbone(
         tower,
-        partial(read_transformers, tower, _blocks(tower, depth), grid),
+        partial(read_transformers, tower, blocks, grid),
         name=cfg["name"],
         title=wanted.title,
         depth=depth,
@@ -262,6 +263,7 @@ def load_transformers(cfg: Mapping[str, Any]) -> Backbone:
         transform=transform,
         project=project,
         load_text=partial(load_text, wanted, whole) if whole.model_type in TEXT_HALVES else None,
+        module_at=blocks.__getitem__,
     )
 
 

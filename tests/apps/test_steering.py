@@ -13,9 +13,10 @@ from sae_lightning.apps.steering.latents import diffmean
 from sae_lightning.backbones.backbone import Tap
 from sae_lightning.runs.results import read_result
 from sae_lightning.runs.run import Run
+from sae_lightning.saes.edits import Edit, edited
 from sae_lightning.training.fit import train
 from sae_lightning.vlms import VLM
-from sae_lightning.vlms.steering import Edit, check_fit, edited, steered_captions
+from sae_lightning.vlms.steering import check_fit, steered_captions
 from tests.configs import composed
 
 

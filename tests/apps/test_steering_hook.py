@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from sae_lightning.saes import BatchTopK, Normalizer, ReLU, TopK
+from sae_lightning.saes.edits import Edit, edited
 from sae_lightning.vlms import VLMError, load_vlm
-from sae_lightning.vlms.steering import Edit, edited, steer, steered_captions
+from sae_lightning.vlms.steering import steer, steered_captions
 
 D, D_SAE, LAYER = 16, 48, 1
 
