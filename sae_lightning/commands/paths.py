@@ -58,7 +58,7 @@ def located(cfg: DictConfig, base: str | Path | None = None) -> DictConfig:
             if found != value:
                 _keep_names(cfg, key)
                 OmegaConf.update(cfg, key, found)
-    said = ", ".join(f"{name} in {where}" for name, where in cfg.get("paths", {}).items())
+    said = ", ".join(f"{name} in {where}" for name, where in cfg.get("paths", {}).items() if where)
     if said and said not in _said:
         _said.add(said)
         print(said[0].upper() + said[1:], flush=True)

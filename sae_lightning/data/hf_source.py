@@ -168,6 +168,7 @@ def _overheard() -> Iterator[list[str]]:
         return record.levelno < logging.ERROR
 
     handlers = get_logger("datasets").handlers
+    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # local folders need no card
     for handler in handlers:
         handler.addFilter(keep)
     try:

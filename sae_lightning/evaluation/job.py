@@ -59,6 +59,7 @@ class Settings:
     again: bool = False
     device: str = "cpu"
     latents_shown: int = 12
+    stores: Path | None = None  # None: where each run's own are
     fingerprints: dict[str, str] = field(default_factory=dict)  # of stores, found while runs are looked at
 
     @cached_property
@@ -85,6 +86,8 @@ class Job:
                 "config), so its features are not known; leave it out, or train it here."
             )
         self.config, self.source = OmegaConf.create(config), Source.of(config)
+        if settings.stores is not None:
+            self.source = self.source.replace(stores=settings.stores)
         self.sae_digest = file_sha256(run / "sae.safetensors")
         self.parts = [part for part in settings.parts if part.is_of(self.config)]
         self._stores: dict[str, FeatureStore] = {}

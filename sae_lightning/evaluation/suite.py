@@ -252,7 +252,7 @@ def settings_of(cfg: DictConfig, alone: Ranks) -> Settings:
     """What the config says of how to score."""
     return Settings(
         cfg.metrics, cfg.split, similarity_of(cfg), cfg.batch_tokens, cfg.memory_gb, cfg.checkpoint_minutes, cfg.again,
-        alone.device(cfg.device), cfg.latents_shown,
+        alone.device(cfg.device), cfg.latents_shown, None if cfg.paths.stores is None else Path(cfg.paths.stores),
     )  # fmt: skip
 
 

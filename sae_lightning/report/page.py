@@ -165,11 +165,20 @@ def load_runs(folders: list[Path]) -> list[dict[str, Any]]:
             f"Files with latents of these runs are damaged: {', '.join(damaged)}. Evaluate them again: evaluate.py."
         )
     runs = [load_run(folder) for folder in folders]
-    labels = [run["label"] for run in runs]
     for i, run in enumerate(runs):
         run["colour"] = COLOURS[i % len(COLOURS)]
-        run["label"] += f", seed {run['cfg']['seed']}" if labels.count(labels[i]) > 1 else ""
+    tell_apart(runs)
     return runs
+
+
+def tell_apart(runs: Sequence[dict[str, Any]]) -> None:
+    """Add to labels that several runs have what differs between these: the layer, the seed."""
+    labels = [run["label"] for run in runs]
+    for run, label in zip(runs, labels, strict=True):
+        alike = [other["cfg"] for other, same in zip(runs, labels, strict=True) if same == label]
+        for setting, shown in (("layer", "L{}"), ("seed", "seed {}")):
+            if len({cfg[setting] for cfg in alike}) > 1:
+                run["label"] += f", {shown.format(run['cfg'][setting])}"
 
 
 def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int = 1, grids: int = 4) -> Path:

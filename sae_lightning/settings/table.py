@@ -229,7 +229,7 @@ EVALUATE: Section = {
     "batch_tokens": whole(1), "memory_gb": number(above=0), "checkpoint_minutes": number(above=0), "device": DEVICE,
     "devices": whole(1), "latents_shown": whole(1),
     "similarity_features": Maybe(choice("patch", "cls", "pooled", "embedding")), "similarity_store": Maybe(PATH),
-    "again": FLAG, "paths": FOLDER,
+    "again": FLAG, "paths": {"runs": PATH, "stores": Maybe(PATH)},
 }  # fmt: skip
 REPORT: Section = {
     "runs": PATTERNS, "grid": Maybe(PATTERNS), "out": Maybe(PATH), "detailed": whole(0), "detailed_seeds": whole(0),

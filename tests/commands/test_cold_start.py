@@ -91,7 +91,10 @@ def test_what_a_run_is_trained_on_is_said_as_far_as_it_is_known(config, tmp_path
     monkeypatch.chdir(tmp_path)
     folder, nothing = [tmp_path / "runs" / "topk-1"], f"paths.stores={tmp_path / 'stores'}"
     assert first_line([config("sae=topk")], folder).startswith("Training topk on deit (tiny) patch-L4, ")
-    assert first_line([config("sae=topk")], folder).endswith(" tokens, into runs/topk-1")
+    assert first_line([config("sae=topk")], folder).splitlines()[0].endswith(" tokens, into runs/topk-1")
+    short, longer = (first_line([config("batch_size=64", f"trainer.max_epochs={n}")], folder) for n in (1, 500))
+    assert "fewer than 300 leave an SAE undertrained; give it more pictures, trainer.max_epochs=" in short
+    assert "undertrained" not in longer
     published = ("backbone=mae", "backbone.size=published", "backbone.published.pretrained=false")
     assert "mae (ViT-B/16, random weights) patch-L11, 32 images, into" in first_line([config(*published)], folder)
     assert "deit (tiny) patch-L4 of folder, into" in first_line([config("subset.per_class=2", nothing)], folder)

@@ -25,9 +25,9 @@ def cells(table, folder: Path) -> list[str]:
     [
         (
             "config",
-            {"backbone": "clip (tiny)", "k": 8, "d_in": 12, "d_sae": 24, "config": {}},
+            {"backbone": "clip (tiny)", "layer": None, "k": 8, "d_in": 12, "d_sae": 24, "config": {}},
             {"val": {"explained_variance": math.nan, "l0": 8.0, "dead_share": 0.5}, "seconds": 3.0},
-            ["clip (tiny)", "8 of 12", "24", "–", "8.0", "50.0%", "3 s"],
+            ["clip (tiny)", "–", "8 of 12", "24", "–", "8.0", "50.0%", "3 s"],
         ),
         (
             "finetune",

@@ -453,7 +453,7 @@ def test_several_processes_give_the_same_scores(folders, tmp_path):
     cfg = OmegaConf.create({
         "metrics": METRICS | {"cross_domain": {"k": 8, "C": 1.0, "max_iter": 9, "sets": {"elsewhere": {
             "backbones": "published", "name": "${data.id}"}}}},  # a name that only a run's config could resolve
-        "runs": [run.name for run in folders], "paths": {"runs": str(tmp_path)}, "split": "test",
+        "runs": [run.name for run in folders], "paths": {"runs": str(tmp_path), "stores": None}, "split": "test",
         "similarity": None, "similarity_features": None, "similarity_store": None, "batch_tokens": 200, "memory_gb": 4,
         "checkpoint_minutes": 5, "again": True, "device": "cpu", "devices": 2, "latents_shown": 12,
     })  # fmt: skip
@@ -523,3 +523,8 @@ def test_two_calls_do_not_score_the_same_run_at_once(folders, capsys):
     thread.join(60)
     assert results == [True]
     assert "Another job is scoring topk-a; waiting for it." in capsys.readouterr().out
+
+
+def test_stores_that_lie_elsewhere_now_can_be_named(folders, tmp_path):
+    assert Job(folders[0], settings()).source.stores.name == "stores"
+    assert Job(folders[0], settings(stores=tmp_path / "moved")).source.stores == tmp_path / "moved"

@@ -24,7 +24,7 @@ from sae_lightning.report import latents as report_latents
 from sae_lightning.report import page as report_page
 from sae_lightning.report.benchmark import Scored, main_columns, raw_note, scored_runs, scores_csv, table, topics
 from sae_lightning.report.figures import coarse, encoding, histograms, moran, probing, recovery
-from sae_lightning.report.page import benchmark, build, files, load_runs
+from sae_lightning.report.page import benchmark, build, files, load_runs, tell_apart
 from sae_lightning.runs.run import BAND_IMAGES, LATENTS, TOP_IMAGES
 from sae_lightning.runs.scores import put_scores, read_rows
 from sae_lightning.saes import SparseCodes
@@ -443,3 +443,10 @@ def test_rows_of_another_split_are_not_shown(tmp_path):
     put_scores(runs[1], "moran", "test", "key", [Score("moran", 0.33)])
     found = scored_runs(load_runs(runs))
     assert [one.value("moran") for one in found] == [0.1, 0.33]
+
+
+def test_labels_tell_runs_of_two_layers_and_seeds_apart():
+    runs = [{"label": name, "cfg": {"layer": layer, "seed": seed}} for name, layer, seed in
+            (("a", 5, 0), ("a", 11, 0), ("b", 5, 0), ("b", 5, 1), ("c", None, 0))]  # fmt: skip
+    tell_apart(runs)
+    assert [run["label"] for run in runs] == ["a, L5", "a, L11", "b, seed 0", "b, seed 1", "c"]
