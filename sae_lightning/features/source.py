@@ -38,6 +38,8 @@ BUNDLED = ("demo", "digits", "mosaic")  # data sets that ship with a package, an
 
 LOSSY, LOSSY_DIMENSION = 1e-3, 1e-2  # shares of variance, of all and of a dimension, that are lost with a warning
 
+USUAL = 224  # pixels; larger pictures are said, as they take several times as long
+
 Images = ImageData | ImageStream
 
 
@@ -289,6 +291,12 @@ def _part_of_stream(source: Source, images: ImageStream, folders: dict[Tap, Path
 
 def _extract(source: Source, images: Images, folders: Mapping[Tap, Path]) -> None:
     backbone = load_backbone(source.backbone)
+    if backbone.image_size > USUAL:
+        print(
+            f"{backbone.title} reads pictures of {backbone.image_size} x {backbone.image_size} pixels, "
+            f"{backbone.n_patches} patches each; backbone.published.image_size={USUAL} gives fewer, sooner.",
+            flush=True,
+        )
     writers = {tap: writer(source, images, backbone, tap, folder) for tap, folder in folders.items()}
     if isinstance(images, ImageStream):
         summary = extract_stream(images, backbone, writers, source.extraction)

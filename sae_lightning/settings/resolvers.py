@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
@@ -10,9 +11,11 @@ from omegaconf import OmegaConf
 def folder_name(model: str | None) -> str:
     """``model`` as a folder's name: what is neither letter, digit nor one of ``_.+-`` becomes ``--``.
 
-    Null too has a name, so that the error about it comes from where the model is needed.
+    Of a model's own folder it is the last part of the path. Null too has a name, so that the error about it comes from
+    where the model is needed.
     """
-    return re.sub(r"[^\w.+-]+", "--", str(model)).strip("-.")
+    path = Path(str(model).removeprefix("local-dir:")).expanduser()
+    return re.sub(r"[^\w.+-]+", "--", path.name if path.is_dir() else str(model)).strip("-.")
 
 
 # conf/backbone/timm.yaml and transformers.yaml: ${folder_name:<model id>}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
 from PIL import Image
 
-CONF = Path(__file__).resolve().parents[2] / "conf" / "backbone"
+from tests.configs import CONF, composed
+
+PRESETS = sorted(path.stem for path in (CONF / "backbone").glob("*.yaml") if path.stem not in ("timm", "transformers"))
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
 VISION = COMMON | {"image_size": 32, "patch_size": 8}
@@ -29,7 +30,8 @@ SIGLIP = {
 
 def backbone(name: str, size: str = "tiny", **changes: Any) -> dict[str, Any]:
     """The config node that ``backbone=<name>`` composes to, with ``changes``."""
-    node = OmegaConf.create({"data": {"backbones": size}, "backbone": OmegaConf.load(CONF / f"{name}.yaml")}).backbone
+    node = composed("extract", f"backbone={name}", f"data.backbones={size}").backbone
+    OmegaConf.set_struct(node, False)
     return OmegaConf.to_container(OmegaConf.merge(node, changes), resolve=True)
 
 

@@ -1,5 +1,6 @@
 """Random weights, local files, and what tells features apart."""
 
+import json
 import pickle
 import shutil
 
@@ -47,6 +48,18 @@ def test_local_files_are_loaded(weights):
         assert torch.equal(tensor, state[name])
     assert from_file.fingerprint() == from_folder.fingerprint()
     assert from_file.title == "test_vit"
+
+
+def test_a_folder_in_place_of_the_models_id_brings_name_weights_and_preprocessing(weights, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(weights, folder)
+    about = {"architecture": "test_vit", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "num_classes": 1000}}
+    (folder / "config.json").write_text(json.dumps(about))
+    ours = load_backbone(timm(str(folder), pretrained=True))
+    state = load_file(weights / "model.safetensors")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.model.state_dict().items())
+    assert (ours.name, ours.title) == ("mine", "mine")
+    assert "mean=tensor([0.1000, 0.2000, 0.3000])" in str(ours.transform)
 
 
 def test_positions_are_resampled_for_another_image_size(weights):
@@ -115,8 +128,8 @@ def test_transforms_travel_to_worker_processes(cfg):
         ({"weights": "{folder}/model.bin"}, "pretrained=false contradict each other"),
         ({"library": "keras"}, "choose one of timm, transformers"),
         ({"model": None}, "set it to the id of a timm model"),
-        ({"model": "local-dir:{folder}"}, "is a folder; give the folder as backbone.published.weights"),
-        ({"library": "transformers", "model": "{folder}"}, "is a folder; give the folder as"),
+        ({"model": "local-dir:{folder}", "pretrained": True}, "names no architecture of timm; give the folder as"),
+        ({"library": "transformers", "model": "{folder}", "pretrained": True}, "is a folder without safetensors"),
         ({"library": "transformers", "weights": "{file}", "pretrained": True}, "transformers needs the model's folder"),
     ],
 )
