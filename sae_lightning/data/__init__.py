@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sae_lightning.data.decode import Item, decode
-from sae_lightning.data.errors import DataError
+from sae_lightning.data.errors import DataError, NotGivenError
 from sae_lightning.data.images import ImageData, data_source
 from sae_lightning.data.levels import Reading
 from sae_lightning.data.masks import Masks, load_masks
@@ -45,6 +45,7 @@ __all__ = [
     "ImageStream",
     "Item",
     "Masks",
+    "NotGivenError",
     "data_source",
     "decode",
     "load_images",

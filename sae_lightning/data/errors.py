@@ -12,6 +12,10 @@ class DataError(ValueError):
     """An image source that is missing, incomplete, unreadable or ambiguous."""
 
 
+class NotGivenError(DataError):
+    """A data set of which the config does not say where it lies."""
+
+
 class DataWarning(UserWarning):
     """What a person should know about how their pictures and labels are read."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sae_lightning.data.contents import Contents
-from sae_lightning.data.errors import DataError, tell
+from sae_lightning.data.errors import DataError, NotGivenError, tell
 from sae_lightning.data.images import ImageData, Texts, data_source
 from sae_lightning.data.splits import (
     SPLITS,
@@ -185,7 +185,7 @@ def load_folder(cfg: dict[str, Any], split: str) -> ImageData:
     is no picture, or when pictures lie beside class folders.
     """
     if cfg["path"] is None:
-        raise DataError("data.path is missing; set it to the folder that holds the pictures.")
+        raise NotGivenError("data.path is missing; set it to the folder that holds the pictures.")
     root = existing_folder(cfg["path"])
     held_out = held_out_shares(cfg["shares"])
     named = named_folders(root, cfg.get("folders"))

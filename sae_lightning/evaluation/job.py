@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from sae_lightning.backbones.backbone import BackboneError
 from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.data import DataError, ImageData
 from sae_lightning.data.masks import Masks, load_masks
@@ -90,6 +91,7 @@ class Job:
             self.source = self.source.replace(stores=settings.stores)
         self.sae_digest = file_sha256(run / "sae.safetensors")
         self.parts = [part for part in settings.parts if part.is_of(self.config)]
+        self.without: dict[str, Exception] = {}  # parts that cannot be had, and why
         self._stores: dict[str, FeatureStore] = {}
         self.release()
 
@@ -137,7 +139,7 @@ class Job:
             yield self._with_data(of), split
         except DataError as error:
             group = next(part.name.split("/")[0] for part in self.settings.parts if part.data == of)
-            raise DataError(
+            raise type(error)(
                 f"The data set {of} of metrics.{group}: {error} Change metrics.{group}.sets.{of}, or leave it out with "
                 f"'~metrics.{group}.sets.{of}'."
             ) from error
@@ -161,14 +163,36 @@ class Job:
         return _digest([VERSION, part.name, part.keyed, self.sae_digest, stores, *judged])
 
     def missing(self) -> list[Part]:
-        """The parts that have no scores for this SAE, these stores and these settings; not those of siblings."""
-        own = [part for part in self.parts if "siblings" not in part.needs]
+        """The parts that have no scores for this SAE, these stores and these settings; not those of siblings.
+
+        Those whose data or encoder cannot be had are no parts of the job from here on, and stand with the reason in
+        ``without``; where none is left, the first reason is raised.
+        """
+        own = self._possible([part for part in self.parts if "siblings" not in part.needs], self.key)
         left = own if self.settings.again else self._missing(own)
-        for part in left:  # what must be extracted is extracted now, not after hours
-            self._encoder(part)
-            for name in (*part.passes, *part.reads):
-                self.store(name)
-        return left
+        return self._possible(left, self._prepare)
+
+    def _prepare(self, part: Part) -> None:
+        """Extract what must be extracted for ``part`` now, not after hours."""
+        self._encoder(part)
+        for name in (*part.passes, *part.reads):
+            self.store(name)
+
+    def _possible(self, parts: list[Part], do: Callable[[Part], object]) -> list[Part]:
+        for part in parts:
+            try:
+                do(part)
+            except (DataError, BackboneError, StoreError) as error:
+                self.without[part.name] = error
+        kept = [part for part in parts if part.name not in self.without]
+        if parts and (not kept or CORE in self.without):  # core is what the run's pages are made of
+            raise self.without.get(CORE) or next(iter(self.without.values()))
+        self.drop(self.without)
+        return kept
+
+    def drop(self, parts: Collection[str]) -> None:
+        """Do without these parts."""
+        self.parts = [part for part in self.parts if part.name not in parts]
 
     def _missing(self, parts: list[Part]) -> list[Part]:
         split, held = self.settings.split, tensor_names(self.folder / LATENTS)

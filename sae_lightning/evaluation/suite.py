@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig
 from tqdm.auto import tqdm
 
+from sae_lightning.data import NotGivenError
 from sae_lightning.distributed.launch import launch_ranks
 from sae_lightning.distributed.ranks import Ranks, ranks
 from sae_lightning.evaluation.core import stored_scores
@@ -83,13 +84,16 @@ def evaluate_runs(runs: Sequence[Path], settings: Settings, ranks: Ranks = ALONE
     with ExitStack() as locks:
         for job in sorted(jobs, key=lambda job: job.name) if ranks.first else ():
             locks.enter_context(scoring_lock(job.folder))
-        found: list[tuple[str, list[str]]] = []
+        found: list[tuple[str, list[str], list[str]]] = []
         if ranks.first:
             bar = tqdm(jobs, "Looking at runs", unit="run", leave=False)
-            found, cannot = _each(bar, lambda job: (job.name, [p.name for p in job.missing()]), lambda job: job.name)
-            failed += cannot
-        missing = dict(ranks.share(found))
+            found, cannot = _each(bar, _look, lambda job: job.name)
+            failed += cannot + _without([job for job in jobs if job.name not in cannot])
+        found = ranks.share(found)
+        missing, without = ({each[0]: each[i] for each in found} for i in (1, 2))
         jobs = [job for job in jobs if job.name in missing]
+        for job in jobs:
+            job.drop(without[job.name])
         wanted = [(job, missing[job.name]) for job in jobs if missing[job.name]]
         todo = [(job, [part for part in job.parts if part.name in names]) for job, names in wanted]
         for group in _groups(todo):
@@ -102,6 +106,36 @@ def evaluate_runs(runs: Sequence[Path], settings: Settings, ranks: Ranks = ALONE
     if failed:
         what = "runs or parts of them" if any(" of " not in name for name in failed) else "parts"
         raise PartError(f"{len(failed)} {what} could not be computed, as said above: {', '.join(failed)}.")
+
+
+def _look(job: Job) -> tuple[str, list[str], list[str]]:
+    """A run's name, the parts that it lacks, and those that it does without."""
+    missing = [part.name for part in job.missing()]
+    return job.name, missing, list(job.without)
+
+
+def _without(jobs: Sequence[Job]) -> list[str]:
+    """Say which parts are left out, each reason once; the names of those of runs that should have been there.
+
+    Data sets of which nothing says where they lie are left out in one line, and are no failure.
+    """
+    failed: list[str] = []
+    reasons: dict[str, tuple[str, Exception]] = {}
+    for job in jobs:
+        for part, error in job.without.items():
+            reasons.setdefault(str(error), (part, error))
+            failed += [] if isinstance(error, NotGivenError) else [f"{part} of {job.name}"]
+    absent = dict.fromkeys(part for part, error in reasons.values() if isinstance(error, NotGivenError))
+    if absent:
+        group, _, name = next(iter(absent)).partition("/")
+        said = (
+            f"Left out, as nothing says where their data lie: {', '.join(absent)} (metrics.{group}.sets.{name}.path=…)."
+        )
+        tqdm.write(said, file=sys.stderr)
+    for part, error in reasons.values():
+        if part not in absent:
+            tqdm.write(f"{part} is left out. {error}", file=sys.stderr)
+    return failed
 
 
 def _each(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from dataclasses import replace
 
@@ -491,16 +492,27 @@ def test_runs_that_differ_by_seed_have_a_stability(config, tmp_path, stores):
     assert "stability" not in {row["part"] for row in read_rows(runs[2])}
 
 
-def test_a_data_set_that_is_not_there_is_named_before_anything_is_computed(folders, computed, tmp_path):
+def test_a_data_set_that_is_not_there_is_left_out_and_named_before_anything_is_computed(
+    folders, computed, tmp_path, capsys
+):
     shares = {"train": 0.8, "val": 0.1, "test": 0.1}
     nowhere = {"source": "folder", "name": "nowhere", "path": str(tmp_path / "none"), "backbones": "tiny"}
     nowhere |= {"shares": shares, "limit": None, "shuffle": True, "seed": 42}
-    metrics = METRICS | {"cross_domain": {"k": 8, "C": 1.0, "max_iter": 100, "sets": {"birds": nowhere}}}
-    with pytest.raises(
-        DataError, match=r"birds of metrics.cross_domain: .*or leave it out with '~metrics.cross_domain.se"
-    ):
-        evaluate_runs(folders[:1], settings(metrics=metrics))
+    wanted = {"k": 8, "C": 1.0, "max_iter": 100}
+    birds = {"cross_domain": {**wanted, "sets": {"birds": nowhere}}}
+    sentence = r"birds of metrics.cross_domain: .*or leave it out with '~metrics.cross_domain.se"
+    with pytest.raises(DataError, match=sentence):
+        evaluate_runs(folders[:1], settings(metrics=birds))
     assert computed["parts"] == []
+    with pytest.raises(PartError, match="cross_domain/birds of topk-a"):
+        evaluate_runs(folders[:1], settings(metrics={"core": METRICS["core"], **birds}))
+    assert re.search(f"cross_domain/birds is left out. The data set {sentence}", capsys.readouterr().err)
+    assert [name for _, name in computed["parts"]] == ["core"]
+    absent = {name: {**nowhere, "name": name, "path": None} for name in ("birds", "plants")}
+    both = {"core": METRICS["core"], "cross_domain": {**wanted, "sets": absent}}
+    evaluate_runs(folders[:1], settings(metrics=both, again=True))
+    said = "Left out, as nothing says where their data lie: cross_domain/birds, cross_domain/plants (metrics.cross_"
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_nothing_is_extracted_to_see_that_nothing_is_missing(folders, monkeypatch):
