@@ -19,16 +19,19 @@ def parts_of(cfg: dict) -> dict:
     return {split: load_images(cfg, split) for split in SPLITS}
 
 
-@pytest.mark.parametrize("name", ["dtd", "cub200"])
-def test_textures_and_birds_by_a_local_copy_of_the_hubs_files(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "test", "other"),
+    [("dtd", "test", {}), ("cub200", "test", {}), ("imagenette", "validation", {"config": None})],
+)
+def test_a_local_copy_of_the_hubs_files_will_do(tmp_path, name, test, other):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["b", "a"])})
-    for split, count in {"train": 20, "test": 8}.items():
+    for split, count in {"train": 20, test: 8}.items():
         rows = {
             "image": [{"bytes": png(i), "path": None} for i in range(count)],
             "label": [i % 2 for i in range(count)],
         }
         datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / f"{split}.parquet")
-    parts = parts_of(config(name, id=str(tmp_path)))
+    parts = parts_of(config(name, id=str(tmp_path), **other))
     assert [len(p) for p in parts.values()] == [18, 2, 8]
     assert {p.name for p in parts.values()} == {name}
     assert parts["test"].class_names == ["b", "a"]
