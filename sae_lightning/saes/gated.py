@@ -52,3 +52,6 @@ class Gated(SAE):
     def sparsity(self, output: ForwardOutput, decoder_norms: bool = True) -> Tensor:
         """L1 norm of the gate's positive part, summed over the batch."""
         return output.extra["gate"].total(self.W_dec.norm(dim=1) if decoder_norms else None)
+
+    def candidates(self, output: ForwardOutput) -> SparseCodes:
+        return output.extra["gate"]

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_lightning.distributed.ranks import mean_over_ranks
+from sae_lightning.distributed.ranks import any_over_ranks, mean_over_ranks
 from sae_lightning.kernels import level_errors
 from sae_lightning.saes.artefact import VARIANTS
-from sae_lightning.saes.codes import SparseCodes
+from sae_lightning.saes.codes import DenseCodes, SparseCodes
 from sae_lightning.saes.sae import SAE, TERMS, ForwardOutput
 from sae_lightning.saes.topk import topk_codes
 
@@ -94,7 +94,42 @@ def orthogonality(sae: SAE, output: ForwardOutput) -> Tensor:
     return squares / max(1, sae.d_sae * (sae.d_sae - 1))
 
 
-for term in (reconstruction, absolute, cosine, sparsity, aux, orthogonality):
+def unselected(sae: SAE, output: ForwardOutput) -> Tensor:
+    """L1 of what selection left out [arXiv 2606.27321]: a sample's positive pre-activations of latents that it does not
+    use but another of the global batch does, their sum over latents, a mean over samples, divided by d_in as
+    ``sparsity`` is. 0 for variants that keep every positive pre-activation.
+
+    A second product of the encoder; without a matrix [N, d_sae] where fewer than a tenth of its entries is positive.
+    """
+    whole, codes = sae.candidates(output), output.codes
+    if whole is codes:
+        return output.x.new_zeros(())
+    if isinstance(whole, DenseCodes):
+        chosen = whole.dense.flatten().gather(0, codes.rows() * sae.d_sae + codes.latents)
+    else:
+        here, there = (c.rows() * sae.d_sae + c.latents for c in (whole, codes))
+        chosen = whole.values[torch.isin(here, there, assume_unique=True)]
+    used = any_over_ranks(codes.fired()).to(chosen.dtype)
+    return (whole.total(used) - chosen.sum()) / (codes.n_samples * sae.d_in)
+
+
+def hoyer(sae: SAE, output: ForwardOutput) -> Tensor:
+    """L1 / L2 of a sample's positive pre-activations, selected or not, of the latents that any sample of the global
+    batch uses; a mean over samples [Hoyer 2004; arXiv 2606.27321].
+
+    Without a unit, blind to the activations' scale: between 1 for one such latent and √n for n equal ones; 0 for a
+    sample without any. Costs what ``unselected`` costs.
+    """
+    whole, used = sae.candidates(output), any_over_ranks(output.codes.fired()).to(output.x.dtype)
+    if isinstance(whole, DenseCodes):
+        ones, squares = whole.dense @ used, whole.dense.square() @ used
+    else:
+        values, nothing = whole.values * used[whole.latents], output.x.new_zeros(whole.n_samples)
+        ones, squares = (nothing.index_add(0, whole.rows(), v) for v in (values, values.square()))
+    return (ones / squares.clamp_min(1e-12).sqrt()).mean()
+
+
+for term in (reconstruction, absolute, cosine, sparsity, aux, orthogonality, unselected, hoyer):
     TERMS.add(term.__name__, term)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sae_lightning.saes.codes import SparseCodes
-from sae_lightning.saes.sae import SAE
+from sae_lightning.saes.sae import SAE, ForwardOutput
 
 
 class ReLU(SAE):
@@ -15,3 +15,6 @@ class ReLU(SAE):
 
     def code(self, x: Tensor) -> SparseCodes:
         return self.positive(x)
+
+    def candidates(self, output: ForwardOutput) -> SparseCodes:
+        return output.codes

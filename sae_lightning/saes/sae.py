@@ -163,6 +163,10 @@ class SAE(Artefact):
         """
         return output.codes.total(self.W_dec.norm(dim=1) if decoder_norms else None)
 
+    def candidates(self, output: ForwardOutput) -> SparseCodes:
+        """What selection chose from: the positive pre-activations of a pass, before any bound on their number."""
+        return self.positive(output.x)
+
     def settings(self) -> dict[str, object]:
         options: dict[str, object] = {"tied": True} if self.tied else {}
         return options | ({"input_norm": self.input_norm} if self.input_norm != "none" else {})

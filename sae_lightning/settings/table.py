@@ -102,7 +102,7 @@ MONOLOSS: Section = {
     "center": FLAG, "pool": choice("max", "mean"),
 }  # fmt: skip
 CALLBACKS = Callbacks({"sae_lightning.training.monoloss.MonoLoss": MONOLOSS})
-COMMON = ("reconstruction", "absolute", "cosine", "sparsity", "aux", "orthogonality")
+COMMON = ("reconstruction", "absolute", "cosine", "sparsity", "aux", "orthogonality", "unselected", "hoyer")
 LOSSES = (*COMMON, "nested", "gate")  # the last two are of single variants
 LOSS: Rule = Plus(dict.fromkeys(LOSSES, number(0)), "sae_lightning.saes.losses:TERMS")
 LOSS_OPTIONS: Rule = Plus({

@@ -12,13 +12,16 @@ from sae_lightning.saes.losses import (
     aux,
     check_terms,
     cosine,
+    hoyer,
     loss_terms,
     nested,
     orthogonality,
     reconstruction,
     sparsity,
     total_loss,
+    unselected,
 )
+from tests.saes import dense
 
 
 def make(k: int = 3):
@@ -151,6 +154,45 @@ def test_orthogonality_of_an_orthonormal_dictionary_and_of_one_latent_is_zero():
     sae.W_dec.data = torch.linalg.qr(torch.randn(10, 10))[0]
     assert float(orthogonality(sae, None).detach()) == pytest.approx(0, abs=1e-6)
     assert float(orthogonality(ReLU(10, 1), None).detach()) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.5])  # candidates as a matrix, and as lists
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_regularisers_are_of_positive_pre_acts_of_units_that_the_batch_selects(variant, shift):
+    sae = VARIANTS[variant](10, 30, seed=0, **({} if variant in ("relu", "jumprelu", "gated") else {"k": 3}))
+    bias = sae.b_gate if variant == "gated" else sae.b_enc
+    bias.data += shift
+    if variant == "gated":
+        sae.b_enc.data -= 0.7
+    x = torch.randn(8, 10, generator=torch.Generator().manual_seed(1))
+    run = sae.forward_pass(x)
+    selected = run.codes.to_dense().detach() > 0
+    used = selected.any(0)
+    assert variant in ("relu", "gated", "msae", "jumprelu") or 0 < used.sum() < 30
+    z = torch.relu((x - sae.b_pre) @ sae.W_enc.T + bias) * used
+    left_out = sum(z[i][~selected[i]].sum() for i in range(8)) / (8 * 10)
+    ratios = [row.sum() / row.norm() if row.any() else row.sum() for row in z]
+    for term, expected in ((unselected, left_out), (hoyer, torch.stack(ratios).mean())):
+        got = term(sae, run)
+        torch.testing.assert_close(got, expected)
+        if not got.requires_grad:  # nothing is left out
+            assert variant == "relu"
+            continue
+        leaves = (sae.W_enc, bias, sae.b_pre)
+        wanted = torch.autograd.grad(expected, leaves, retain_graph=True)
+        for one, other in zip(torch.autograd.grad(got, leaves, retain_graph=True), wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+        assert sae.W_dec.grad is None
+
+
+def test_hoyer_does_not_see_the_scale_and_counts_equal_units():
+    sae, run, x = make(k=2)
+    sae.W_enc.data, sae.b_enc.data = torch.zeros(30, 10), torch.ones(30)
+    run = sae.forward_pass(x)
+    equal = hoyer(sae, run)
+    torch.testing.assert_close(equal, torch.tensor(float(run.codes.fired().sum()) ** 0.5))
+    sae.b_enc.data *= 7
+    torch.testing.assert_close(hoyer(sae, sae.forward_pass(x)), equal)
 
 
 def test_weights_choose_and_scale_the_terms():
