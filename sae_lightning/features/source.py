@@ -27,6 +27,7 @@ from sae_lightning.features.extraction import Extraction, extract, images_a_shar
 from sae_lightning.features.manifest import MANIFEST, Manifest, StoreError
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.stream_extraction import extract_stream
+from sae_lightning.features.synthetic import fingerprint_of, write_synthetic
 from sae_lightning.features.upkeep import mend, merge_stores
 from sae_lightning.features.writer import StoreWriter, cannot_write
 from sae_lightning.files import LockError, held, lend_cache
@@ -120,8 +121,8 @@ class Source:
 
     @property
     def given(self) -> bool:
-        """Whether the features are those of a store that the config names, and the images are not known."""
-        return self.data["source"] == "store"
+        """Whether there are features alone: those of a store that the config names, or made up ones."""
+        return self.data["source"] in ("store", "synthetic")
 
     def images(self, split: str) -> Images:
         """The images of ``split``, which must be known."""
@@ -133,7 +134,7 @@ class Source:
         key, seen = json.dumps(what), _bundled if self.data["source"] in BUNDLED else _seen
         if seen is not None and key in seen:
             return seen[key]
-        found = (self.store(split) if self.given else self.images(split)).fingerprint
+        found = self.fingerprint(split) if self.given else self.images(split).fingerprint
         if seen is not None:
             seen[key] = found
         return found
@@ -141,6 +142,8 @@ class Source:
     def fingerprint(self, of: str | Images, tap: Tap | None = None) -> str:
         """The fingerprint of the store of a split, or of its images, without extracting it; of ``tap`` or our own."""
         if isinstance(of, str):
+            if self.data["source"] == "synthetic":
+                return fingerprint_of(self.data, of, self.extraction.dtype)
             if self.given:
                 return self.store(of).fingerprint
             of = self.images(of)
@@ -209,6 +212,8 @@ def _given_store(source: Source, split: str) -> FeatureStore:
     layer or backbone than the source.
     """
     data = source.data
+    if data["source"] == "synthetic":
+        return _synthetic_store(source, split)
     missing = [s for s in ("val", "test") if data.get(s) is None]
     if data.get(split) is not None and not (split == "train" and missing):
         store = _fits(source.open(data[split]), source)
@@ -218,6 +223,17 @@ def _given_store(source: Source, split: str) -> FeatureStore:
     whole = _fits(source.open(data["train"]), source)
     shares = {"train": 1 - data["held_out"] * len(missing)} | dict.fromkeys(missing, data["held_out"])
     return whole.parts(shares, data["seed"])[split]
+
+
+def _synthetic_store(source: Source, split: str) -> FeatureStore:
+    """The store of made-up features, written now if it is missing."""
+    lend_cache(source.stores)
+    folder = source.stores / source.data["name"] / f"{split}-{source.fingerprint(split)[:8]}"
+    if not _whole(folder):
+        with waiting_lock(folder):
+            if not _whole(folder):
+                write_synthetic(folder, source.data, split, source.extraction.dtype)
+    return source.open(folder)
 
 
 def _fits(store: FeatureStore, source: Source) -> FeatureStore:

@@ -121,6 +121,11 @@ class FeatureStore:
         return self.manifest.n_images if self._images is None else len(self._images)
 
     @property
+    def places(self) -> np.ndarray:
+        """Where its images lie among all of the folder, [n_images] int64."""
+        return np.arange(len(self)) if self._images is None else self._images
+
+    @property
     def n_tokens(self) -> int:
         """Tokens of all images."""
         return len(self) * self.n_patches

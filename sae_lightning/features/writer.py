@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,16 @@ class StoreWriter:
 
     ``about`` holds the manifest's descriptive fields (data, split, backbone, kind, layer, grid, class_names). Images
     i · ``images_per_shard`` … make shard i. An extraction that was begun with another ``images_per_shard`` keeps it.
-    Raises StoreError when the folder holds something else's beginnings.
+    ``beside`` are files of the folder that are sealed with it, and there before. Raises StoreError when the folder
+    holds something else's beginnings.
     """
 
     def __init__(self, folder: Path, fingerprint: str, about: dict[str, Any], images_per_shard: int,
-                 dtype: str = "float16") -> None:  # fmt: skip
+                 dtype: str = "float16", beside: Sequence[str] = ()) -> None:  # fmt: skip
         if images_per_shard < 1:
             raise StoreError(f"extract.images_per_shard={images_per_shard} must be at least 1.")
         self.folder, self.fingerprint, self.about, self.dtype = folder, fingerprint, about, check_dtype(dtype)
-        self.images_per_shard = images_per_shard
+        self.images_per_shard, self.beside = images_per_shard, beside
         if not self.sealed or leftovers(folder):
             self._plan()
 
@@ -195,7 +197,7 @@ class StoreWriter:
         try:
             write_tensors(self.folder / STATISTICS, {"mean": moments.mean, "deviation": deviation})
             write_table(self.folder / TABLE, pa.table(columns))
-            files = {n: file_sha256(self.folder / n) for n in (STATISTICS, TABLE)}
+            files = {n: file_sha256(self.folder / n) for n in (STATISTICS, TABLE, *self.beside)}
             mean_length, spread = float(moments.mean.norm()), float(deviation.norm())
             rounding, rounding_worst = moments.rounding
             about = self.about | {"class_names": class_names}

@@ -97,15 +97,15 @@ class Run:
     @cached_property
     def backbone(self) -> Backbone:
         """The encoder whose features it was trained on; BackboneError when its weights cannot be had."""
+        if self.source.data["source"] == "synthetic":
+            raise self._pictureless
         return load_backbone(self.source.backbone)
 
     def images(self, split: str) -> ImageData:
         """The pictures of ``split``; DataError where the run knows only a store, or a stream."""
         if split not in self._images:
             if self.source.given:
-                raise DataError(
-                    f"{self.name} was trained on a given store, without pictures; train on an image data set (data=…)."
-                )
+                raise self._pictureless
             images = self.source.images(split)
             if not isinstance(images, ImageData):
                 raise DataError(
@@ -114,6 +114,12 @@ class Run:
                 )
             self._images[split] = images
         return self._images[split]
+
+    @property
+    def _pictureless(self) -> DataError:
+        return DataError(
+            f"{self.name} was trained on features alone, without pictures; train on an image data set (data=…)."
+        )
 
     def store(self, split: str, kind: str | None = None) -> FeatureStore:
         """Features of ``split``, of the kind that the SAE was trained on or of another; extracted if missing."""

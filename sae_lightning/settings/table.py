@@ -40,7 +40,7 @@ FOLDER: Section = {"runs": PATH, "stores": PATH, "reports": PATH}
 SECTION = Kind("a section", lambda value: isinstance(value, dict))
 
 # --- data, backbones and extraction ---------------------------------------------------------------
-SOURCES = ("demo", "cifar10", "digits", "mosaic", "folder", "imagenet", "hf", "webdataset", "store")
+SOURCES = ("demo", "cifar10", "digits", "mosaic", "folder", "imagenet", "hf", "webdataset", "store", "synthetic")
 SHARES: Section = {"train": SHARE, "val": SHARE, "test": SHARE}
 NAMES_OF_SPLITS: Section = {"train": Maybe(TEXT), "val": Maybe(TEXT), "test": Maybe(TEXT)}
 SOURCE = choice(*SOURCES, registry="sae_lightning.data:data_source")
@@ -60,6 +60,10 @@ DATA_SETTINGS: Section = {
     # masks
     "sizes": {"train": whole(1), "val": whole(1), "test": whole(1)}, "mask_column": Maybe(TEXT), "image_folder": TEXT,
     "mask_folder": TEXT, "mask_first": whole(0), "mask_classes": either(whole(1), list_of(TEXT)),
+    # synthetic features
+    "d_in": whole(1), "n_true": whole(1), "active": number(above=0), "power": number(0),
+    "magnitudes": list_of(number(above=0), 2), "noise": number(0), "correlation": number(0, below=1),
+    "group": whole(1), "children": whole(0),
 }  # fmt: skip
 DATA: Rule = Chosen("source", dict.fromkeys(SOURCES, DATA_SETTINGS), SOURCE)
 LIBRARY = choice("timm", "transformers", registry="sae_lightning.backbones.backbone:backbone_library")
@@ -222,6 +226,7 @@ PARTS: dict[str, Section] = {
     "cknna": {"k": whole(1), "samples": whole(2), "seed": SEED},
     "recovery": {"budgets": list_of(whole(1)), "images": whole(1), "samples": whole(1), "seed": SEED},
     "histograms": {"low": number(), "high": number(), "per_decade": whole(1)}, "stability": {},
+    "truth": {"above": SHARE},
 }  # fmt: skip
 METRICS = Plus({name: Maybe(part, flags=True) for name, part in PARTS.items()}, "sae_lightning.metrics.part:PARTS")
 EVALUATE: Section = {

@@ -21,7 +21,6 @@ from sae_lightning.saes.losses import (
     total_loss,
     unselected,
 )
-from tests.saes import dense
 
 
 def make(k: int = 3):
