@@ -180,6 +180,15 @@ class Backbone(nn.Module):
         return {tap: self._pick(reading, tap_from_0, len(images)) for tap, tap_from_0 in found.items()}
 
     @torch.no_grad()
+    def output(self, images: Tensor) -> Tensor | None:
+        """What the whole model says of images, [n, d]: its embedding, else its pooled output; None without either.
+
+        n is the number of images unless hooks inside the model make more of them.
+        """
+        pooled = self._read(images, (), True).pooled if "pooled" in self.kinds else None
+        return pooled if pooled is None or self.project is None else self.project(pooled)
+
+    @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """Embeddings [B, d] of ``captions`` in the image–text space, not scaled to unit norm.
 

@@ -6,134 +6,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sae_lightning.backbones.backbone import Backbone, BackboneError
+from sae_lightning.backbones.natural import Natural, Report, Tally
 from sae_lightning.registry import one_of
+from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.edits import values_of, written
 from sae_lightning.saes.sae import SAE
+
+T = TypeVar("T")
 
 MODES = ("replace", "add_error", "ablate", "steer", "top_k")
 
 BY = ("mean", "resample", "zero")
 
 TOKENS = ("patch", "cls", "all")
-
-DIRECTIONS = 64  # principal directions whose variance is measured each; the rest share one
-
-FAR = 0.99  # natural tokens' quantile of the distance beyond which a token counts as unnatural
-
-
-class Natural:
-    """What features and codes are like on natural pictures: what an ablated latent takes, and what is far off.
-
-    ``features`` [n, P, d_in] are raw ones of whole pictures (P = 1 for class tokens and pooled features), some
-    thousand tokens of a store. The distance of a token from their distribution is Mahalanobis's, in the ``DIRECTIONS``
-    principal directions with each its variance and in the others with their mean variance, so that features that leave
-    the data's subspace are far too; it is divided by d_in, so that natural tokens have a mean of about 1.
-    """
-
-    def __init__(self, sae: SAE, features: Tensor) -> None:
-        if features.ndim != 3 or features.shape[-1] != sae.d_in or features.shape[0] < 2:
-            raise BackboneError(
-                f"Natural features are [pictures, tokens, {sae.d_in}] of at least two pictures; got "
-                f"{tuple(features.shape)}."
-            )
-        rows = features.reshape(-1, sae.d_in).float()
-        with torch.no_grad():
-            self.codes = sae.encode(rows)
-        self.tokens = features.shape[1]
-        sums = torch.zeros(sae.d_sae, dtype=torch.float64, device=rows.device)
-        sums.index_add_(0, self.codes.latents, self.codes.values.detach().double())
-        self.mean_codes = (sums / len(rows)).float()
-        x = rows.double()
-        self.mean = x.mean(0)
-        variances, directions = torch.linalg.eigh((x - self.mean).T @ (x - self.mean) / len(x))
-        top = min(DIRECTIONS, sae.d_in, max(1, len(x) // 4))
-        self.directions, self.variances = directions[:, -top:], variances[-top:].clamp_min(1e-12)
-        self.rest = float(variances[:-top].mean().clamp_min(1e-12)) if top < sae.d_in else 1.0
-        self.far = float(torch.quantile(self.distance(rows[: 1 << 20]), FAR))
-
-    def distance(self, x: Tensor) -> Tensor:
-        """Squared distances [N] float64 of tokens ``x`` [..., d_in], over d_in."""
-        off = x.reshape(-1, x.shape[-1]).to(self.mean) - self.mean
-        along = off @ self.directions
-        beside = off.square().sum(1) - along.square().sum(1)
-        return ((along.square() / self.variances).sum(1) + beside.clamp_min(0) / self.rest) / x.shape[-1]
-
-    def elsewhere(self, latents: Sequence[int], pictures: int, tokens: int, generator: torch.Generator) -> Tensor:
-        """Values [pictures, tokens, n] of ``latents`` on other pictures, drawn at random, at the same places."""
-        values = values_of(self.codes, latents).unflatten(0, (-1, self.tokens))
-        drawn = torch.randint(len(values), (pictures,), generator=generator)
-        if tokens == self.tokens:
-            return values[drawn]
-        places = torch.randint(self.tokens, (pictures, tokens), generator=generator)
-        return values[drawn[:, None], places]
-
-
-@dataclass
-class Report:
-    """How honest a splice was: over ``n`` tokens, ``fvu`` of the SAE's reconstruction, the mean ``distance`` of what
-    was put in place of the features from natural ones (about 1 for those), and the share ``unnatural`` of tokens
-    beyond the natural 99 % quantile (0.01 for natural ones). The last two are NaN without a ``Natural``.
-    """
-
-    n: int
-    fvu: float
-    distance: float
-    unnatural: float
-
-    def check(self, unnatural: float = 0.5, fvu: float = 0.5) -> Report:
-        """Itself; BackboneError where effects would be the splice's own: too much is lost, or too unlike features."""
-        if self.fvu > fvu:
-            raise BackboneError(
-                f"The SAE leaves {self.fvu:.0%} of the features' variance unexplained (the limit is {fvu:.0%}); what "
-                "changes behind it says nothing of its latents. Is it this encoder's, at this layer?"
-            )
-        if self.unnatural > unnatural:
-            raise BackboneError(
-                f"{self.unnatural:.0%} of the spliced tokens are unlike any natural ones (the limit is "
-                f"{unnatural:.0%}); their effects are no latent's. Change fewer latents, or by less."
-            )
-        return self
-
-
-class Tally:
-    """Sums of what passes through a splice."""
-
-    def __init__(self, natural: Natural | None) -> None:
-        self.natural = natural
-        self._n, self._off, self._squares, self._sum = 0, 0.0, 0.0, torch.zeros(())
-        self._made, self._distance, self._far = 0, 0.0, 0
-
-    def passed(self, x: Tensor, error: Tensor) -> None:
-        """Features ``x`` [n, d_in] came, of which the SAE misses ``error`` [n, d_in]."""
-        wide = x.double()
-        self._n += len(x)
-        self._off += float(error.double().square().sum())
-        self._sum = self._sum.to(wide) + wide.sum(0)
-        self._squares += float(wide.square().sum())
-
-    def put(self, made: Tensor) -> None:
-        """``made`` [..., d_in] was put in place of features."""
-        if self.natural is not None:
-            distance = self.natural.distance(made)
-            self._made += len(distance)
-            self._distance += float(distance.sum())
-            self._far += int((distance > self.natural.far).sum())
-
-    def report(self) -> Report:
-        """Over all tokens so far; BackboneError before the first pass."""
-        if not self._n:
-            raise BackboneError("Nothing has passed through the splice yet; run the model inside of it first.")
-        variance = self._squares - float(self._sum.square().sum()) / self._n
-        fvu = self._off / max(variance, 1e-12)
-        if not self._made:
-            return Report(self._n, fvu, float("nan"), float("nan"))
-        return Report(self._n, fvu, self._distance / self._made, self._far / self._made)
 
 
 class Splice:
@@ -233,7 +124,7 @@ def spliced(
     _check(sae, mode, latents, by, amount, natural)
     module, layout = place(model, at, sae.d_in, prefix)
     device = next(iter(module.parameters()), sae.W_dec).device
-    sae = (sae if sae.W_dec.device == device else deepcopy(sae).to(device)).eval()
+    sae = beside(sae, device)
     keeps = mode in ("add_error", "ablate", "steer") if keep_error is None else keep_error
     splice = Splice(sae, mode, latents, by, amount, natural, keeps, error, seed)
 
@@ -245,6 +136,11 @@ def spliced(
 
     with hooked(module, hook):
         yield splice
+
+
+def beside(sae: SAE, device: torch.device | str) -> SAE:
+    """``sae`` as it evaluates on ``device``; a copy where it is elsewhere."""
+    return (sae if sae.W_dec.device == torch.device(device) else deepcopy(sae).to(device)).eval()
 
 
 def _check(
@@ -383,6 +279,66 @@ def _like(output: Any, made: Tensor) -> Any:
 
 # --- what single latents do -----------------------------------------------------------------------------
 @torch.no_grad()
+def fanned(
+    run: Callable[[Tensor], T], model: Backbone | nn.Module, images: Tensor,
+    change: Callable[[Tensor], tuple[Tensor, Tensor]], d_in: int, *, at: int | str | None = None,
+    tokens: str = "patch", prefix: int | None = None,
+) -> T:  # fmt: skip
+    """``run(images)`` in one pass, in which changed pictures go on behind the B images from one place of the model.
+
+    ``change`` takes the features x [B, P, d_in] there and gives which of the images each of the n changed pictures is,
+    [n] int64, and its features [n, P, d_in]. ``run`` calls the model, of which all rows, B + n, must be what this
+    place hands on (no skip connection around it).
+    """
+    module, layout = place(model, at, d_in, prefix)
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        whole = _tensor(output)
+        first, x = layout.split(whole, tokens)
+        rows, made = change(x)
+        return _like(output, torch.cat([whole, layout.join(whole[rows], first, made.to(whole), tokens)]))
+
+    with hooked(module, hook):
+        return run(images)
+
+
+def masked(
+    sae: SAE, x: Tensor, codes: SparseCodes, pairs: Sequence[tuple[int, Sequence[int]]], by: str,
+    natural: Natural | None, generator: torch.Generator, keep: bool = False,
+) -> Tensor:  # fmt: skip
+    """Features [n, P, d_in] of ``pairs`` (picture of ``x`` [B, P, d_in], its latents) with these ablated ``by``.
+
+    What the SAE misses stays the clean picture's. With ``keep`` all other latents are ablated instead (``resample``
+    takes their means, too) and what the SAE misses is left out, as it would still hold what they say.
+    """
+    latents = sorted({latent for _, some in pairs for latent in some})
+    old, by = values_of(codes, latents), "mean" if keep and by == "resample" else by
+    change = (ablated(old, latents, by, natural, *x.shape[:2], generator) - old).unflatten(0, x.shape[:2])
+    scale = torch.ones_like(x[..., :1], dtype=torch.float32) * sae.normalizer.std
+    base = x.float()
+    if keep:
+        change, base = -change, background(sae, codes, by, natural).reshape(x.shape)
+    if codes.frame is not None:
+        scale = scale * codes.frame[1].reshape(scale.shape)
+    rows = {latent: row for row, latent in enumerate(latents)}
+    made = []
+    for picture, some in pairs:
+        columns = torch.tensor([rows[latent] for latent in some], device=x.device)
+        written = change[picture][:, columns] @ sae.W_dec[torch.tensor(some, device=x.device)]
+        made.append(base[picture] + written * scale[picture])
+    return torch.stack(made)
+
+
+def background(sae: SAE, codes: SparseCodes, by: str, natural: Natural | None) -> Tensor:
+    """What the SAE decodes [N, d_in], in the frames of ``codes``, where all latents are zero or take their means."""
+    x = sae.b_pre.expand(codes.n_samples, -1)
+    if by != "zero":
+        assert natural is not None
+        x = x + natural.mean_codes @ sae.W_dec
+    return sae.normalizer.denormalize(x if codes.frame is None else x * codes.frame[1] + codes.frame[0])
+
+
+@torch.no_grad()
 def effects(
     run: Callable[[Tensor], Tensor], model: Backbone | nn.Module, sae: SAE, images: Tensor,
     pairs: Sequence[tuple[int, int]], by: str = "mean", *, at: int | str | None = None,
@@ -395,34 +351,22 @@ def effects(
     hand on what this place gives (no skip connection around it); BackboneError where it does not.
     """
     one_of(by, BY, "by", BackboneError)
-    latents = sorted({latent for _, latent in pairs})
-    _check(sae, "ablate", latents, by, None, natural)
-    module, layout = place(model, at, sae.d_in, prefix)
-    clean = run(images)
-    rows = torch.tensor([image for image, _ in pairs], device=images.device)
-    columns = torch.tensor([latents.index(latent) for _, latent in pairs], device=images.device)
+    _check(sae, "ablate", [latent for _, latent in pairs], by, None, natural)
+    sae = beside(sae, images.device)
     tally, generator = Tally(natural), torch.Generator().manual_seed(seed)
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        whole = _tensor(output)
-        first, x = layout.split(whole, tokens)
-        flat, (pictures, each) = x.reshape(-1, sae.d_in).float(), x.shape[:2]
+    def change(x: Tensor) -> tuple[Tensor, Tensor]:
+        flat = x.reshape(-1, sae.d_in).float()
         codes = sae.encode(flat)
-        old = values_of(codes, latents)
-        new = ablated(old, latents, by, natural, pictures, each, generator)
-        change = (new - old).unflatten(0, (pictures, each))[rows, :, columns]  # [n, P]
-        added = change[..., None] * sae.W_dec[torch.tensor(latents, device=rows.device)[columns]][:, None]
-        if codes.frame is not None:
-            added = added * codes.frame[1].unflatten(0, (pictures, each))[rows]
-        made = x[rows].float() + added * sae.normalizer.std
+        made = masked(sae, x, codes, [(image, [latent]) for image, latent in pairs], by, natural, generator)
         tally.passed(flat, flat - sae.decode(codes))
         tally.put(made)
-        return _like(output, layout.join(whole[rows], first, made.to(whole), tokens))
+        return torch.tensor([image for image, _ in pairs], device=x.device), made
 
-    with hooked(module, hook):
-        changed = run(images)
-    if len(changed) != len(pairs):
+    both = fanned(run, model, images, change, sae.d_in, at=at, tokens=tokens, prefix=prefix)
+    if len(both) != len(images) + len(pairs):
         raise BackboneError(
-            f"The model gives {len(changed)} rows for {len(pairs)} changed ones: something goes around the SAE's place."
+            f"The model gives {len(both)} rows for {len(images)} pictures and {len(pairs)} changed ones: something "
+            "goes around the SAE's place."
         )
-    return clean, changed, tally.report()
+    return both[: len(images)], both[len(images) :], tally.report()

@@ -6,8 +6,9 @@ from sklearn.covariance import EmpiricalCovariance
 from sklearn.metrics import r2_score
 
 from sae_lightning.backbones.backbone import BackboneError, Tap
+from sae_lightning.backbones.natural import Natural
 from sae_lightning.backbones.registry import load_backbone
-from sae_lightning.backbones.splice import Layout, Natural, effects, spliced
+from sae_lightning.backbones.splice import Layout, effects, spliced
 from sae_lightning.saes import TopK
 from tests.backbones.models import timm, transformers
 from tests.backbones.test_transformers import SMALL
