@@ -185,8 +185,10 @@ class Backbone(nn.Module):
 
         n is the number of images unless hooks inside the model make more of them.
         """
-        pooled = self._read(images, (), True).pooled if "pooled" in self.kinds else None
-        return pooled if pooled is None or self.project is None else self.project(pooled)
+        pooled = self._read(images, (), True).pooled
+        if pooled is None or "pooled" not in self.kinds:
+            return None
+        return pooled if self.project is None else self.project(pooled)
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Tensor:

@@ -130,7 +130,7 @@ def spliced(
 
     @torch.no_grad()
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        whole = _tensor(output)
+        whole = tensor_of(output)
         prefixed, x = layout.split(whole, tokens)
         return _like(output, layout.join(whole, prefixed, splice.change(x).to(whole), tokens))
 
@@ -261,7 +261,8 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         raise BackboneError(f"{type(model).__name__} has no module '{path}'; it starts with {names}.") from error
 
 
-def _tensor(output: Any) -> Tensor:
+def tensor_of(output: Any) -> Tensor:
+    """The features in what a module gives; BackboneError where there are none."""
     found = output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", output)
     if not isinstance(found, Tensor):
         raise BackboneError(f"A splice needs a module that gives a tensor; this one gives {type(found).__name__}.")
@@ -293,7 +294,7 @@ def fanned(
     module, layout = place(model, at, d_in, prefix)
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        whole = _tensor(output)
+        whole = tensor_of(output)
         first, x = layout.split(whole, tokens)
         rows, made = change(x)
         return _like(output, torch.cat([whole, layout.join(whole[rows], first, made.to(whole), tokens)]))
@@ -313,7 +314,7 @@ def masked(
     """
     latents = sorted({latent for _, some in pairs for latent in some})
     old, by = values_of(codes, latents), "mean" if keep and by == "resample" else by
-    change = (ablated(old, latents, by, natural, *x.shape[:2], generator) - old).unflatten(0, x.shape[:2])
+    change = (ablated(old, latents, by, natural, x.shape[0], x.shape[1], generator) - old).unflatten(0, x.shape[:2])
     scale = torch.ones_like(x[..., :1], dtype=torch.float32) * sae.normalizer.std
     base = x.float()
     if keep:

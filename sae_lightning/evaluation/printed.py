@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from sae_lightning.metrics.core import SHOWN
-from sae_lightning.metrics.part import CORE, headlines, parts_of
+from sae_lightning.metrics.part import CORE, Column, headlines, parts_of
 from sae_lightning.rendering.table import Head, Table, Unknown
 from sae_lightning.runs.run import Run
 
@@ -18,8 +18,12 @@ def print_scores(runs: Sequence[Path], cfg: DictConfig) -> None:
     """The tables of ``runs``, and the baselines of those who judged how alike images are."""
     parts = parts_of(cfg.metrics)
     core_table(runs, cfg.split).show()
-    if any(column.headline for part in parts if part.name != CORE for column in part.columns):
-        headline_table(runs, cfg.split).show()
+    beside = [column for part in parts if part.name != CORE for column in part.columns]
+    if any(column.headline for column in beside):
+        score_table(f"ViSAEBench on the {cfg.split} split", headlines(), runs, cfg.split).show()
+    elif beside:
+        plain = [column for column in beside if "{" not in column.setting]
+        score_table(f"{', '.join(cfg.metrics)} on the {cfg.split} split", plain, runs, cfg.split).show()
     judges = {(s["title"], s["baseline"]) for s in (Run(run).scores["similarity"] for run in runs)}
     for title, baseline in sorted(judges):
         print(f"MonoScore by {title}; all pairs of images: {baseline:.3f}.")
@@ -37,9 +41,9 @@ def core_table(runs: Sequence[Path], split: str) -> Table:
     return Table(CORE, f"Scores on the {split} split", heads, rows)
 
 
-def headline_table(runs: Sequence[Path], split: str) -> Table:
-    """The headlines of each run, M1–M7 of ViSAEBench among them, with why one has no number."""
-    columns, rows = headlines(), []
+def score_table(title: str, columns: Sequence[Column], runs: Sequence[Path], split: str) -> Table:
+    """The ``columns`` of each run, with why one has no number."""
+    rows = []
     for run in map(Run, runs):
         scores = [row for row in run.rows if row["split"] == split]
         cells: list[object] = [run.name, run.cfg["backbone"]]
@@ -48,4 +52,4 @@ def headline_table(runs: Sequence[Path], split: str) -> Table:
             cells.append(value if math.isfinite(value) else Unknown(column.why(scores)))
         rows.append(cells)
     heads = [Head("run"), Head("backbone", drop=1), *(column.head for column in columns)]
-    return Table("visaebench", f"ViSAEBench on the {split} split", heads, rows)
+    return Table("scores", title, heads, rows)

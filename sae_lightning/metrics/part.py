@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.metrics.base import Score, SumMetric
 from sae_lightning.registry import Registry, discover, import_plugins
@@ -183,6 +184,10 @@ class ScoredRun(Protocol):
     @property
     def device(self) -> str:
         """Where products are computed."""
+
+    @property
+    def source(self) -> Source:
+        """Its encoder and its data."""
 
     @property
     def sae(self) -> SAE:

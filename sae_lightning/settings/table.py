@@ -225,6 +225,13 @@ PARTS: dict[str, Section] = {
     },
     "cknna": {"k": whole(1), "samples": whole(2), "seed": SEED},
     "recovery": {"budgets": list_of(whole(1)), "images": whole(1), "samples": whole(1), "seed": SEED},
+    "causal": {
+        "images": whole(2), "train": whole(2), "classes": whole(2), "readout": choice("probe", "zero_shot"),
+        "template": TEXT, "output": choice("auto", "patch"), "by": choice("mean", "resample", "zero"),
+        "choose": choice("purest", "used"), "latents": whole(1), "top": whole(1), "budgets": list_of(whole(1)),
+        "unnatural": SHARE, "fvu": number(0), "rows": whole(1), "draws": whole(1), "seed": SEED,
+        "C": number(above=0), "max_iter": whole(1),
+    },
     "histograms": {"low": number(), "high": number(), "per_decade": whole(1)}, "stability": {},
     "truth": {"above": SHARE},
 }  # fmt: skip
