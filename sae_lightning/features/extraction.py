@@ -133,6 +133,8 @@ class Sink:
         self.release(last.shard)
 
 
+PIXELS = 8 * 224 * 224  # that a CPU encodes at a time
+
 PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 UNREADABLE = ("refuse", "skip")
@@ -204,16 +206,28 @@ class Summary:
         return 1 - self.waiting / max(self.seconds, 1e-9)
 
 
-def encoder(backbone: Backbone, taps: Sequence[Tap], settings: Extraction) -> Callable[[Tensor | list[str]], Features]:
-    """What turns pixels [n, 3, H, W], or captions, into the features of ``taps``, which are all of one of the two."""
+def encoder(
+    backbone: Backbone, taps: Sequence[Tap], settings: Extraction, said: Callable[[int], object] = lambda n: None
+) -> Callable[[Tensor | list[str]], Features]:
+    """What turns pixels [n, 3, H, W], or captions, into the features of ``taps``, which are all of one of the two.
+
+    A CPU encodes as many pictures at a time as its caches hold, which is up to 2.5 times as fast as a whole batch;
+    ``said`` is told how many after each time.
+    """
     target, kind = settings.target(), PRECISIONS[str(settings.precision)]
     backbone.to(target)
 
     def encode(batch: Tensor | list[str]) -> Features:
         with torch.autocast(target.type, dtype=kind, enabled=kind != torch.float32):
-            if isinstance(batch, Tensor):
+            if not isinstance(batch, Tensor):
+                return dict.fromkeys(taps, backbone.encode_text(batch))
+            if target.type != "cpu":
                 return backbone.forward_features(batch.to(target, non_blocking=True), taps)
-            return dict.fromkeys(taps, backbone.encode_text(batch))
+            parts = []
+            for piece in batch.split(max(1, PIXELS // (batch.shape[-2] * batch.shape[-1]))):
+                parts.append(backbone.forward_features(piece.contiguous(memory_format=torch.channels_last), taps))
+                said(len(piece))
+            return {tap: torch.cat([part[tap] for part in parts]) for tap in taps}
 
     return encode
 
@@ -246,16 +260,12 @@ def _pass(
     check_captions(images.name, images.captions is not None or not of_text)
     claims = Claims(len(images), list(writers.values()), settings.batch_size, *settings.share())
     with progress(backbone, writers, images.name, images.split, len(images)) as bar:
-
-        def advance(batch: Batch) -> None:
-            bar.update(claims.done() - bar.n if batch.last else len(batch.image_ids))
-
         while True:
             bar.update(claims.done() - bar.n)
             if claims.ready():
                 try:
                     batches = claimed(images, backbone, claims, settings, of_text)
-                    encode_all(batches, backbone, [Sink(writers, claims.release)], settings, summary, advance)
+                    encode_all(batches, backbone, [Sink(writers, claims.release)], settings, summary, bar, claims.done)
                 finally:
                     claims.release_all()
             if settings.part is not None or claims.all_finished():
@@ -290,16 +300,20 @@ def claimed(
 
 def encode_all(
     batches: Iterable[Batch], backbone: Backbone, sinks: Sequence[Sink], settings: Extraction, summary: Summary,
-    advance: Callable[[Batch], object],
+    bar: tqdm, done: Callable[[], int] | None = None,
 ) -> None:  # fmt: skip
-    """Encode all ``batches`` into the stores of the ``sinks``, which this closes, and count them in ``summary``."""
+    """Encode all ``batches`` into the stores of the ``sinks``, which this closes, and count them in ``summary``.
+
+    The ``bar`` moves with every picture; after a shard to ``done()``, where other processes help.
+    """
     start = mark = time.perf_counter()
-    encoders = [encoder(backbone, list(sink.writers), settings) for sink in sinks]
+    encoders = [encoder(backbone, list(sink.writers), settings, bar.update) for sink in sinks]
     try:
         for batch in batches:
             say(batch.said)
             settings.allow(batch.errors)
             summary.waiting += time.perf_counter() - mark
+            begun = bar.n
             inputs = [batch.captions if sink.of_text else batch.pixels for sink in sinks]
             features = [
                 {} if x is None or not len(x) else encode(x) for encode, x in zip(encoders, inputs, strict=True)
@@ -308,7 +322,7 @@ def encode_all(
             for sink, found in zip(sinks, features, strict=True):
                 sink.put(batch, found)
             summary.images += len(batch.image_ids)
-            advance(batch)
+            bar.update(done() - bar.n if done and batch.last else begun + len(batch.image_ids) - bar.n)
         for sink in sinks:
             sink.close()
         summary.waiting += time.perf_counter() - mark

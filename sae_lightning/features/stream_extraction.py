@@ -72,7 +72,7 @@ def _run(
         bar.update(sum(shard.images for shard in done.values()))
         batches = cut(images, done, sizes.pop(), settings.batch_size)
         ready = decoded(batches, images.name, backbone, [bool(group) for group in groups], settings)
-        encode_all(ready, backbone, sinks, settings, summary, lambda batch: bar.update(len(batch.image_ids)))
+        encode_all(ready, backbone, sinks, settings, summary, bar)
     if not any(writer.count() for writer in writers.values()):
         raise DataError(f"The {images.split} split of '{images.name}' has no images.")
 

@@ -13,12 +13,15 @@ from PIL import Image
 from sae_lightning.backbones.backbone import Tap
 from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.data import DataError
+from sae_lightning.features import extraction
+from sae_lightning.features.extraction import Extraction
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.report.latents import latent_groups
 from sae_lightning.runs.run import TOP_IMAGES
 from sae_lightning.saes import Normalizer, TopK
+from tests.backbones.models import timm
 from tests.features import jobs
 from tests.features.jobs import (
     PATCH,
@@ -328,3 +331,14 @@ def test_two_devices_share_the_work(ten, tmp_path, capfd):
     assert content(folder)["ids"] == whole["ids"]
     assert litter(folder) == []
     assert sum(int(line.split()[0]) for line in capfd.readouterr().out.splitlines() if " images in " in line) == 10 + 10
+
+
+def test_the_bar_moves_with_the_pictures_that_a_cpu_encodes_at_a_time(monkeypatch):
+    backbone = load_backbone(timm("test_vit", image_size=32, layer=0))
+    monkeypatch.setattr(extraction, "PIXELS", 3 * 32 * 32)
+    images, taps, told = torch.randn(8, 3, 32, 32), [Tap("patch", 0), Tap("pooled")], []
+    found = extraction.encoder(backbone, taps, Extraction(device="cpu"), told.append)(images)
+    assert told == [3, 3, 2]
+    whole = backbone.forward_features(images, taps)
+    for tap in taps:
+        torch.testing.assert_close(found[tap], whole[tap])

@@ -92,4 +92,4 @@ def test_progress_counts_the_pictures_of_all_processes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(extraction, "tqdm", Bar)
     extract_pixels(tmp_path / "s", encoder=Counted(tmp_path / "s"), batch_size=2)
-    assert list(dict.fromkeys(bars[0].seen)) == [0, 2, 11]
+    assert list(dict.fromkeys(bars[0].seen)) == [0, 2, 4, 11]
