@@ -35,14 +35,16 @@ def settings(variant: str, d_sae: int, k: int) -> dict[str, Any]:
     return {"k": k} if variant in ("topk", "batchtopk") else {}
 
 
-def ours(variant: str, mono: Callable[[SparseCodes, Tensor], Tensor] | None = None) -> Callable[..., Step]:
+def ours(
+    variant: str, mono: Callable[[SparseCodes, Tensor], Tensor] | None = None, **given: Any
+) -> Callable[..., Step]:
     """Builder of our step: forward, losses, dead-latent counters, backward, clipping, Adam with unit rows.
 
-    ``mono``: a further loss term of codes and float16 features, weighted 0.1.
+    ``mono``: a further loss term of codes and float16 features, weighted 0.1. ``given``: other settings of the SAE.
     """
 
     def build(d_in: int, d_sae: int, k: int, batch: int, device: str, precision: str) -> Step:
-        sae = VARIANTS[variant](d_in, d_sae, seed=0, **settings(variant, d_sae, k)).to(device).train()
+        sae = VARIANTS[variant](d_in, d_sae, seed=0, **settings(variant, d_sae, k) | given).to(device).train()
         started = variant != "jumprelu"
         optimizer = build_optimizer(sae, lr=1e-3)
         optimizer.clip = 1.0

@@ -1,6 +1,7 @@
 """Whole training steps of ours against the dense reference and against peer packages, side by side in one process.
 
     python -m experiments.bench.train_step [--quick] [--json FILE] [--variants topk batchtopk] [--device cuda]
+    python -m experiments.bench.train_step --levels [--quick] [--json FILE]
 
 Every case is a variant, a shape and a precision; all contenders get the same batches. ``product`` is the encoder's
 product alone. Peak memory is that of a fresh process which builds the contender and does two steps.
@@ -70,6 +71,15 @@ def time_case(args: argparse.Namespace, variant: str, expansion: int, k: int, ba
     return rows
 
 
+def time_levels(args: argparse.Namespace, d_in: int, k: int, batch: int) -> list[Row]:
+    """Rows of MSAE with levels k, 2k … d_sae = 8 · d_in, from its paper's start, and of a ReLU of that shape."""
+    x = batches(batch, args.device, d_in)
+    builders = {"relu": ours("relu"), "msae": ours("msae", ks=None, encoder_norm=0.1)}
+    steps = {name: build(d_in, 8 * d_in, k, batch, args.device, "32") for name, build in builders.items()}
+    seconds = interleaved({n: (lambda s=s: s(x)) for n, s in steps.items()}, args.repeats, args.warmup, args.device)
+    return [Row.of(f"d_in {d_in} levels {k}…{8 * d_in} B{batch} 32", name, taken) for name, taken in seconds.items()]
+
+
 def measure(what: str) -> None:
     """In a child process: print the peak memory of one contender's building and two steps."""
     variant, contender, expansion, k, batch, precision, device = json.loads(what)
@@ -93,6 +103,7 @@ def main() -> None:
     parser.add_argument("--all-shapes", action="store_true", help="expansion 8 16 32, k 32 64 256, batch 2048 8192")
     for name, usual in (("expansion", 16), ("k", 64), ("batch", 2048)):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=[usual], help=f"default {usual}")
+    parser.add_argument("--levels", action="store_true", help="MSAE with levels up to d_sae against ReLU")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--no-peers", action="store_true", help="only ours, dense and the product")
     parser.add_argument("--device", default="cpu")
@@ -101,6 +112,13 @@ def main() -> None:
         measure(args.measure)
         return
     torch.set_num_threads(args.threads)
+    if args.levels:
+        shapes = [(128, 16, 1024), (128, 16, 4096), (384, 32, 2048), (768, 64, 2048)]
+        rows = [row for shape in shapes[: 1 if args.quick else None] for row in time_levels(args, *shape)]
+        if args.json:
+            write_json(args.json, rows)
+        print_table(rows, ratio_to="relu")
+        return
     if args.quick:
         args.variants, args.precisions, args.repeats, args.warmup = ["topk", "batchtopk"], ["32"], 2, 1
         args.expansion, args.k, args.batch, args.all_shapes = [8], [64], [1024], False

@@ -172,7 +172,7 @@ def _call(name: str, *arguments: Any) -> None:
 
 def decode(latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     """[N, d]: ``bias`` plus the sum of ``values[e] * W[latents[e]]`` over each row's entries."""
-    out = W.new_empty(len(offsets) - 1, W.shape[1])
+    out = empty((len(offsets) - 1, W.shape[1]), W)
     _call("decode_rows", latents, values, offsets, W, bias, out, W.shape[1], len(out))
     return out
 
@@ -279,13 +279,25 @@ def union(latents: Tensor, offsets: Tensor, each: int, d_sae: int) -> tuple[Tens
     return pooled, starts, place
 
 
-def decode_backward(latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``decode``: of W [d_sae, d] and of values [nnz], reading each row of ``grad`` once an entry."""
-    grad_W, grad_values = empty(tuple(W.shape), W), torch.empty_like(values)
-    _call(
-        "decode_backward", *by_latent(latents, offsets, len(W)), values, W, grad, grad_W, grad_values, W.shape[1],
-        len(W),
-    )  # fmt: skip
+OFTEN = 12  # entries of a latent that are worth writing its row's gradient once more
+
+NEAR = 1 << 20  # bytes of gradients up to which they stay near the processor
+
+
+def decode_backward(
+    latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, grad: Tensor,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of ``decode``: of W [d_sae, d] and of values [nnz], reading each row of ``grad`` once an entry.
+
+    ``into``: those of W and of a matrix of codes [N, d_sae], whose N · h groups the rows are, to be added to.
+    """
+    grad_W, grad_values = into or (empty(tuple(W.shape), W).zero_(), torch.empty_like(values))
+    n, (d_sae, d) = len(grad), W.shape
+    block = OFTEN * n * d_sae // max(1, len(values)) + 1
+    block = block if 4 * d * block <= NEAR else max(1, n)
+    h = n // len(grad_values) if into and n else 0
+    _call("decode_backward", latents, values, offsets, W, grad, grad_W, grad_values, h, block, d, d_sae, n)
     return grad_W, grad_values
 
 
@@ -375,7 +387,19 @@ def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def rank_groups(values: Tensor, offsets: Tensor, ks: Tensor) -> Tensor:
-    """As ``grouping.rank_groups``."""
+    """As ``products.rank_groups``."""
     group = torch.empty(len(values), dtype=torch.long)
-    _call("rank_groups", values, offsets, ks, len(ks), group, len(offsets) - 1)
+    _call("rank_groups", values, offsets, 0, ks, len(ks), -1, None, group, None, None, len(offsets) - 1)
     return group
+
+
+def ranked(dense: Tensor, ks: Tensor, left_out: int, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents and values of the positive entries of ``dense`` [N, d_sae] by (row, group of rank); see ``products``.
+
+    ``starts`` [N · h + 1] are the groups' offsets, where that of group ``left_out`` is empty.
+    """
+    n, d_sae = dense.shape
+    latents = torch.empty(int(starts[-1]), dtype=torch.long)
+    kept = dense.new_empty(len(latents))
+    _call("rank_groups", dense, None, d_sae, ks, len(ks), left_out, starts, None, latents, kept, n)
+    return latents, kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -70,6 +71,16 @@ class _Decode(torch.autograd.Function):
         return None, grad_values, None, grad_W, grad.sum(0) if ctx.needs_input_grad[4] else None
 
 
+CACHE = 1 << 19  # bytes of levels that a CPU goes over several times before it goes on
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same few rows of all tensors, as many of the first [N, h, d] as a cache holds; all of them on a GPU."""
+    first = tensors[0]
+    each = CACHE // (first.element_size() * first[:1].numel() or 1) if first.device.type == "cpu" else len(first)
+    return zip(*(t.split(max(1, each)) for t in tensors), strict=True)
+
+
 class _NestedDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, bias: Tensor, h: int) -> Tensor:
@@ -77,9 +88,10 @@ class _NestedDecode(torch.autograd.Function):
         ctx.h = h
         out = choose(values, W).decode(latents, values.contiguous(), offsets, W.detach(), None)
         out = out.view(-1, h, W.shape[1])
-        out[:, 0] += bias
-        for level in range(1, h):
-            out[:, level] += out[:, level - 1]
+        for (part,) in _blocks(out):
+            part[:, 0] += bias
+            for level in range(1, h):
+                part[:, level] += part[:, level - 1]
         return out
 
     @staticmethod
@@ -87,12 +99,57 @@ class _NestedDecode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         latents, values, offsets, W = ctx.saved_tensors
         out = native.empty(tuple(grad.shape), grad)
-        out[:, -1] = grad[:, -1]
-        for level in range(ctx.h - 2, -1, -1):
-            torch.add(grad[:, level], out[:, level + 1], out=out[:, level])
+        for part, given in _blocks(out, grad):
+            part[:, -1] = given[:, -1]
+            for level in range(ctx.h - 2, -1, -1):
+                torch.add(given[:, level], part[:, level + 1], out=part[:, level])
         flat = out.view(-1, W.shape[1])
         grad_W, grad_values = choose(values, W).decode_backward(latents, values.contiguous(), offsets, W, flat)
         return None, grad_values, None, grad_W, out[:, 0].sum(0), None
+
+
+class _DenseLevels(torch.autograd.Function):
+    """Levels by rank of codes that are a matrix. The group with most entries is what all codes' dense product has
+    beyond the other groups', of which sparse products are made; so it is with the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, W: Tensor, bias: Tensor, ks: Tensor) -> Tensor:
+        device = W.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.most, latents, values, offsets = ranked(dense, ks)
+        ctx.save_for_backward(dense, W, latents, values, offsets)
+        out = choose(values, W).decode(latents, values, offsets, W.detach(), None).view(len(dense), -1, W.shape[1])
+        for part, level in _blocks(out, torch.addmm(bias, dense, W).to(W.dtype)):
+            for g in range(len(ks) - 1, ctx.most, -1):
+                level, part[:, g] = level - part[:, g], level
+            part[:, ctx.most] = level
+            for g in range(ctx.most):
+                part[:, g] += part[:, g - 1] if g else bias
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dense, W, latents, values, offsets = ctx.saved_tensors
+        h, most = grad.shape[1], ctx.most
+        out, whole = native.empty(tuple(grad.shape), grad), native.empty((len(grad), W.shape[1]), grad)
+        for part, of_whole, given in _blocks(out, whole, grad):  # an entry's gradient less that of group ``most``
+            torch.sum(given[:, most:], 1, out=of_whole)
+            part[:, most] = 0
+            for g in range(most - 1, -1, -1):
+                torch.add(given[:, g], part[:, g + 1], out=part[:, g])
+            for g in range(most + 1, h):
+                torch.sub(part[:, g - 1], given[:, g - 1], out=part[:, g])
+        with torch.autocast(*ctx.autocast):
+            grad_dense, grad_W = (whole @ W.T).to(W.dtype), (dense.T @ whole).to(W.dtype)
+        flat, kernels = out.view(-1, W.shape[1]), choose(values, W)
+        if kernels is native:
+            native.decode_backward(latents, values, offsets, W, flat, into=(grad_W, grad_dense))
+        else:
+            more_W, more = kernels.decode_backward(latents, values, offsets, W, flat)
+            grad_W += more_W
+            grad_dense.view(-1).index_add_(0, rows_of(offsets, len(latents)) // h * len(W) + latents, more)
+        return grad_dense, grad_W, whole.sum(0) + (out[:, 0].sum(0) if most else 0), None
 
 
 class _LevelErrors(torch.autograd.Function):
@@ -101,17 +158,17 @@ class _LevelErrors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, levels: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(levels, x)
-        errors = [(levels[:, level] - x).square().mean() for level in range(levels.shape[1])]
-        return torch.stack(errors)
+        sums = [(part - of_x.unsqueeze(1)).square_().sum((0, 2)) for part, of_x in _blocks(levels, x)]
+        return torch.stack(sums).sum(0) / x.numel()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         levels, x = ctx.saved_tensors
         out = native.empty(tuple(levels.shape), levels)
-        for level, scale in enumerate((2 / x.numel() * grad).unbind()):
-            torch.sub(levels[:, level], x, out=out[:, level])
-            out[:, level] *= scale
+        scale = (2 / x.numel() * grad).unsqueeze(1)
+        for part, given, of_x in _blocks(out, levels, x):
+            torch.sub(given, of_x.unsqueeze(1), out=part).mul_(scale)
         return out, None
 
 
@@ -154,6 +211,14 @@ def nested_decode(latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, b
     that of all levels from its group on, added up the other way.
     """
     return _NestedDecode.apply(latents, values.to(W.dtype), offsets, W, bias, h)
+
+
+def dense_levels(dense: Tensor, W: Tensor, bias: Tensor, ks: Tensor) -> Tensor:
+    """Reconstructions [N, h, d] of codes ``dense`` [N, d_sae], those of level g from each row's ``ks[g]`` largest.
+
+    Of the last level from all, which are those >= 0. Differentiable once, in the positive entries, W and bias.
+    """
+    return _DenseLevels.apply(dense.to(W.dtype).contiguous(), W, bias, ks)
 
 
 def level_errors(levels: Tensor, x: Tensor) -> Tensor:
@@ -209,6 +274,29 @@ def rank_groups(values: Tensor, offsets: Tensor, ks: Tensor) -> Tensor:
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device) - offsets[rows]
     return torch.bucketize(rank, ks, right=True).clamp_max(len(ks) - 1)
+
+
+def ranked(dense: Tensor, ks: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
+    """The group with the most entries of ``dense`` [N, d_sae], and all others' entries sorted by (row, group).
+
+    Groups are those of ``rank_groups`` over the positive entries of each row. Latents, values and offsets [N · h + 1]
+    count every group of every row; in the group with the most entries they have none.
+    """
+    signs = torch.sign(dense, out=native.empty(tuple(dense.shape), dense))
+    counts = signs.sum(1, keepdim=True, dtype=torch.float32).long()
+    ends = counts.minimum(ks)
+    ends[:, -1:] = counts
+    sizes = ends.diff(dim=1, prepend=torch.zeros_like(counts))
+    most = int(sizes.sum(0).argmax())
+    sizes[:, most] = 0
+    offsets = portable.offsets_of(sizes.flatten())
+    if native.available(dense):
+        return most, *native.ranked(dense, ks, most, offsets), offsets
+    values, latents = dense.sort(dim=1, descending=True, stable=True)
+    places = torch.arange(dense.shape[1], device=dense.device)
+    group = torch.bucketize(places, ks, right=True).clamp_max(len(ks) - 1)
+    wanted = (places < counts) & (group != most)
+    return most, latents[wanted], values[wanted], offsets
 
 
 def grouped(latents: Tensor, values: Tensor, offsets: Tensor, group: Tensor, n_groups: int) -> Entries:

@@ -10,9 +10,9 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from sae_lightning.kernels import sparse_decode
+from sae_lightning.kernels import dense_levels, nested_decode, sparse_decode
 from sae_lightning.kernels.portable import offsets_of, rows_of
-from sae_lightning.kernels.products import rank_groups, union
+from sae_lightning.kernels.products import grouped, rank_groups, union
 from sae_lightning.kernels.selection import keep
 from sae_lightning.registry import one_of
 
@@ -67,6 +67,15 @@ class SparseCodes:
     def decode(self, W_dec: Tensor, bias: Tensor | None = None) -> Tensor:
         """codes · W_dec + bias, [N, d_in]; differentiable once in values, W_dec and bias."""
         return sparse_decode(self.latents, self.values, self.offsets, W_dec, bias)
+
+    def decode_levels(self, ks: Tensor, W_dec: Tensor, bias: Tensor) -> Tensor:
+        """Reconstructions [N, h, d_in] from each sample's ``ks[level]`` largest entries; the last from all entries.
+
+        ``ks`` [h] int64 ascends.
+        """
+        group = rank_groups(self.values.detach(), self.offsets, ks)
+        entries = grouped(self.latents, self.values, self.offsets, group, len(ks))
+        return nested_decode(*entries, W_dec, bias, len(ks))
 
     def total(self, weights: Tensor | None = None) -> Tensor:
         """Sum of all values, each times its latent's weight ([d_sae]) if given; a scalar."""
@@ -164,13 +173,18 @@ class DenseCodes(SparseCodes):
         return (self.dense.detach() > 0).sum(1)
 
     def fired(self) -> Tensor:
-        return (self.dense.detach() > 0).any(0)
+        if not len(self.dense):
+            return self.dense.new_zeros(self.d_sae, dtype=torch.bool)
+        return self.dense.detach().amax(0) > 0
 
     def to_dense(self) -> Tensor:
         return self.dense
 
     def decode(self, W_dec: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.dense @ W_dec if bias is None else torch.addmm(bias, self.dense, W_dec)
+
+    def decode_levels(self, ks: Tensor, W_dec: Tensor, bias: Tensor) -> Tensor:
+        return dense_levels(self.dense, W_dec, bias, ks)
 
     def _pool(self, each: int, how: str) -> SparseCodes:
         images = self.dense.unflatten(0, (-1, each))

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sae_lightning.kernels import nested_decode, selection
-from sae_lightning.kernels.products import grouped, rank_groups
+from sae_lightning.kernels import selection
 from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.losses import nested
@@ -84,8 +83,5 @@ class MSAE(SAE):
 
     def forward_pass(self, x: Tensor) -> ForwardOutput:
         codes = self.code(x)
-        h = len(self.ks)
-        group = rank_groups(codes.values.detach(), codes.offsets, self.ks)
-        entries = grouped(codes.latents, codes.values, codes.offsets, group, h)
-        levels = nested_decode(*entries, self.W_dec, self.b_pre, h)
+        levels = codes.decode_levels(self.ks, self.W_dec, self.b_pre)
         return ForwardOutput(x, codes, levels[:, -1], levels, self.level_weights.to(x.dtype))

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_lightning.kernels import (
+    dense_levels,
     level_errors,
     native,
     nested_decode,
@@ -110,6 +111,46 @@ def test_nested_decode_sums_the_groups_up_to_each_level(dtype, active, h):
     codes = dense_of(dense[0], bags.flatten(0, 1)).view(bags.shape)
     expected = torch.stack([codes[:, : level + 1].sum(1) @ dense[1] + dense[2] for level in range(h)], 1)
     assert_same(out, expected, sparse, dense, normal(len(active), h, D, seed=4))
+
+
+def levels_of(dense: torch.Tensor, ks: list[int], W: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """[N, h, d]: reconstructions of each row's ks[level] largest, and at last of all, by dense masks."""
+    rank = dense.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return torch.stack([(dense * (rank < k)) @ W + bias for k in [*ks[:-1], dense.shape[1]]], 1)
+
+
+@pytest.mark.parametrize("active", PATTERNS)
+@pytest.mark.parametrize("ks", [[D_SAE], [3], [2, 4, 8, 16, D_SAE], [1, 20], [15, 16, 17], [1, 2, 3]], ids=str)
+def test_levels_of_dense_codes_are_those_of_masks(dtype, active, ks):
+    given = (normal(13, D_SAE, seed=1).abs() + 0.1) * pattern(active)
+    dense = leaves(torch.float64, given, normal(D_SAE, D, seed=2), normal(D, seed=3))
+    sparse = leaves(dtype, *dense)
+    out = dense_levels(*sparse, torch.tensor(ks))
+    expected, cotangent = levels_of(dense[0], ks, *dense[1:]), normal(13, len(ks), D, seed=4)
+    on = (given > 0).double()  # what is not active passes no gradient on
+    got = [out, *torch.autograd.grad(out, sparse, cotangent.to(dtype))]
+    wanted = [expected, *torch.autograd.grad(expected, dense, cotangent)]
+    got[1], wanted[1] = got[1] * on, wanted[1] * on
+    for one, other in zip(got, wanted, strict=True):
+        scale = max(1.0, float(other.abs().max()))
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=scale * (1e-9 if dtype == torch.float64 else 1e-5))
+
+
+def test_levels_of_many_dense_codes_are_those_of_masks():
+    ks = [4, 8, 16, 32, 64, 128, 256, 400]
+    given = normal(300, 400, seed=1).round(decimals=2).relu()  # with ties
+    given[5, 3] = 1e6  # one outlier
+    given[6] = 1 + given[6] * 1e-6  # hardly different
+    dense = leaves(torch.float64, given, normal(400, 64, seed=2), normal(64, seed=3))
+    sparse = leaves(torch.float32, *dense)
+    out, expected = dense_levels(*sparse, torch.tensor(ks)), levels_of(dense[0].float().double(), ks, *dense[1:])
+    torch.testing.assert_close(out[7:].double(), expected[7:], rtol=0, atol=1e-3)
+    cotangent = normal(300, 8, 64, seed=4)
+    cotangent[5:7] = 0
+    got = torch.autograd.grad(out, sparse, cotangent.float())
+    wanted = torch.autograd.grad(expected, dense, cotangent)
+    for one, other in zip((got[0] * (given > 0), *got[1:]), (wanted[0] * (given > 0), *wanted[1:]), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("given_values", [True, False])

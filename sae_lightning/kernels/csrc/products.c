@@ -1,5 +1,8 @@
 /* Sparse products and their gradients. */
 #include "common.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 /* ---- decode: out[i] = bias + sum of values[e] * W[latents[e]] over row i's entries --------------------------- */
 void decode_rows(const i64 *latents, const float *values, const i64 *offsets, const float *W, const float *bias,
@@ -83,46 +86,90 @@ void sort_by_latent(const i64 *latents, const i64 *offsets, i64 n_rows, i64 d_sa
     free(next);
 }
 
-/* ---- backward of decode, one latent after another: its row's gradient and the values' gradient at once -------- */
-void decode_backward(const i64 *starts, const i64 *order, const i64 *rows, const float *values, const float *W,
-                     const float *G, float *grad_W, float *grad_values, i64 d, i64 n) {
-#pragma omp parallel for schedule(dynamic, 64) if (starts[n] * d > FEW)
-    for (i64 l = 0; l < n; l++) {
-        const float *w = W + l * d;
-        float *restrict gw = grad_W + l * d;
-        i64 t = starts[l];
-        memset(gw, 0, d * sizeof(float));
-        for (; t + 4 <= starts[l + 1]; t += 4) {
-            const i64 *e = order + t;
-            const float v0 = values[e[0]], v1 = values[e[1]], v2 = values[e[2]], v3 = values[e[3]];
-            const float *g0 = G + rows[t] * d, *g1 = G + rows[t + 1] * d;
-            const float *g2 = G + rows[t + 2] * d, *g3 = G + rows[t + 3] * d;
-            float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-            for (i64 j = 0; j < d; j++) {
-                gw[j] += v0 * g0[j] + v1 * g1[j] + v2 * g2[j] + v3 * g3[j];
-                s0 += g0[j] * w[j];
-                s1 += g1[j] * w[j];
-                s2 += g2[j] * w[j];
-                s3 += g3[j] * w[j];
-            }
-            grad_values[e[0]] = s0;
-            grad_values[e[1]] = s1;
-            grad_values[e[2]] = s2;
-            grad_values[e[3]] = s3;
+/* ---- backward of decode, one latent after another: its row's gradient and the values' gradient at once --------
+ * In blocks of rows whose gradients G stay in the cache, every thread for latents of its own. grad_W is added to.
+ * Values' gradients go to grad_values[e], or, with h > 0, are added to the matrix grad_values [n_rows / h, n], of which
+ * h rows of G belong to a row.
+ */
+typedef struct {
+    float value;
+    int32_t row; /* of G in the block */
+    i64 place;   /* in grad_values */
+} entry;
+
+static void latents_backward(const i64 *latents, const float *values, const i64 *offsets, const float *W,
+                             const float *G, float *grad_W, float *grad_values, i64 h, i64 block, i64 d, i64 n,
+                             i64 n_rows, i64 me, i64 threads) {
+    i64 longest = 0, own = 0;
+    for (i64 r = 0; r < n_rows; r += block) {
+        const i64 m = offsets[r + block < n_rows ? r + block : n_rows] - offsets[r];
+        longest = m > longest ? m : longest;
+    }
+    entry *sorted = malloc((longest + 1) * sizeof(entry));
+    i64 *end = malloc((3 * n + 1) * sizeof(i64)), *number = end + n + 1, *latent = number + n;
+    for (i64 l = 0; l < n; l++)
+        if (l / 16 % threads == me) latent[own++] = l;
+    for (i64 l = 0; l < n; l++) number[l] = own; /* the others' come behind one's own */
+    for (i64 c = 0; c < own; c++) number[latent[c]] = c;
+    for (i64 r = 0, to; r < n_rows; r = to) {
+        to = r + block < n_rows ? r + block : n_rows;
+        memset(end, 0, (own + 1) * sizeof(i64));
+        for (i64 e = offsets[r]; e < offsets[to]; e++) end[number[latents[e]]]++;
+        for (i64 c = 0, sum = 0; c <= own; c++) {
+            sum += end[c];
+            end[c] = sum - end[c];
         }
-        for (; t < starts[l + 1]; t++) {
-            const float v = values[order[t]];
-            const float *g = G + rows[t] * d;
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (i64 j = 0; j < d; j++) {
-                gw[j] += v * g[j];
-                sum += g[j] * w[j];
+        for (i64 i = r; i < to; i++) {
+            const i64 base = h ? i / h * n : 0;
+            for (i64 e = offsets[i]; e < offsets[i + 1]; e++)
+                sorted[end[number[latents[e]]]++] = (entry){values[e], i - r, base + (h ? latents[e] : e)};
+        }
+        const float *H = G + r * d;
+        for (i64 c = 0; c < own; c++) {
+            const float *w = W + latent[c] * d;
+            float *restrict gw = grad_W + latent[c] * d;
+            const entry *t = sorted + (c ? end[c - 1] : 0), *last = sorted + end[c];
+            for (; t + 4 <= last; t += 4) {
+                const float v0 = t[0].value, v1 = t[1].value, v2 = t[2].value, v3 = t[3].value;
+                const float *g0 = H + t[0].row * d, *g1 = H + t[1].row * d;
+                const float *g2 = H + t[2].row * d, *g3 = H + t[3].row * d;
+                float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+                for (i64 j = 0; j < d; j++) {
+                    gw[j] += v0 * g0[j] + v1 * g1[j] + v2 * g2[j] + v3 * g3[j];
+                    s0 += g0[j] * w[j];
+                    s1 += g1[j] * w[j];
+                    s2 += g2[j] * w[j];
+                    s3 += g3[j] * w[j];
+                }
+                const float sums[] = {s0, s1, s2, s3};
+                for (int u = 0; u < 4; u++) grad_values[t[u].place] = sums[u] + (h ? grad_values[t[u].place] : 0);
             }
-            grad_values[order[t]] = sum;
+            for (; t < last; t++) {
+                const float *g = H + t->row * d;
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (i64 j = 0; j < d; j++) {
+                    gw[j] += t->value * g[j];
+                    sum += g[j] * w[j];
+                }
+                grad_values[t->place] = sum + (h ? grad_values[t->place] : 0);
+            }
         }
     }
+    free(sorted);
+    free(end);
+}
+
+void decode_backward(const i64 *latents, const float *values, const i64 *offsets, const float *W, const float *G,
+                     float *grad_W, float *grad_values, i64 h, i64 block, i64 d, i64 n, i64 n_rows) {
+#ifdef _OPENMP
+#pragma omp parallel if (offsets[n_rows] * d > FEW)
+    latents_backward(latents, values, offsets, W, G, grad_W, grad_values, h, block, d, n, n_rows,
+                     omp_get_thread_num(), omp_get_num_threads());
+#else
+    latents_backward(latents, values, offsets, W, G, grad_W, grad_values, h, block, d, n, n_rows, 0, 1);
+#endif
 }
 
 /* ---- out[l] = sum of values[e] * X[row] over latent l's entries, total[l] = sum of values[e] ------------------ */

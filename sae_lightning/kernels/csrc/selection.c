@@ -278,36 +278,85 @@ void topk_rows(const void *pre, int is_bf16, const float *bias, i64 d_sae, i64 k
     }
 }
 
-/* ---- groups by rank: group[e] = g where entry e is among its row's ks[g] largest, but not its ks[g - 1] -------- */
-void rank_groups(const float *values, const i64 *offsets, const i64 *ks, i64 h, i64 *group, i64 n_rows) {
-#pragma omp parallel for schedule(dynamic, 16) if (offsets[n_rows] > FEW / 64)
-    for (i64 i = 0; i < n_rows; i++) {
-        const i64 first = offsets[i], n = offsets[i + 1] - first;
-        float *scratch = malloc((n + 1) * sizeof(float)), *least = malloc(h * sizeof(float));
-        i64 *quota = malloc(2 * h * sizeof(i64)), *seen = quota + h, left = n;
-        memcpy(scratch, values + first, n * sizeof(float));
-        for (i64 g = h - 1; g >= 0; g--) { /* quickselect leaves the k largest in front */
-            seen[g] = 0;
-            quota[g] = n;
-            least[g] = -INFINITY;
-            if (ks[g] < left) {
-                left = ks[g];
-                least[g] = left ? kth_largest(scratch, g == h - 1 || ks[g + 1] > n ? n : ks[g + 1], left) : INFINITY;
-                quota[g] = left;
-                for (i64 e = 0; e < left; e++) quota[g] -= scratch[e] > least[g];
+/* ---- groups by rank ------------------------------------------------------------------------------------------ */
+enum { BUCKETS = 512, FINE = 18 }; /* of values by their logarithm, 32 to a factor of two, from the row's largest */
+
+static int ascending(const void *a, const void *b) {
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static void sort_keys(uint64_t *keys, i64 n) {
+    if (n > 32) {
+        qsort(keys, n, sizeof(uint64_t), ascending);
+        return;
+    }
+    for (i64 i = 1; i < n; i++) {
+        const uint64_t key = keys[i];
+        i64 j = i;
+        for (; j > 0 && keys[j - 1] > key; j--) keys[j] = keys[j - 1];
+        keys[j] = key;
+    }
+}
+
+/* Group g of a row is its ks[g] largest positive values without its ks[g - 1] largest, of equal ones the first; the
+ * last group has the rest. Row i is values[offsets[i]:offsets[i + 1]], or the i-th of width ``width`` without offsets.
+ * Either ``group`` [nnz] is filled (the last for values that are not positive), or ``latents`` and ``kept``: places and
+ * values by group, from starts[i * h + g] on, for all groups but ``left_out``.
+ */
+void rank_groups(const float *values, const i64 *offsets, i64 width, const i64 *ks, i64 h, i64 left_out,
+                 const i64 *starts, i64 *group, i64 *latents, float *kept, i64 n_rows) {
+    i64 longest = width;
+    for (i64 i = 0; offsets && i < n_rows; i++)
+        if (offsets[i + 1] - offsets[i] > longest) longest = offsets[i + 1] - offsets[i];
+#pragma omp parallel if (n_rows * longest > FEW / 64)
+    {
+        uint64_t *found = malloc((2 * longest + 1) * sizeof(uint64_t)), *sorted = found + longest;
+        i64 *end = malloc(BUCKETS * sizeof(i64));
+#pragma omp for schedule(dynamic, 16)
+        for (i64 i = 0; i < n_rows; i++) {
+            const i64 first = offsets ? offsets[i] : i * width, m = offsets ? offsets[i + 1] - first : width;
+            const float *row = values + first;
+            i64 n = 0, done = 0;
+            float most = 0;
+            uint32_t bits;
+            for (i64 j = 0; j < m; j++) most = row[j] > most ? row[j] : most;
+            memcpy(&bits, &most, sizeof bits);
+            const uint64_t least = UINT32_MAX - bits;
+            for (i64 j = 0; j < m; j++) { /* the key of a larger value is smaller, of equal ones that of the first */
+                memcpy(&bits, row + j, sizeof bits);
+                found[n] = (uint64_t)(UINT32_MAX - bits) << 32 | (uint64_t)j;
+                n += row[j] > 0;
+                if (group) group[first + j] = h - 1;
+            }
+            memset(end, 0, BUCKETS * sizeof(i64));
+#define BUCKET(key) ((((key) >> 32) - least) >> FINE < BUCKETS ? (((key) >> 32) - least) >> FINE : BUCKETS - 1)
+            for (i64 e = 0; e < n; e++) end[BUCKET(found[e])]++;
+            for (i64 b = 0, sum = 0; b < BUCKETS; b++) {
+                sum += end[b];
+                end[b] = sum - end[b];
+            }
+            for (i64 e = 0; e < n; e++) sorted[end[BUCKET(found[e])]++] = found[e];
+            i64 b = 0;
+            for (i64 g = 0; g + 1 < h && ks[g] < n; g++) { /* only where a group ends does the order matter */
+                while (end[b] <= ks[g] - 1) b++;
+                const i64 start = b ? end[b - 1] : 0;
+                if (end[b] > ks[g] && (g == 0 || ks[g - 1] <= start)) sort_keys(sorted + start, end[b] - start);
+            }
+            for (i64 g = 0; g < h; g++) {
+                const i64 last = g == h - 1 || ks[g] > n ? n : ks[g];
+                i64 to = starts ? starts[i * h + g] : 0;
+                for (; done < last; done++) {
+                    const i64 at = (i64)(sorted[done] & UINT32_MAX);
+                    if (group) group[first + at] = g;
+                    else if (g != left_out) {
+                        latents[to] = at;
+                        kept[to++] = row[at];
+                    }
+                }
             }
         }
-        for (i64 e = first; e < first + n; e++) {
-            const float v = values[e];
-            i64 mine = h - 1;
-            for (i64 g = h - 1; g >= 0; g--) {
-                if (v > least[g] || (v == least[g] && seen[g] < quota[g])) mine = g;
-                seen[g] += v == least[g];
-            }
-            group[e] = mine;
-        }
-        free(scratch);
-        free(least);
-        free(quota);
+        free(found);
+        free(end);
     }
 }
