@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
+    from sae_lightning.analysis.lift import lift_table
     from sae_lightning.evaluation.printed import print_scores
     from sae_lightning.evaluation.suite import PartError, evaluate, scored
 
@@ -26,5 +27,7 @@ def main(cfg: DictConfig) -> None:
 
         publish(runs, cfg)
     print_scores(runs, cfg)
+    if (lifts := lift_table(runs, cfg.split)) is not None:
+        lifts.show()
     if failed is not None:
         raise failed

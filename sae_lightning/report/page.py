@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from sae_lightning.analysis.lift import lift_table
 from sae_lightning.files import write_text
 from sae_lightning.metrics.core import SHOWN
 from sae_lightning.rendering.figures import COLOURS
@@ -63,6 +65,12 @@ def runs_table(runs: Runs) -> Table:
         for run in runs
     ]  # fmt: skip
     return Table("", "", heads, rows)
+
+
+def lifted(folders: Sequence[Path], split: str) -> Section | None:
+    """Scores less those of random dictionaries; None where there are none."""
+    found = lift_table(folders, split)
+    return None if found is None else Section(found.title, replace(found, name="", title="", note=""), Note(found.note))
 
 
 def reconstruction(runs: Runs) -> Section:
@@ -206,7 +214,8 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
     sections: list[Section | None] = [
         Section("Runs", runs_table(runs), Note("A click on a heading sorts. The best value of a column is marked.")),
         Section("Training", Picture(figures.training_curves(runs), wide=True), keys(runs)),
-        reconstruction(runs), monosemanticity(runs, groups, grids), benchmark(saes, len(runs), detailed > 0),
+        lifted(folders, first["split"]), reconstruction(runs), monosemanticity(runs, groups, grids),
+        benchmark(saes, len(runs), detailed > 0),
         Section("Applications", "What `explore.py` found with these dictionaries. A title opens its page, which "
                 "lies in a folder beside this one.", used) if used else None,
         latents(runs, len(in_detail)),

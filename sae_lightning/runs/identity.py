@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from sae_lightning.backbones.registry import identity as backbone_identity
 from sae_lightning.features.source import Source, plain
-from sae_lightning.saes.artefact import read_cfg
+from sae_lightning.saes.artefact import VARIANTS, read_cfg
 
 OURS = ("sae_lightning.", "lightning.", "pytorch_lightning.")  # packages within which a class may move
 
@@ -218,6 +218,12 @@ ABSENT = {  # a new setting whose value is what was done before it existed comes
 }  # fmt: skip
 
 
+TRAINING = (  # what says how to train
+    "optimizer.*", "schedule.*", "loss.*", "loss_options.*", "resample.*", "stream.*", "trainer.*", "callbacks.*",
+    "batch_size", "dead_after",
+)  # fmt: skip
+
+
 def idle(leaves: Mapping[str, Any]) -> dict[str, str]:
     """Patterns of leaves that nothing reads beside the others, with reasons."""
     get = leaves.get
@@ -237,6 +243,8 @@ def idle(leaves: Mapping[str, Any]) -> dict[str, str]:
         found["callbacks.MonoLoss.pool"] = "tokens are not pooled"
     if get("data.source") == "store":
         found["extract.*"] = "the store is there"
+    if (variant := VARIANTS.get(str(get("sae.name")))) is not None and variant.fitted:
+        found |= dict.fromkeys(TRAINING, "nothing is trained")
     return found | clipping(leaves)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -108,6 +108,9 @@ class SAE(Artefact):
     tokens_since_fired: Tensor
     k: float | None = None  # active latents a sample, for variants that choose them so
     k_now: float  # what training uses, where it anneals k
+    frozen: ClassVar[tuple[str, ...]] = ()  # parameters that do not learn
+    fitted: ClassVar[bool] = False  # by ``fit`` alone; nothing is trained
+    restarts: ClassVar[bool] = True  # whether a dead latent may be given new rows
     losses: ClassVar[dict[str, LossTerm]] = {}  # terms that this variant alone has
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -135,6 +138,11 @@ class SAE(Artefact):
             raise ValueError(
                 f"encoder_norm={encoder_norm} must be positive, and 1 with tied weights, whose rows are the decoder's."
             )
+        if tied and {"W_enc", "W_dec"} & set(self.frozen):
+            raise ValueError(
+                f"tied=true makes the encoder of sae.name={self.variant} its decoder, of which one is to learn and the "
+                "other not; set sae.settings.tied=false."
+            )
         self.d_in, self.d_sae, self.tied, self.input_norm = d_in, d_sae, tied, input_norm
         self.normalizer = normalizer or Normalizer(d_in)
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
@@ -144,6 +152,8 @@ class SAE(Artefact):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_pre = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.long))
+        for name in self.frozen:
+            self.get_parameter(name).requires_grad_(False)
 
     # --- what a variant defines -------------------------------------------------------------------
     def code(self, x: Tensor) -> SparseCodes:
@@ -177,6 +187,15 @@ class SAE(Artefact):
         Called before the first step, with a sample of the store, and at each of the first tenth of all steps, with
         the rank's part of its batch. ``l0`` is None where nothing asks for a number.
         """
+
+    def fit(self, x: Tensor, seed: int, bar: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> None:
+        """Take the dictionary from inputs ``x`` [N, d_in], a sample of the store, where the variant is ``fitted``.
+
+        What is gone through in turn is gone through as ``bar`` of it, which shows how far it is.
+        """
+
+    def after_step(self) -> None:
+        """What is to hold of the weights after each step of the optimiser."""
 
     def steered(self, control: float, off: float) -> float:
         """The factor of the weight of ``sparsity`` where ``target_l0`` steers it (``training/module.py``)."""

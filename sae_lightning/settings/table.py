@@ -100,6 +100,8 @@ VARIANTS: dict[str, Rule] = {
         **SAE, "k": WHOLE, "ks": Maybe(list_of(whole(1))), "weighting": choice("uniform", "reverse"),
         "soft_cap": Maybe(number(above=0)),
     },
+    **dict.fromkeys(("frozen_decoder", "soft_frozen_decoder", "frozen_encoder"), BATCHTOPK),
+    **dict.fromkeys(("random", "neurons", "pca", "nmf"), BATCHTOPK), "kmeans": TOPK,
 }  # fmt: skip
 MONOLOSS: Section = {
     "_target_": TEXT, "weight": number(0), "warmup": SHARE, "memory": number(0, below=1), "every": whole(1),

@@ -30,7 +30,7 @@ from sae_lightning.features.shared import StreamMember
 from sae_lightning.features.source import Source, looking_once, plain
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import held, lend_cache, set_damaged_aside, write_json
-from sae_lightning.runs.identity import callbacks_on, identity, level_of, run_name, short_hash
+from sae_lightning.runs.identity import callbacks_on, identity, level_of, monoloss_of, run_name, short_hash
 from sae_lightning.runs.run import HISTORY, LOCK, PRODUCTS, RESULT, is_finished
 from sae_lightning.runs.state import is_a_try, last_checkpoint
 from sae_lightning.saes import SAE, VARIANTS, Normalizer
@@ -48,7 +48,15 @@ from sae_lightning.training.data import FeatureDataModule, InOrder
 from sae_lightning.training.failed import StopNotFinite, begin_anew, in_part, require_finite, worth_keeping
 from sae_lightning.training.loggers import checkpoint_step, close_loggers, open_loggers, write_sweep_options
 from sae_lightning.training.module import SAEModule
-from sae_lightning.training.start import dead_at_start, prepare, warnings_for
+from sae_lightning.training.start import dead_at_start, fit_dictionary, prepare, warnings_for
+
+NOT_TRAINED = {
+    "max_epochs": 0,
+    "max_steps": -1,
+    "limit_train_batches": None,
+    "overfit_batches": 0,
+    "fast_dev_run": False,
+}
 
 
 def train(cfg: DictConfig) -> Path:
@@ -97,10 +105,26 @@ def check(cfg: DictConfig, command: str = "train") -> None:
 
 def check_sae(cfg: DictConfig) -> None:
     """ValueError where the variant's class refuses its settings, which is asked without memory for weights."""
-    d_in = width(cfg.backbone, cfg.features) or WIDEST
+    d_in = width(cfg.backbone, cfg.features) or cfg.d_sae or WIDEST
     normalizer = Normalizer(d_in)
     with suppress(RuntimeError), torch.device("meta"):  # one that looks at its weights is asked later
         make_sae(cfg, d_in, normalizer, None)
+    kind, how = VARIANTS[cfg.sae.name], cfg.sae.get("threshold")
+    if cfg.resample.every and not kind.restarts:
+        raise ValueError(
+            f"resample.every={cfg.resample.every} gives dead latents new rows, which sae.name={cfg.sae.name} does not "
+            "allow; set resample.every=0."
+        )
+    if kind.fitted and (weight := monoloss_of(plain(cfg))[0]):
+        raise ValueError(
+            f"callbacks.monoloss.weight={weight:g} has nothing to act on, for sae.name={cfg.sae.name} is not trained; "
+            "leave callbacks=monoloss out."
+        )
+    if kind.fitted and how not in (None, "calibrated"):
+        raise ValueError(
+            f"sae.threshold={how} is what training leaves, and sae.name={cfg.sae.name} is not trained; set "
+            "sae.threshold=calibrated."
+        )
 
 
 def make_sae(cfg: DictConfig, d_in: int, normalizer: Normalizer | None, seed: int | None) -> SAE:
@@ -140,12 +164,16 @@ def fit(cfg: DictConfig, folder: Path, member: StreamMember | None = None) -> No
     made = record(cfg, folder, {"train": train, "val": val})
     settings = trainer_settings(cfg)
     settings["enable_progress_bar"] &= member is None  # a pack has one bar
+    if module.sae.fitted:
+        settings |= NOT_TRAINED
     throughput = Throughput(data)
     first = [Resample(cfg.resample.every, cfg.dead_after, cfg.resample.until)] if cfg.resample.every else []
     about = {"variant": module.sae.variant, "d_in": module.sae.d_in, "d_sae": module.sae.d_sae} | made
     trainer = build_trainer(cfg, folder, settings, throughput, first=first, about=about)
     start = data.clock()
-    if not goes_on(folder):
+    if module.sae.fitted:
+        fit_dictionary(module.sae, train, cfg.seed, cfg.trainer.enable_progress_bar and trainer.is_global_zero)
+    elif not goes_on(folder):
         dead = dead_at_start(module.sae, train)  # by all ranks: it may compare activations over them
         for sentence in warnings_for(train, dead, cfg.normalize, cfg.init.b_pre):
             if trainer.is_global_zero:

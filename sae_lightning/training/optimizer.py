@@ -133,4 +133,6 @@ def build_optimizer(
         settings["betas"] = tuple(settings["betas"])
     rest: list[nn.Parameter] = [p for p in sae.parameters() if p is not sae.W_dec]
     groups: list[dict[str, Any]] = [{"params": [sae.W_dec], "unit": True, "project": project}, {"params": rest}]
-    return UnitRowAdam(groups, lr=lr, decoupled=name == "adamw", **settings)
+    optimizer = UnitRowAdam(groups, lr=lr, decoupled=name == "adamw", **settings)
+    optimizer.register_step_post_hook(lambda *_: sae.after_step())
+    return optimizer

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.registry import one_of
 from sae_lightning.saes import SAE
 
 SAMPLE = 8192  # tokens
+EACH, NUMBERS = 128, 2**26  # tokens a latent that a dictionary is fitted to, and at most so many numbers in them
 SEVERE = 10.0  # γ from which outlier dimensions keep most latents from ever firing
 B_PRE = ("mean", "geometric_median", "zero")
 
@@ -61,6 +65,13 @@ def prepare(sae: SAE, store: FeatureStore, b_pre: str, l0: float | None) -> None
     else:
         sae.b_pre.copy_((store.mean - sae.normalizer.mean) / sae.normalizer.std)
     sae.start(x, l0)
+
+
+def fit_dictionary(sae: SAE, store: FeatureStore, seed: int, shown: bool) -> None:
+    """Let a ``fitted`` variant take its dictionary from a sample of the store, with a progress bar where ``shown``."""
+    parts = sample(store, min(EACH * sae.d_sae, NUMBERS // store.d_in)).split(SAMPLE)
+    x = torch.cat([sae.inputs(part)[0] for part in parts])
+    sae.fit(x, seed, partial(tqdm, desc=f"Fitting {sae.variant}", leave=False, disable=not shown))
 
 
 @torch.no_grad()
