@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sae_lightning.registry import Registry, one_of
-
-
-class BackboneError(ValueError):
-    """A backbone that cannot be had, or a tap, layer or image that does not fit it."""
-
+from sae_lightning.backbones.taps import (
+    KINDS,
+    LAYER_KINDS,
+    SITES,
+    BackboneError,
+    LayerTokens,
+    Place,
+    Tap,
+    find,
+    laid_out,
+    recorded,
+    tensor_of,
+)
+from sae_lightning.registry import Registry
 
 backbone_library: Registry[Any] = Registry("backbone.published.library", BackboneError)
 """Classes with ``load(cfg) -> Backbone`` and ``depth(wanted: Published) -> int``, the latter without weights."""
@@ -29,50 +37,15 @@ def reason(error: Exception) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")
 
 
-LAYER_KINDS = ("patch", "cls")
-
-KINDS = (*LAYER_KINDS, "pooled", "embedding", "text")
-
-
-@dataclass(frozen=True, order=True)
-class Tap:
-    """One place to read features from.
-
-    ``patch`` and ``cls`` are the patch tokens [B, P, d] and the class token [B, d] after block (or stage)
-    ``layer``, from 0; a negative layer counts from the end. ``pooled`` is the model's own pooled output,
-    ``embedding`` the image's and ``text`` the caption's projection into a joint image–text space, neither of
-    them scaled to unit norm; these three have no layer. BackboneError for an unknown kind, and for a layer
-    that is missing or too many.
-    """
-
-    kind: str
-    layer: int | None = None
-
-    def __post_init__(self) -> None:
-        one_of(self.kind, KINDS, "kind of tap", BackboneError)
-        if self.kind not in LAYER_KINDS and self.layer is not None:
-            raise BackboneError(f"A {self.kind} tap has no layer, but layer {self.layer} was given; leave it out.")
-        if self.kind in LAYER_KINDS and type(self.layer) is not int:
-            raise BackboneError(f"A {self.kind} tap needs a layer, a whole number from 0; it got {self.layer!r}.")
-
-    def __str__(self) -> str:
-        return self.kind if self.layer is None else f"{self.kind}-L{self.layer}"
-
-
 LACKING = {
+    "patch": "has no patch tokens",
     "cls": "has no class token",
+    "registers": "has no registers",
+    "tokens": "has no tokens beside its patches",
     "pooled": "has no pooled output",
     "embedding": "has no projection into an image–text space",
     "text": "has no text tower",
 }
-
-
-class LayerTokens(NamedTuple):
-    """What one layer gives: ``patch`` [B, rows · columns, d] in reading order, ``cls`` [B, d] or None."""
-
-    patch: Tensor
-    cls: Tensor | None
-    grid: tuple[int, int]
 
 
 class Reading(NamedTuple):
@@ -84,6 +57,23 @@ class Reading(NamedTuple):
 
 # (images [B, 3, H, W], layers, whether the pooled output is wanted): one forward pass, as short as that allows
 Read = Callable[[Tensor, Collection[int], bool], Reading]
+
+
+class Shape(NamedTuple):
+    """What a place gives: the patches' ``grid``, the tokens' ``width``, how many stand in front of the patches
+    (``prefix``) and how many of these are class tokens, and the ``kinds`` of features.
+    """
+
+    grid: tuple[int, int]
+    width: int
+    prefix: int
+    classes: int
+    kinds: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tokens: LayerTokens) -> Shape:
+        """That of tokens that were read."""
+        return cls(tokens.grid, tokens.patch.shape[-1], tokens.prefix.shape[1], tokens.classes, tokens.kinds)
 
 
 class Backbone(nn.Module):
@@ -120,6 +110,7 @@ class Backbone(nn.Module):
         self.name, self.title, self.depth, self.image_size, self.transform = name, title, depth, image_size, transform
         self._read, self._load_text, self._module_at = read, load_text, module_at
         self.layer = self.check_layer(layer)
+        self._sites: dict[tuple[int | None, str], Shape] = {}
         self._shapes, self.kinds = self._try_out()
         self.d_in, self.grid = self.width_at(self.layer), self.grid_at(self.layer)
 
@@ -129,11 +120,34 @@ class Backbone(nn.Module):
 
     def grid_at(self, layer: int) -> tuple[int, int]:
         """Rows and columns of the patch tokens of ``layer``."""
-        return self._shapes[self.check_layer(layer)][0]
+        return self._shapes[self.check_layer(layer)].grid
 
     def width_at(self, layer: int) -> int:
         """Width of the tokens of ``layer``."""
-        return self._shapes[self.check_layer(layer)][1]
+        return self._shapes[self.check_layer(layer)].width
+
+    def shape_at(self, tap: Tap) -> Shape:
+        """What stands where ``tap`` of a token or a site is read; BackboneError where there is no such site."""
+        layer = None if tap.layer is None else self.check_layer(tap.layer)
+        if tap.site == "block":
+            return self._shapes[self.layer if layer is None else layer]
+        if (layer, tap.site) not in self._sites:
+            self._sites[layer, tap.site] = self._try_site(tap)
+        return self._sites[layer, tap.site]
+
+    def place_of(self, tap: Tap) -> Place:
+        """The module where ``tap`` is read; BackboneError, naming the sites that there are, where there is none."""
+        block = None if tap.layer is None else self.module_at(tap.layer)
+        found = find(self.model, block, tap.site)
+        if found is None:
+            block = self.module_at(self.layer if tap.layer is None else tap.layer)
+            sites = ", ".join(site for site in SITES if find(self.model, block, site))
+            parts = ", ".join(name for name, _ in self.model.named_children())
+            raise BackboneError(
+                f"{self.title} has no site {tap.site}; it has {sites}, and modules by their path, which starts with "
+                f"one of {parts}. Set site."
+            )
+        return found
 
     def module_at(self, layer: int) -> nn.Module:
         """The module whose output is ``layer``; BackboneError where the library does not say it."""
@@ -152,16 +166,19 @@ class Backbone(nn.Module):
 
     def check(self, tap: Tap) -> Tap:
         """``tap`` with its layer counted from 0; BackboneError if this backbone does not have it."""
-        if tap.kind not in self.kinds:
-            raise BackboneError(f"{self.title} {LACKING[tap.kind]}; it has {', '.join(self.kinds)}.")
-        return tap if tap.layer is None else Tap(tap.kind, self.check_layer(tap.layer))
+        tap = tap if tap.layer is None else replace(tap, layer=self.check_layer(tap.layer))
+        there = self.kinds if tap.site == "block" else self.shape_at(tap).kinds
+        if tap.kind not in there:
+            at = "" if tap.site == "block" else f" at {tap.site}"
+            raise BackboneError(f"{self.title} {LACKING[tap.kind]}{at}; it has {', '.join(there)}.")
+        return tap
 
     @torch.no_grad()
     def forward_features(self, images: Tensor, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
-        """The features of all ``taps`` from one forward pass: patch taps [B, P, d], all others [B, d].
+        """The features of all ``taps`` from one forward pass: taps of several tokens [B, P, d], all others [B, d].
 
-        ``images`` [B, 3, H, W] as ``transform`` makes them. Class and register tokens are no patches. The
-        pass ends after the last wanted block unless the pooled output or the embedding is wanted too.
+        ``images`` [B, 3, H, W] as ``transform`` makes them. Class and register tokens are no patches. The pass ends
+        after the last wanted block unless something behind it is wanted too.
         BackboneError for a tap that this backbone does not have or that needs captions, for no taps at
         all, for images of another size, and where the features are not one row an image.
         """
@@ -176,8 +193,10 @@ class Backbone(nn.Module):
                 f"it got {images.shape[-2]} x {images.shape[-1]}. Use its transform."
             )
         layers = {tap.layer for tap in found.values() if tap.layer is not None}
-        reading = self._read(images, layers, any(tap.kind not in LAYER_KINDS for tap in found))
-        return {tap: self._pick(reading, tap_from_0, len(images)) for tap, tap_from_0 in found.items()}
+        inside = {(t.layer, t.site): self.place_of(t) for t in found.values() if t.site != "block"}
+        with recorded(inside) as seen:
+            reading = self._read(images, layers, any(tap.layer is None for tap in found.values()))
+        return {tap: self._pick(reading, seen, tap_from_0, len(images)) for tap, tap_from_0 in found.items()}
 
     @torch.no_grad()
     def output(self, images: Tensor) -> Tensor | None:
@@ -219,16 +238,25 @@ class Backbone(nn.Module):
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def _pick(self, reading: Reading, tap: Tap, count: int) -> Tensor:
-        if tap.layer is not None:
-            tokens = reading.layers[tap.layer]
-            features = tokens.patch if tap.kind == "patch" else tokens.cls
+    def _pick(self, reading: Reading, seen: Mapping[Any, Tensor], tap: Tap, count: int) -> Tensor:
+        features: Tensor | None
+        if tap.site != "block":
+            output = seen[tap.layer, tap.site]
+            tokens = self._laid_out(output, tap)
+            features = output if tokens is None else tokens.pick(tap.kind)
+        elif tap.layer is not None:
+            features = reading.layers[tap.layer].pick(tap.kind)
         elif tap.kind == "embedding" and self.project is not None:
             features = self.project(reading.pooled)
         else:
             features = reading.pooled
         assert features is not None  # or check would have raised
         return self._one_each(features, tap, count)
+
+    def _laid_out(self, output: Tensor, tap: Tap) -> LayerTokens | None:
+        """What stands in the ``output`` of a site, by how tokens lie in its layer; None of one row an image."""
+        layer = self._shapes[self.layer if tap.layer is None else tap.layer]
+        return laid_out(output, layer.grid, layer.prefix, layer.classes)
 
     def _one_each(self, features: Tensor, tap: Tap, count: int) -> Tensor:
         """``features`` themselves; BackboneError unless they are one row for each of ``count`` inputs."""
@@ -241,8 +269,8 @@ class Backbone(nn.Module):
         return features
 
     @torch.no_grad()
-    def _try_out(self) -> tuple[list[tuple[tuple[int, int], int]], tuple[str, ...]]:
-        """Grid and width of every layer, and the kinds of taps that exist, as one black image shows them."""
+    def _try_out(self) -> tuple[list[Shape], tuple[str, ...]]:
+        """The shape of every layer, and the kinds of taps that exist, as one black image shows them."""
         black = torch.zeros(1, 3, self.image_size, self.image_size)
         try:
             reading = self._read(black, range(self.depth), True)
@@ -253,16 +281,27 @@ class Backbone(nn.Module):
                 f"{self.title} cannot encode images of {self.image_size} x {self.image_size} pixels: {reason(error)}. "
                 "Set backbone.published.image_size, or choose another model: not every one is supported."
             ) from error
+        shapes = [Shape.of(reading.layers[layer]) for layer in range(self.depth)]
         has_pooled = reading.pooled is not None and reading.pooled.ndim == 2
-        has = {
-            "patch": True,
-            "cls": all(tokens.cls is not None for tokens in reading.layers.values()),
+        has = {kind: all(kind in shape.kinds for shape in shapes) for kind in LAYER_KINDS} | {
             "pooled": has_pooled,
             "embedding": has_pooled and self.project is not None,
             "text": self._load_text is not None,
         }
-        shapes = [(reading.layers[layer].grid, reading.layers[layer].patch.shape[-1]) for layer in range(self.depth)]
         return shapes, tuple(kind for kind in KINDS if has[kind])
+
+    @torch.no_grad()
+    def _try_site(self, tap: Tap) -> Shape:
+        """The shape of what one black image gives at a site; BackboneError where the model does not come by there."""
+        weights = next(self.model.parameters())
+        black = torch.zeros(1, 3, self.image_size, self.image_size, device=weights.device, dtype=weights.dtype)
+        layers = set() if tap.layer is None else {self.check_layer(tap.layer)}
+        with recorded({0: self.place_of(tap)}) as seen:
+            self._read(black, layers, tap.layer is None)
+        if not seen:
+            raise BackboneError(f"{self.title} does not call {tap.site} when it encodes images; choose another site.")
+        tokens = self._laid_out(seen[0], tap)
+        return Shape((1, 1), seen[0].shape[-1], 0, 0, ("pooled",)) if tokens is None else Shape.of(tokens)
 
 
 def list_of_blocks(model: nn.Module, depth: int | None) -> list[nn.Module] | None:
@@ -287,7 +326,7 @@ def block_outputs(
 
     def hook_of(layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            seen[layer] = output[0] if isinstance(output, tuple) else output
+            seen[layer] = tensor_of(output)
             if not finish and len(seen) == len(layers):
                 raise _Enough
 

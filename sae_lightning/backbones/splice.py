@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sae_lightning.backbones.backbone import Backbone, BackboneError
+from sae_lightning.backbones.backbone import Backbone
 from sae_lightning.backbones.natural import Natural, Report, Tally
+from sae_lightning.backbones.taps import CHILDREN, IN_LAYERS, BackboneError, Layout, Place, Tap, find, hook, tensor_of
 from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import SparseCodes
 from sae_lightning.saes.edits import values_of, written
@@ -97,7 +97,7 @@ def ablated(
 @contextmanager
 def spliced(
     model: Backbone | nn.Module, sae: SAE, mode: str = "replace", latents: Sequence[int] | int | None = None,
-    by: str = "mean", *, at: int | str | None = None, amount: float | None = None, natural: Natural | None = None,
+    by: str = "mean", *, at: Tap | int | str | None = None, amount: float | None = None, natural: Natural | None = None,
     tokens: str = "patch", keep_error: bool | None = None, error: Tensor | None = None, prefix: int | None = None,
     seed: int = 0,
 ) -> Iterator[Splice]:  # fmt: skip
@@ -108,9 +108,10 @@ def spliced(
     (``resample``), or ``zero``, which overstates effects [arXiv 2604.14433]. ``steer``: ``amount`` is added to
     ``latents``. ``top_k``: of each token only the ``latents`` (a number) largest stay, or only those listed [PatchSAE].
 
-    ``at`` is a layer of a ``Backbone`` (by default its own), or the dotted path of a module of any other model, whose
-    output is [B, T, d_in] (``prefix`` class and register tokens first; by default what is left beside the largest
-    square), a map [B, d_in, H, W] or [B, H, W, d_in], or [B, d_in]. ``tokens``: those that are changed.
+    ``at`` is a tap, a layer (by default its own), a site or a path of a ``Backbone``, or the path of a module of any
+    other model, whose output is [B, T, d_in] (``prefix`` class and register tokens first; by default what is left
+    beside the largest square), a map [B, d_in, H, W] or [B, H, W, d_in], or [B, d_in]. ``tokens``: those that are
+    changed.
     ``keep_error`` adds what the SAE misses to the result (by default where latents are changed): of the same pass, or
     ``error``, a clean run's ``Splice.error``, where something before this place is changed too. ``natural`` is needed
     to ablate by mean or resample, and for distances in the ``report``.
@@ -122,19 +123,19 @@ def spliced(
     one_of(by, BY, "by", BackboneError)
     one_of(tokens, TOKENS, "tokens", BackboneError)
     _check(sae, mode, latents, by, amount, natural)
-    module, layout = place(model, at, sae.d_in, prefix)
-    device = next(iter(module.parameters()), sae.W_dec).device
+    there, layout = place(model, at, sae.d_in, prefix)
+    device = next(model.parameters(), sae.W_dec).device
     sae = beside(sae, device)
     keeps = mode in ("add_error", "ablate", "steer") if keep_error is None else keep_error
     splice = Splice(sae, mode, latents, by, amount, natural, keeps, error, seed)
 
     @torch.no_grad()
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+    def change(output: Any) -> Any:
         whole = tensor_of(output)
         prefixed, x = layout.split(whole, tokens)
         return _like(output, layout.join(whole, prefixed, splice.change(x).to(whole), tokens))
 
-    with hooked(module, hook):
+    with hooked(there, change):
         yield splice
 
 
@@ -167,11 +168,12 @@ def _check(
 
 
 @contextmanager
-def hooked(module: nn.Module, hook: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
-    """``hook`` on the output of ``module``, gone afterwards in any case; BackboneError for a second one of ours."""
+def hooked(place: Place, take: Callable[[Any], Any]) -> Iterator[None]:
+    """``take`` at ``place``, gone afterwards in any case; BackboneError for a second one of ours."""
+    module = place.module
     if getattr(module, "_sae_lightning_spliced", False):
         raise BackboneError(f"There is a splice at this {type(module).__name__} already; end it first.")
-    handle = module.register_forward_hook(hook, prepend=True)  # transformers reads tokens by hooks of its own
+    handle = hook(place, take, prepend=True)  # transformers reads tokens by hooks of its own
     module._sae_lightning_spliced = True  # type: ignore[assignment]
     try:
         yield
@@ -180,93 +182,31 @@ def hooked(module: nn.Module, hook: Callable[[nn.Module, Any, Any], Any]) -> Ite
         del module._sae_lightning_spliced
 
 
-# --- where, and how tokens lie there ------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Layout:
-    """How a module's output holds tokens of ``d_in`` dimensions: ``prefix`` of them, or all but the last ``patches``,
-    before the patches; if neither is known, those that are left beside the largest square.
-    """
-
-    d_in: int
-    prefix: int | None = None
-    patches: int | None = None
-
-    def split(self, output: Tensor, tokens: str = "patch") -> tuple[int, Tensor]:
-        """How many tokens stand before the chosen ones, and these, [B, P, d_in]."""
-        view = self._rows(output)
-        count = view.shape[1]
-        patches = int(count**0.5) ** 2 if self.patches is None else self.patches
-        before = 0 if output.ndim != 3 else count - patches if self.prefix is None else self.prefix
-        if tokens == "cls" and output.ndim != 2 and not before:
-            raise BackboneError("There is no class token at this place; choose tokens='patch'.")
-        first, last = {"patch": (before, None), "cls": (0, 1), "all": (0, None)}[tokens]
-        return first, view[:, first:last]
-
-    def join(self, output: Tensor, first: int, chosen: Tensor, tokens: str = "patch") -> Tensor:
-        """``output`` with ``chosen`` [B, P, d_in] in the place of the tokens that ``split`` gave."""
-        view = self._rows(output).clone()
-        view[:, first : first + chosen.shape[1]] = chosen
-        if output.ndim == 2:
-            return view[:, 0]
-        if output.ndim == 3:
-            return view
-        if self._channels_first(output):
-            return view.transpose(1, 2).reshape(output.shape)
-        return view.reshape(output.shape)
-
-    def _channels_first(self, output: Tensor) -> bool:
-        if output.shape[1] == self.d_in == output.shape[-1]:
-            raise BackboneError(
-                f"The output {tuple(output.shape)} has {self.d_in} channels in two places; which holds them is not "
-                "known. Choose another place."
-            )
-        return output.shape[1] == self.d_in
-
-    def _rows(self, output: Tensor) -> Tensor:
-        """The output as [B, T, d_in]."""
-        shape = tuple(output.shape)
-        if output.ndim == 4 and self._channels_first(output):
-            return output.flatten(2).transpose(1, 2)
-        if output.ndim not in (2, 3, 4) or shape[-1] != self.d_in:
-            raise BackboneError(
-                f"The SAE takes {self.d_in} dimensions, but the model gives {list(shape)} at this place: neither "
-                "tokens [B, T, d_in] nor a map of them. Is it the SAE of another encoder or layer?"
-            )
-        return output[:, None] if output.ndim == 2 else output.flatten(1, 2) if output.ndim == 4 else output
-
-
-def place(model: Backbone | nn.Module, at: int | str | None, d_in: int, prefix: int | None) -> tuple[nn.Module, Layout]:
-    """The module ``at`` which an SAE of width ``d_in`` is put, and the layout of its output."""
-    if isinstance(model, Backbone):
-        if isinstance(at, str):
-            return _submodule(model.model, at), Layout(d_in, prefix)
-        layer = model.check_layer(model.layer if at is None else at)
-        if model.width_at(layer) != d_in:
-            raise BackboneError(
-                f"The SAE takes {d_in} dimensions, but layer {layer} of {model.title} gives {model.width_at(layer)}; "
-                "name the SAE's own layer (at=…) and encoder."
-            )
-        rows, columns = model.grid_at(layer)
-        return model.module_at(layer), Layout(d_in, prefix, rows * columns)
-    if not isinstance(at, str):
-        raise BackboneError(f"Name the place in {type(model).__name__} as at='path.of.module', for example blocks.10.")
-    return _submodule(model, at), Layout(d_in, getattr(model, "num_prefix_tokens", None) if prefix is None else prefix)
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        names = ", ".join(name for name, _ in model.named_children())
-        raise BackboneError(f"{type(model).__name__} has no module '{path}'; it starts with {names}.") from error
-
-
-def tensor_of(output: Any) -> Tensor:
-    """The features in what a module gives; BackboneError where there are none."""
-    found = output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", output)
-    if not isinstance(found, Tensor):
-        raise BackboneError(f"A splice needs a module that gives a tensor; this one gives {type(found).__name__}.")
-    return found
+# --- where ----------------------------------------------------------------------------------------------------
+def place(
+    model: Backbone | nn.Module, at: Tap | int | str | None, d_in: int, prefix: int | None
+) -> tuple[Place, Layout]:
+    """The place ``at`` which an SAE of width ``d_in`` is put, and the layout of what passes there."""
+    if not isinstance(model, Backbone):
+        if not isinstance(at, str):
+            raise BackboneError(f"Name the place in {type(model).__name__} as at='path.of.module', such as blocks.10.")
+        found = find(model, None, at)
+        if found is None:
+            names = ", ".join(name for name, _ in model.named_children())
+            raise BackboneError(f"{type(model).__name__} has no module '{at}'; it starts with {names}.")
+        return found, Layout(d_in, getattr(model, "num_prefix_tokens", None) if prefix is None else prefix)
+    if not isinstance(at, Tap):
+        site = at if isinstance(at, str) else "block"
+        layer = at if isinstance(at, int) else model.layer if site in IN_LAYERS else None
+        at = Tap("patch", layer, site)
+    shape = model.shape_at(at)
+    if shape.width != d_in:
+        where = f"layer {at.layer}" if at.site == "block" else str(at).removeprefix("patch-")
+        raise BackboneError(
+            f"The SAE takes {d_in} dimensions, but {where} of {model.title} gives {shape.width}; name the SAE's own "
+            "place (at=…) and encoder."
+        )
+    return model.place_of(at), Layout(d_in, prefix, shape.grid[0] * shape.grid[1])
 
 
 def _like(output: Any, made: Tensor) -> Any:
@@ -282,7 +222,7 @@ def _like(output: Any, made: Tensor) -> Any:
 @torch.no_grad()
 def fanned(
     run: Callable[[Tensor], T], model: Backbone | nn.Module, images: Tensor,
-    change: Callable[[Tensor], tuple[Tensor, Tensor]], d_in: int, *, at: int | str | None = None,
+    change: Callable[[Tensor], tuple[Tensor, Tensor]], d_in: int, *, at: Tap | int | str | None = None,
     tokens: str = "patch", prefix: int | None = None,
 ) -> T:  # fmt: skip
     """``run(images)`` in one pass, in which changed pictures go on behind the B images from one place of the model.
@@ -291,15 +231,17 @@ def fanned(
     [n] int64, and its features [n, P, d_in]. ``run`` calls the model, of which all rows, B + n, must be what this
     place hands on (no skip connection around it).
     """
-    module, layout = place(model, at, d_in, prefix)
+    if getattr(at, "site", at) in CHILDREN:
+        raise BackboneError(f"The residual stream goes around {at}; name a whole layer, or use spliced.")
+    there, layout = place(model, at, d_in, prefix)
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+    def widened(output: Any) -> Any:
         whole = tensor_of(output)
         first, x = layout.split(whole, tokens)
         rows, made = change(x)
         return _like(output, torch.cat([whole, layout.join(whole[rows], first, made.to(whole), tokens)]))
 
-    with hooked(module, hook):
+    with hooked(there, widened):
         return run(images)
 
 
@@ -342,7 +284,7 @@ def background(sae: SAE, codes: SparseCodes, by: str, natural: Natural | None) -
 @torch.no_grad()
 def effects(
     run: Callable[[Tensor], Tensor], model: Backbone | nn.Module, sae: SAE, images: Tensor,
-    pairs: Sequence[tuple[int, int]], by: str = "mean", *, at: int | str | None = None,
+    pairs: Sequence[tuple[int, int]], by: str = "mean", *, at: Tap | int | str | None = None,
     natural: Natural | None = None, tokens: str = "patch", prefix: int | None = None, seed: int = 0,
 ) -> tuple[Tensor, Tensor, Report]:  # fmt: skip
     """What ablating one latent at a time does: ``run(images)`` [B, …], the same [n, …] for ``pairs``, and the report.

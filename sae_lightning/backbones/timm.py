@@ -58,7 +58,7 @@ def timm_module(model: Any, layer: int) -> nn.Module:
 def read_timm(model: Any, images: Tensor, layers: Collection[int], pooled: bool) -> Reading:
     """One forward pass of a timm model through its ``forward_intermediates``, cut short where nothing is pooled.
 
-    Tokens are as the layers give them, without the final norm. A token in front of the patches is the class
+    Tokens are as the layers give them, without the final norm. The first token in front of the patches is the class
     token if the model has one.
     """
     if not layers:
@@ -76,13 +76,14 @@ def read_timm(model: Any, images: Tensor, layers: Collection[int], pooled: bool)
         **({"return_prefix_tokens": True} if has_prefix else {}),
     )
     final, maps = given if pooled else (None, given)
-    has_class = has_prefix and getattr(model, "cls_token", None) is not None
+    holders = (model, getattr(model, "embeds", None))  # the latter of NaFlex
+    classes = int(has_prefix and any(getattr(holder, "cls_token", None) is not None for holder in holders))
     tokens = {}
     for layer, found in zip(wanted, maps, strict=True):
         patches = found[0] if has_prefix else found
         rows, columns = patches.shape[-2:]
-        cls = found[1][:, 0] if has_class else None
-        tokens[layer] = LayerTokens(patches.flatten(2).transpose(1, 2), cls, (rows, columns))
+        patches = patches.flatten(2).transpose(1, 2)
+        tokens[layer] = LayerTokens(patches, found[1] if has_prefix else patches[:, :0], classes, (rows, columns))
     return Reading(tokens, model.forward_head(final) if pooled else None)
 
 

@@ -135,7 +135,7 @@ def read_transformers(
                 "try backbone=timm."
             )
     tokens_of = {
-        layer: LayerTokens(out[:, -patches:], out[:, 0] if out.shape[1] > patches else None, grid)
+        layer: LayerTokens(out[:, -patches:], out[:, :-patches], int(out.shape[1] > patches), grid)
         for layer, out in outputs.items()
     }
     if result is None:

@@ -86,7 +86,8 @@ def features_of(cfg: DictConfig) -> tuple[str, int | None]:
     encoder = f"{cfg.backbone.name} (tiny)" if tiny else published(source.backbone).title
     if not isinstance(images, ImageData) or any(value is not None for value in subset.values()):
         return f"{encoder} {tap} of {images.name}", None
-    if tap.kind == "patch" and not tiny:
+    many = tap.kind in ("patch", "tokens", "registers")
+    if many and not tiny:
         return f"{encoder} {tap}, {len(images):,} images", None
-    patches = (IMAGE_SIZE // PATCH_SIZE) ** 2 if tap.kind == "patch" else 1
+    patches = (IMAGE_SIZE // PATCH_SIZE) ** 2 + (tap.kind == "tokens") if many else 1
     return f"{encoder} {tap}, {len(images) * patches:,} tokens", len(images) * patches

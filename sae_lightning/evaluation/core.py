@@ -68,7 +68,7 @@ def save_bands(
 
 def activation_maps(sae: SAE, store: FeatureStore, latents: Tensor, images: Tensor) -> Tensor:
     """Activations [n, m, P] of each of ``latents`` [n] on the patches of its ``images`` [n, m] (-1: none, zeros)."""
-    maps = torch.zeros(*images.shape, store.n_patches)
+    maps = torch.zeros(*images.shape, store.n_patches - store.prefix)
     columns, column_of = latents.unique(return_inverse=True)  # a latent may be named twice
     column = torch.full((sae.d_sae,), -1)
     column[columns] = torch.arange(len(columns))
@@ -77,7 +77,7 @@ def activation_maps(sae: SAE, store: FeatureStore, latents: Tensor, images: Tens
         here = column[codes.latents] >= 0
         part = torch.zeros(len(some) * store.n_patches, len(columns))
         part[codes.rows()[here], column[codes.latents[here]]] = codes.values[here].float()
-        part = part.view(len(some), store.n_patches, len(columns))
+        part = part.view(len(some), store.n_patches, len(columns))[:, store.prefix :]
         n, m = torch.isin(images, some).nonzero(as_tuple=True)
         maps[n, m] = part[torch.searchsorted(some, images[n, m]), :, column_of[n]]
     return maps

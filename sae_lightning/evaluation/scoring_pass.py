@@ -27,14 +27,8 @@ from sae_lightning.saes import SAE
 from sae_lightning.saes.artefact import ArtefactError, read_cfg, read_tensors
 
 STATE = "state.safetensors"
-STREAMED = (
-    "features",
-    "reconstruction",
-    "codes",
-    "image_codes",
-    "labels",
-    "embeddings",
-)  # inputs that a metric may name
+# inputs that a metric may name
+STREAMED = ("features", "reconstruction", "codes", "patch_codes", "image_codes", "labels", "embeddings")
 TOP = 16  # strongest images of a latent that are looked for at once
 
 
@@ -104,6 +98,8 @@ class ScoringPass:
         codes = self.sae.encode(features)
         pooled = codes.pool(self.store.n_patches, "max")
         given: dict[str, Any] = {"features": features, "codes": codes, "image_codes": pooled}
+        if "patch_codes" in self._inputs:
+            given["patch_codes"] = codes.without_first(self.store.prefix, self.store.n_patches)
         if "reconstruction" in self._inputs:
             given["reconstruction"] = self.sae.decode(codes)
         if "labels" in self._inputs:
@@ -165,12 +161,12 @@ def states(metric: SumMetric) -> dict[str, Tensor]:
 def check_store(run: Path, store: FeatureStore) -> None:
     """StoreError unless ``store`` holds what the SAE of ``run`` was trained on, of whatever images."""
     cfg = read_cfg(run)
-    made_for = (cfg["backbone"], cfg["features"], cfg["layer"], cfg["d_in"])
-    found = (store.backbone, store.kind, store.layer, store.d_in)
+    made_for = (cfg["backbone"], cfg["features"], cfg["layer"], cfg["d_in"], cfg.get("site", "block"))
+    found = (store.backbone, store.kind, store.layer, store.d_in, store.site)
     if made_for != found:
         raise StoreError(
-            f"{run.name} was trained on (backbone, features, layer, d_in) = {made_for}; the store {store.folder} holds "
-            f"{found}. Evaluate it on a store of its own backbone."
+            f"{run.name} was trained on (backbone, features, layer, d_in, site) = {made_for}; the store "
+            f"{store.folder} holds {found}. Evaluate it on a store of its own backbone."
         )
 
 

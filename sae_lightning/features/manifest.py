@@ -18,6 +18,8 @@ SCHEMA = 2
 
 MANIFEST = "manifest.json"
 
+NEWER = {"rounding_worst", "site", "prefix"}  # fields that older manifests of this schema lack
+
 TYPES: dict[str, tuple[type, ...]] = {  # of the fields below, as they are annotated
     "int": (int,), "float": (int, float), "str": (str,), "list[str]": (list,), "dict[str, str]": (dict,),
 }  # fmt: skip
@@ -47,12 +49,13 @@ class Shard:
 class Manifest:
     """A sealed store: counts, shapes, what made it, and the checksums of its files.
 
-    A store holds one kind of feature (``patch``, ``cls``, ``pooled``, ``embedding`` or ``text``) of one split as
-    [n_images, n_patches, d_in]; all but patch tokens have n_patches = 1. ``std`` is the scalar deviation, sqrt(mean
-    over tokens and dimensions of (x - mean)²); ``severity`` is γ = ‖mean‖ / ‖per-dimension deviation‖, large where
-    single dimensions lie far off zero; ``mean_norm`` the mean length of a token; ``rounding`` the share of the
-    features' variance that was lost by storing them as ``dtype``, ``rounding_worst`` the largest such share of one
-    dimension, which massive ones hide in the sum. The vectors lie in ``statistics.safetensors``.
+    A store holds one kind of feature (a tap's: ``patch``, ``cls`` …, at a ``site``) of one split as [n_images,
+    n_patches, d_in], where n_patches counts all tokens of an image: 1 of a class token; of ``tokens`` the first
+    ``prefix`` are none of the patches, which lie in the ``grid``. ``std`` is the scalar deviation, sqrt(mean over
+    tokens and dimensions of (x - mean)²); ``severity`` is γ = ‖mean‖ / ‖per-dimension deviation‖, large where single
+    dimensions lie far off zero; ``mean_norm`` the mean length of a token; ``rounding`` the share of the features'
+    variance that was lost by storing them as ``dtype``, ``rounding_worst`` the largest such share of one dimension,
+    which massive ones hide in the sum. The vectors lie in ``statistics.safetensors``.
     """
 
     fingerprint: str
@@ -77,6 +80,8 @@ class Manifest:
     skipped_images: int = 0  # unreadable pictures left out at extraction
     versions: dict[str, str] = field(default_factory=dict)
     rounding_worst: float = 0.0
+    site: str = "block"
+    prefix: int = 0
     schema: int = SCHEMA
 
     def write(self, folder: Path) -> None:
@@ -100,7 +105,9 @@ class Manifest:
             newer = isinstance(schema, int) and schema > SCHEMA
             what = "update sae-lightning" if newer else "delete the folder and extract again"
             raise StoreError(f"{path} has schema {schema}; this version reads schema {SCHEMA}: {what}.")
-        missing = {f.name for f in fields(cls)} - {"rounding_worst"} - set(content)  # which older stores lack
+        missing = (
+            {f.name for f in fields(cls)} - {"rounding_worst", "site", "prefix"} - set(content)
+        )  # which older ones lack
         if missing:
             raise StoreError(f"{path} lacks {sorted(missing)}; delete {folder} and extract again.")
         try:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from sae_lightning.backbones.backbone import LAYER_KINDS, Backbone, BackboneError, Tap
+from sae_lightning.backbones.backbone import Backbone
 from sae_lightning.backbones.registry import default_layer, identity, load_backbone
+from sae_lightning.backbones.taps import IN_LAYERS, LAYER_KINDS, BackboneError, Tap
 from sae_lightning.data import DataError, ImageData, ImageStream, load_images
 from sae_lightning.data.splits import tell_unseen
 from sae_lightning.distributed.limits import cores
@@ -49,18 +50,19 @@ def plain(node: Any) -> dict[str, Any]:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)  # type: ignore[return-value]
 
 
-def tap_at(backbone: Mapping[str, Any], features: str) -> Tap:
-    """Where ``features`` of a kind are read: at the layer that the config section ``backbone`` names or means."""
-    return Tap(features, default_layer(backbone)) if features in LAYER_KINDS else Tap(features)
+def tap_at(backbone: Mapping[str, Any], features: str, site: str = "block") -> Tap:
+    """Where ``features`` of a kind are read: at a ``site``, of the layer that the config section ``backbone`` means."""
+    layered = features in LAYER_KINDS and site in IN_LAYERS
+    return Tap(features, default_layer(backbone) if layered else None, site)
 
 
 def taps_of(cfg: DictConfig) -> list[Tap]:
-    """All taps that ``cfg.features`` and ``cfg.layers``, each one or a list, name."""
-    kinds = [cfg.features] if isinstance(cfg.features, str) else list(cfg.features)
+    """All taps that ``cfg.features``, ``cfg.layers`` and ``cfg.site``, each one or a list, name."""
+    kinds, sites = ([x] if isinstance(x, str) else list(x) for x in (cfg.features, cfg.site))
     layers = [cfg.layers] if cfg.layers is None or isinstance(cfg.layers, int) else list(cfg.layers)
     backbone = plain(cfg.backbone)
     nodes = [backbone if layer is None else backbone | {"layer": layer} for layer in layers]
-    return list(dict.fromkeys(tap_at(node, kind) for kind in kinds for node in nodes))
+    return list(dict.fromkeys(tap_at(node, kind, site) for site in sites for kind in kinds for node in nodes))
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Source:
-    """Features of one kind, ``features``, that an encoder (the config section ``backbone``) gives on a data set.
+    """Features of one kind, ``features``, that an encoder (the section ``backbone``) gives at a ``site`` on a data set.
 
     Its methods raise DataError, BackboneError or StoreError with a sentence where there are none.
     """
@@ -84,24 +86,30 @@ class Source:
     extraction: Extraction = field(default_factory=Extraction)
     reading: Reading = field(default_factory=Reading)
     stores: Path = Path("stores")
+    site: str = "block"
 
     @classmethod
     def of(cls, cfg: Mapping[str, Any] | DictConfig, encoder: str = "backbone") -> Source:
         """From a config, or from that in a run's ``cfg.json``; ``encoder`` is the section that names the backbone.
 
-        Of several ``features``, as ``extract.py`` takes them, the first.
+        Of several ``features`` or sites, as ``extract.py`` takes them, the first.
         """
         node: Any = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(dict(cfg))
         sections = {name: plain(node.get(name) or {}) for name in ("data", encoder, "extract", "stream", "paths")}
-        features = node.get("features") or cls.features
+        features, site = node.get("features") or cls.features, node.get("site") or cls.site
         return cls(
             sections["data"], sections[encoder], features if isinstance(features, str) else features[0],
             Extraction(**_fields(Extraction, sections["extract"])), Reading(**_fields(Reading, sections["stream"])),
-            Path(sections["paths"].get("stores", cls.stores)),
+            Path(sections["paths"].get("stores", cls.stores)), site if isinstance(site, str) else site[0],
         )  # fmt: skip
 
     def replace(self, **other: Any) -> Source:
-        """The same with other fields; interpolations of a new ``data`` or ``backbone`` name each other's settings."""
+        """The same with other fields; interpolations of a new ``data`` or ``backbone`` name each other's settings.
+
+        Another encoder's features, or another kind of them, are those after the block again.
+        """
+        if "backbone" in other or other.get("features", self.features) != self.features:
+            other = {"site": "block"} | other
         new = [name for name in ("data", "backbone") if name in other]
         if new:
             node = {
@@ -117,7 +125,7 @@ class Source:
     @cached_property
     def tap(self) -> Tap:
         """The place in the encoder that is read."""
-        return tap_at(self.backbone, self.features)
+        return tap_at(self.backbone, self.features, self.site)
 
     @property
     def given(self) -> bool:
@@ -243,12 +251,12 @@ def _fits(store: FeatureStore, source: Source) -> FeatureStore:
             f"{store.folder} holds features of {store.backbone}, but backbone={wanted}. Set backbone={name}, or name "
             "another store."
         )
-    if (store.kind, store.layer) != (tap.kind, tap.layer):
+    if (store.kind, store.layer, store.site) != (tap.kind, tap.layer, tap.site):
         found = f"{store.kind} features of layer {store.layer}" if store.layer is not None else store.kind
-        raise StoreError(
-            f"{store.folder} holds {found}; the config asks for {tap}. Set features={store.kind}"
-            + (f" and backbone.layer={store.layer}." if store.layer is not None else ".")
-        )
+        set_ = [f"features={store.kind}", f"site={store.site}"][: 1 if store.site == tap.site else 2]
+        set_ += [] if store.layer is None else [f"backbone.layer={store.layer}"]
+        at = "" if store.site == "block" else f" at {store.site}"
+        raise StoreError(f"{store.folder} holds {found}{at}; the config asks for {tap}. Set {' and '.join(set_)}.")
     return store
 
 
@@ -358,8 +366,8 @@ def writer(source: Source, images: Images, backbone: Backbone, tap: Tap, folder:
     )
     about = {
         "data": images.name, "split": images.split, "backbone": backbone.title, "kind": tap.kind, "layer": tap.layer,
-        "grid": (1, 1) if tap.layer is None or tap.kind == "cls" else backbone.grid_at(tap.layer),
-        "class_names": images.class_names,
+        "site": tap.site, "grid": backbone.shape_at(tap).grid if tap.kind in ("patch", "tokens") else (1, 1),
+        "prefix": backbone.shape_at(tap).prefix if tap.kind == "tokens" else 0, "class_names": images.class_names,
     }  # fmt: skip
     made = StoreWriter(folder, source.fingerprint(images, tap), about, per_shard, how.dtype)
     if asked is not None and made.images_per_shard != asked:

@@ -48,6 +48,7 @@ class FeatureStore:
     def __init__(self, folder: Path, manifest: Manifest, images: np.ndarray | None = None) -> None:
         self.folder, self.manifest = folder, manifest
         self.backbone, self.kind, self.layer = manifest.backbone, manifest.kind, manifest.layer
+        self.site, self.prefix = manifest.site, manifest.prefix
         self.data, self.split, self.grid = manifest.data, manifest.split, manifest.grid
         self.n_patches, self.d_in, self.class_names = manifest.n_patches, manifest.d_in, manifest.class_names
         self.dtype = DELIVERED[manifest.dtype]
@@ -129,6 +130,11 @@ class FeatureStore:
     def n_tokens(self) -> int:
         """Tokens of all images."""
         return len(self) * self.n_patches
+
+    @property
+    def spatial(self) -> bool:
+        """Whether the tokens behind the first ``prefix`` are patches in a ``grid``."""
+        return self.grid[0] * self.grid[1] > 1
 
     @property
     def labelled(self) -> bool:

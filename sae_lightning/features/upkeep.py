@@ -97,7 +97,7 @@ def merge_stores(
     if not stores:
         raise StoreError("There is nothing to merge; name at least one store.")
     first = stores[0].manifest
-    same = ["data", "split", "backbone", "kind", "layer", "n_patches", "grid", "d_in", "dtype"]
+    same = ["data", "split", "backbone", "kind", "layer", "site", "n_patches", "grid", "d_in", "dtype"]
     by_name = all(isinstance(label, str) for s in stores for label in _some_labels(s))
     same += [] if by_name else ["class_names"]
     for store in stores[1:]:

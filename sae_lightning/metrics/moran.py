@@ -117,6 +117,7 @@ class Moran(SumMetric):
     evaluable. States are sums of I and I² and counts, [d_sae].
     """
 
+    inputs = ("patch_codes",)
     images: Tensor
     total: Tensor
     squares: Tensor
@@ -238,7 +239,7 @@ class ChannelMoran(Moran):
 
 def moran(run: ScoredRun, options: Options) -> list[Score]:
     """M1, with the mean of Moran's I of each latent."""
-    if run.store().n_patches == 1:
+    if not run.store().spatial:
         return []
     run.summary()
     return named(run.metric("moran", Moran).compute())
@@ -251,14 +252,14 @@ def raw_moran(run: ScoredRun, options: Options) -> list[Score]:
         store = run.store()
         metric = of_one_rank(ChannelMoran(store.d_in, store.grid, **options))
         for read in run.batches("Moran's I of the features"):
-            metric.update(run.frame.normalize(read))
+            metric.update(run.frame.normalize(read[:, store.prefix :]))
         return named(metric.compute())
 
     return run.shared("raw_moran", make)
 
 
 def _streams(about: Streamed, options: Options) -> dict[str, SumMetric]:
-    return {"moran": Moran(about.sae.d_sae, about.store.grid, **options)} if about.store.n_patches > 1 else {}
+    return {"moran": Moran(about.sae.d_sae, about.store.grid, **options)} if about.store.spatial else {}
 
 
 TABLE = "M1: Moran's I"

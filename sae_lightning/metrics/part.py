@@ -253,7 +253,7 @@ def everywhere(config: DictConfig) -> bool:
 
 def on_patches(config: DictConfig) -> bool:
     """Of runs on patch tokens."""
-    return config.get("features", "patch") == "patch"
+    return config.get("features", "patch") in ("patch", "tokens")
 
 
 def nothing(about: Streamed, options: Options) -> dict[str, SumMetric]:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from sae_lightning.backbones.backbone import Backbone
 from sae_lightning.backbones.registry import load_backbone
-from sae_lightning.backbones.splice import Layout, tensor_of
+from sae_lightning.backbones.taps import Layout, tensor_of
 from sae_lightning.data import ImageData
 from sae_lightning.features.prepare import Pictures, collate
 from sae_lightning.features.store import FeatureStore
@@ -155,6 +155,8 @@ def study(run: ScoredRun, options: Options) -> Study:
         raise Unknown("the pictures behind a store that the config names are not known, and the encoder must see them")
     if source.features not in BEHIND:
         raise Unknown(f"nothing of the encoder lies behind {source.features} features, as it does behind patch and cls")
+    if source.site != "block":
+        raise Unknown(f"features at site={source.site} lie beside what the encoder hands on; site=block is scored")
     images, train_images = source.images(split), source.images("train")
     if not (isinstance(images, ImageData) and isinstance(train_images, ImageData)):
         raise Unknown("a stream of pictures cannot be read at will; set data.streaming=false")

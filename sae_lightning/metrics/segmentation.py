@@ -171,7 +171,7 @@ def _segment(
 def _checked(sets: Sets) -> tuple[int, int]:
     """The grid of the stores, which must hold patch tokens; the masks must have the same classes."""
     for store in (sets.train, sets.test):
-        if store.kind != "patch":
+        if not store.spatial:
             raise StoreError(f"{store.folder} holds {store.kind} features; segmentation needs patch tokens.")
     if sets.train.grid != sets.test.grid:
         raise StoreError(
@@ -208,7 +208,7 @@ def _train(
         for images in _batches(order, store, probing):
             target = labels[torch.from_numpy(images)].flatten().long()
             kept = target != IGNORE
-            inputs = inputs_of(store.features(images).flatten(0, 1)[kept].to(device))
+            inputs = inputs_of(store.features(images)[:, store.prefix :].flatten(0, 1)[kept].to(device))
             target = target[kept].to(device)
             losses = [cross_entropy(_logits(given, heads[name]), target) for name, given in inputs.items()]
             optimizer.zero_grad()
@@ -224,7 +224,7 @@ def _predict(
     """The most likely class of every patch of every image, [n · P] uint8, by input."""
     predicted: dict[str, list[np.ndarray]] = {name: [] for name in heads}
     for images in _batches(np.arange(len(store)), store, probing):
-        inputs = inputs_of(store.features(images).flatten(0, 1).to(device))
+        inputs = inputs_of(store.features(images)[:, store.prefix :].flatten(0, 1).to(device))
         for name, given in inputs.items():
             predicted[name].append(_logits(given, heads[name]).argmax(1).to("cpu", torch.uint8).numpy())
     return {name: np.concatenate(parts) for name, parts in predicted.items()}

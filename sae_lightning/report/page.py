@@ -184,9 +184,9 @@ def tell_apart(runs: Sequence[dict[str, Any]]) -> None:
     labels = [run["label"] for run in runs]
     for run, label in zip(runs, labels, strict=True):
         alike = [other["cfg"] for other, same in zip(runs, labels, strict=True) if same == label]
-        for setting, shown in (("layer", "L{}"), ("seed", "seed {}")):
-            if len({cfg[setting] for cfg in alike}) > 1:
-                run["label"] += f", {shown.format(run['cfg'][setting])}"
+        for setting, shown in (("layer", "L{}"), ("site", "{}"), ("seed", "seed {}")):
+            if len({cfg.get(setting, "block") for cfg in alike}) > 1:
+                run["label"] += f", {shown.format(run['cfg'].get(setting, 'block'))}"
 
 
 def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int = 1, grids: int = 4) -> Path:

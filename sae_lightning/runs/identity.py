@@ -205,7 +205,8 @@ ABSENT = {  # a new setting whose value is what was done before it existed comes
     "optimizer.weight_decay": 0, "optimizer.amsgrad": False, "optimizer.maximize": False,
     "schedule.warmup": 0, "schedule.decay": 0, "schedule.shape": "linear", "schedule.sparsity_warmup": 0,
     "schedule.k_share": 0, "resample.every": 0, "resample.until": 0.8, "normalize": "standard", "init.b_pre": "mean",
-    "features": "patch", "extract.precision": "32", "extract.dtype": "float16", "extract.unreadable": "refuse",
+    "features": "patch", "site": "block",
+    "extract.precision": "32", "extract.dtype": "float16", "extract.unreadable": "refuse",
     "stream.unit": "tokens", "stream.damaged": "refuse", "stream.lanes": 8, "stream.block_mb": 4,
     "stream.buffer_mb": 1024, "sae.threshold": "calibrated", "sae.settings.tied": False,
     "sae.settings.input_norm": "none", "sae.settings.encoder_norm": 1,
@@ -334,6 +335,7 @@ def named(cfg: DictConfig, made: Mapping[str, Any]) -> str:
     config = plain(cfg)
     k = f"-k{_number(level_of(config['sae']))}" if uses_k(config["sae"]) else ""
     kind = "" if cfg.features == "patch" else f"-{cfg.features}"
+    kind += "" if cfg.get("site", "block") == "block" else f"-{cfg.site}"
     adding = [leaf.split(".")[-2].lower() for leaf, _ in leaves_of(config) if leaf.startswith("callbacks.")
               and leaf.endswith(".weight")]  # fmt: skip
     extra = "".join(f"-{name}" for name in sorted(adding))

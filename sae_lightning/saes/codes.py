@@ -96,6 +96,14 @@ class SparseCodes:
         ks = torch.tensor([k, k + 1], device=self.offsets.device)
         return self.where(rank_groups(self.values.detach(), self.offsets, ks) == 0)
 
+    def without_first(self, n: int, each: int) -> SparseCodes:
+        """Codes without the first ``n`` of every ``each`` samples: of tokens, those of the patches."""
+        if not n:
+            return self
+        stays = torch.arange(self.n_samples, device=self.offsets.device) % each >= n
+        mask = stays[self.rows()]
+        return SparseCodes(self.latents[mask], self.values[mask], offsets_of(self.counts()[stays]), self.d_sae)
+
     def pool(self, each: int, how: str = "max") -> SparseCodes:
         """Codes of images from those of their ``each`` consecutive tokens: the ``max`` or ``mean`` of every latent.
 

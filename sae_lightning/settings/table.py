@@ -31,7 +31,8 @@ from sae_lightning.settings.kinds import (
 )  # fmt: skip
 
 SPLIT = choice("train", "val", "test")
-FEATURES = choice("patch", "cls", "pooled", "embedding", "text")
+FEATURES = choice("patch", "cls", "registers", "tokens", "pooled", "embedding", "text")
+SITE = matching(r"\w+(\.\w+)*", "block, attn_out, mlp_in, mlp_out, norm or a module's path such as blocks.5.attn.proj")
 LAYER = whole(-1000, 1000)
 DEVICE = either(choice("auto", "cpu", "cuda"), matching(r"cuda:\d+", "cuda:N"))
 SEED = whole(0, 2**32 - 1)
@@ -186,7 +187,7 @@ TRAIN: Section = {
     },
     "loss": LOSS, "loss_options": LOSS_OPTIONS, "dead_after": whole(1),
     "resample": {"every": whole(0), "until": number(above=0, high=1)}, "normalize": choice("standard", "none"),
-    "init": {"b_pre": choice("mean", "geometric_median", "zero")}, "features": FEATURES,
+    "init": {"b_pre": choice("mean", "geometric_median", "zero")}, "features": FEATURES, "site": SITE,
     "subset": {"images": Maybe(whole(1)), "per_class": Maybe(whole(1)), "classes": Maybe(list_of(TEXT))},
     "stream": {
         "unit": choice("tokens", "images"), "buffer_mb": number(above=0), "block_mb": number(above=0),
@@ -202,7 +203,8 @@ TRAIN: Section = {
 # --- the other commands -----------------------------------------------------------------------------
 EXTRACTION: Section = {
     "data": DATA, "backbone": BACKBONE, "extract": EXTRACT, "splits": list_of(SPLIT),
-    "features": either(FEATURES, list_of(FEATURES)), "layers": Maybe(either(LAYER, list_of(LAYER))), "paths": FOLDER,
+    "features": either(FEATURES, list_of(FEATURES)), "site": either(SITE, list_of(SITE)),
+    "layers": Maybe(either(LAYER, list_of(LAYER))), "paths": FOLDER,
 }  # fmt: skip
 PROBE: Section = {"test_share": number(above=0, below=1), "seed": SEED, "C": number(above=0), "max_iter": whole(1)}
 MORAN: Section = {

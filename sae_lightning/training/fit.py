@@ -359,7 +359,7 @@ def record(cfg: DictConfig, folder: Path, stores: dict[str, FeatureStore]) -> di
         "name": folder.name, "hash": short_hash(made), "identity": made, "k": level_of(cfg.sae),
         "expansion": cfg.expansion if cfg.d_sae is None else round(cfg.d_sae / store.d_in, 2),
         "seed": cfg.seed, "backbone": store.backbone, "layer": store.layer,
-        "data": store.data, "features": store.kind, "severity": store.manifest.severity,
+        "data": store.data, "features": store.kind, "site": store.site, "severity": store.manifest.severity,
         "store": {split: s.fingerprint for split, s in stores.items()},
         "versions": versions("torch", "lightning", "timm", "transformers", "numpy"),
         "config": OmegaConf.to_container(cfg, resolve=True),

@@ -8,7 +8,8 @@ from sklearn.metrics import r2_score
 from sae_lightning.backbones.backbone import BackboneError, Tap
 from sae_lightning.backbones.natural import Natural
 from sae_lightning.backbones.registry import load_backbone
-from sae_lightning.backbones.splice import Layout, effects, spliced
+from sae_lightning.backbones.splice import effects, spliced
+from sae_lightning.backbones.taps import Layout
 from sae_lightning.saes import TopK
 from tests.backbones.models import timm, transformers
 from tests.backbones.test_transformers import SMALL
@@ -215,7 +216,7 @@ def test_the_model_is_whole_again_after_an_exception(vit, sae, images):
         ({"mode": "ablate", "latents": 3, "by": "zero"}, "list them"),
         ({"mode": "steer", "latents": [3]}, "needs an amount"),
         ({"at": 17}, "Layer 17 does not exist"),
-        ({"at": "blocks.2.nothing"}, "has no module"),
+        ({"at": "blocks.2.nothing"}, "has no site blocks.2.nothing; it has block, attn_out"),
         ({"tokens": "registers"}, "tokens"),
     ],
 )

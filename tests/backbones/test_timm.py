@@ -47,13 +47,15 @@ def test_the_pass_ends_after_the_last_wanted_block(vit):
 
 def test_register_tokens_are_neither_patches_nor_class_token():
     ours = load_backbone(timm("vit_wee_patch16_reg1_gap_256", image_size=64, layer=0))
-    assert ours.kinds == ("patch", "pooled")
+    assert ours.kinds == ("patch", "registers", "tokens", "pooled")
     assert (ours.grid, ours.image_size) == ((4, 4), 64)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         tokens = ours.model.blocks[0](ours.model.norm_pre(ours.model._pos_embed(ours.model.patch_embed(x))))
     assert tokens.shape[1] == 17
-    torch.testing.assert_close(ours.forward_features(x, [Tap("patch", 0)])[Tap("patch", 0)], tokens[:, 1:])
+    out = ours.forward_features(x, [Tap("patch", 0), Tap("registers", 0)])
+    torch.testing.assert_close(out[Tap("patch", 0)], tokens[:, 1:])
+    torch.testing.assert_close(out[Tap("registers", 0)], tokens[:, :1])
 
 
 @pytest.mark.parametrize("model", ["test_resnet", "test_convnext", "test_efficientnet"])

@@ -103,16 +103,20 @@ def test_captions_find_their_images(name, images, loaded):
 
 
 def test_kinds_say_what_a_backbone_has(loaded):
-    assert loaded["clip"].kinds == ("patch", "cls", "pooled", "embedding", "text")
+    assert loaded["clip"].kinds == ("patch", "cls", "tokens", "pooled", "embedding", "text")
     assert loaded["siglip"].kinds == ("patch", "pooled", "embedding", "text")
-    assert {loaded[name].kinds for name in ("dinov2", "mae", "deit")} == {("patch", "cls", "pooled")}
+    assert {loaded[name].kinds for name in ("dinov2", "mae", "deit")} == {("patch", "cls", "tokens", "pooled")}
 
 
 @pytest.mark.parametrize(
     ("name", "ask", "sentence"),
     [
         ("siglip", lambda b: b.check(Tap("cls", 2)), r"siglip \(tiny\) has no class token; it has patch, pooled, emb"),
-        ("dinov2", lambda b: b.check(Tap("embedding")), "no projection into an image–text space; it has patch, cls, p"),
+        (
+            "dinov2",
+            lambda b: b.check(Tap("embedding")),
+            "no projection into an image–text space; it has patch, cls, tok",
+        ),
         ("mae", lambda b: b.encode_text(["a cat"]), "has no text tower"),
         ("clip", lambda b: b.encode_text([]), "at least one caption"),
         ("clip", lambda b: b.encode_text("a cat"), "takes a list"),

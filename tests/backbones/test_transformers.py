@@ -151,7 +151,7 @@ def test_a_vision_transformer_is_the_same_through_timm_and_transformers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kinds"), [("clip", {"patch", "cls"}), ("siglip", {"patch"})])
+@pytest.mark.parametrize(("name", "kinds"), [("clip", {"patch", "cls", "tokens"}), ("siglip", {"patch"})])
 def test_the_published_backbones_are_timms_architectures(name, kinds):
     """The config that stands in for the hub's has the tensors of the timm model of the same checkpoint."""
     ours = load_backbone(backbone(name, "published", published={"pretrained": False}))
@@ -202,7 +202,7 @@ def test_every_kind_of_features_must_be_one_row_an_image(monkeypatch):
 
     def read(images, layers, pooled):
         reading = whole(images, layers, pooled)
-        tokens = {n: t._replace(patch=t.patch[few], cls=t.cls[few]) for n, t in reading.layers.items()}
+        tokens = {n: t._replace(patch=t.patch[few], prefix=t.prefix[few]) for n, t in reading.layers.items()}
         return reading._replace(layers=tokens, pooled=reading.pooled if reading.pooled is None else reading.pooled[few])
 
     monkeypatch.setattr(ours, "_read", read)

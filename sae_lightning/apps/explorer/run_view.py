@@ -187,7 +187,7 @@ class RunView:
     @property
     def has_patches(self) -> bool:
         """Whether a latent's activation can be laid over a picture."""
-        return self.store.n_patches > 1
+        return self.store.spatial
 
     def check_latent(self, latent: int) -> int:
         """``latent``, or RefusedError when there is none of that number."""
@@ -253,7 +253,7 @@ class RunView:
         """
         if not self.has_patches:
             raise RefusedError(409, "This run was trained on whole pictures; only patch tokens can be laid over one.")
-        column = self.token_codes(picked)[:, [self.check_latent(latent)]]
+        column = self.token_codes(picked)[self.store.prefix :, [self.check_latent(latent)]]
         return column.toarray().astype(np.float32).reshape(self.store.grid)
 
     def peak(self, latent: int) -> float:

@@ -216,7 +216,7 @@ def cards(opened: Run, table: pd.DataFrame, latents: np.ndarray, cfg: DictConfig
     images = opened.images(cfg.split)
     top = top_images(opened.codes(cfg.split), cfg.app.top, latents)
     maps = None
-    if opened.cfg["features"] == "patch":
+    if opened.store(cfg.split).spatial:
         with torch.no_grad():
             where = torch.tensor(latents), torch.from_numpy(top)
             maps = activation_maps(opened.sae, opened.store(cfg.split), *where)
