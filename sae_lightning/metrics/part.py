@@ -331,12 +331,24 @@ class Part:
 
     def scores(self, run: ScoredRun) -> list[Score]:
         """The scores of ``run``, those that are NaN with the reason; a row that says so where it has none."""
-        undefined = self.undefined.format(**self.options)
+        given = Given(self.name, self.options | ({"name": self.data} if self.data else {}))
+        undefined = self.undefined.format_map(given)
         if "labels" in self.needs and not run.labelled:
             return [Score(f"{self.name}_left_out", 1, why="the images have no classes")]
-        found = self.compute(run, {**self.options, "name": self.data} if self.data else self.options)
+        found = self.compute(run, given)
         found = found or [Score(f"{self.name}_left_out", 1, why=undefined)]
         return [s if s.why or not math.isnan(s.value) else s._replace(why=undefined) for s in found]
+
+
+class Given(dict[str, Any]):
+    """The options that a config gives to ``part``; ValueError for one that is asked for and not there."""
+
+    def __init__(self, part: str, options: Options) -> None:
+        super().__init__(options)
+        self.part = part
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"metrics.{self.part} has no {name}; add it as conf/metrics/visaebench.yaml has it.")
 
 
 def plain(node: Any) -> dict[str, Any]:

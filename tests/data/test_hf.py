@@ -42,10 +42,12 @@ def check(images, seeds):
         assert (np.asarray(images[i]) == pixels(seed)).all()
 
 
-def test_a_folder_of_parquet_files_with_its_own_splits(tmp_path):
+def test_a_folder_of_parquet_files_with_its_own_splits(tmp_path, caplog):
     labelled(20).to_parquet(tmp_path / "train.parquet")
     labelled(6).to_parquet(tmp_path / "validation.parquet")
+    (tmp_path / "README.md").write_text("Not the hub's card.")
     parts = parts_of(hf_cfg(tmp_path))
+    assert not caplog.records
     assert [len(p) for p in parts.values()] == [16, 6, 4]  # test is cut from train
     assert np.bincount(parts["test"].labels).tolist() == [2, 2]
     assert parts["val"].image_ids[:2] == ["validation-00000000", "validation-00000001"]

@@ -1,5 +1,7 @@
 """Columns and tasks whose settings hold placeholders, and the parts that a config names."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from sae_lightning.metrics.part import Column, all_parts, downstream, headlines, parts_of, spelled_out
@@ -50,3 +52,9 @@ def test_a_part_on_data_sets_is_one_of_each():
     sets = ("a/train", "a/test")
     assert (one.name, one.data, one.passes, one.reads) == ("cross_domain/a", "a", sets, sets)
     assert two.keyed == {**probe, "data": {"backbones": "tiny"}}
+
+
+def test_an_option_that_is_not_given_is_named():
+    (part,) = parts_of({"recovery": {"budgets": [1], "images": 2, "samples": 9}})
+    with pytest.raises(ValueError, match="metrics.recovery has no seed"):
+        part.scores(SimpleNamespace(store=lambda: None, sae=None))
