@@ -56,5 +56,5 @@ def test_a_part_on_data_sets_is_one_of_each():
 
 def test_an_option_that_is_not_given_is_named():
     (part,) = parts_of({"recovery": {"budgets": [1], "images": 2, "samples": 9}})
-    with pytest.raises(ValueError, match="metrics.recovery has no seed"):
+    with pytest.raises(ValueError, match=r"metrics\.recovery has no seed"):
         part.scores(SimpleNamespace(store=lambda: None, sae=None))

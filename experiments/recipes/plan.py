@@ -1,0 +1,115 @@
+"""What is trained: each recipe of the papers with and without its ingredient, on four sets of real features.
+
+Names of sets, recipes, variants and arms are those of the table; ``Planned.overrides`` is what one would type after
+``train.py``. MonoLoss keeps the paper's presets (``conf/experiment/monoloss``) and its weights for ImageNet and the
+supervised ViT, but that the weights of L1 and L0 are steered to one L0; sizes, learning rate and length are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+STEPS, K, LR = 300, 32, 1e-3
+SEEDS = (0, 1, 2)
+
+EFFICIENTNET, VIT = "efficientnet_lite0", "dinov2_s_saliency"  # folders of ``encoders``
+
+SETS = {  # by name: what chooses the features, their dictionary's size, and tokens a step
+    "EfficientNet pooled": (EFFICIENTNET, ("features=pooled", "d_sae=1536"), 512),
+    "EfficientNet 7×7 map": (EFFICIENTNET, ("features=patch", "expansion=8"), 1024),
+    "ViT-S (saliency) class token": (VIT, ("features=cls", "backbone.layer=10", "d_sae=1536"), 512),
+    "ViT-S (saliency) patches": (VIT, ("features=patch", "backbone.layer=10", "expansion=8"), 1024),
+}
+
+MONOLOSS = {"batchtopk": 4e-4, "topk": 0.09, "jumprelu": 7e-4, "vanilla": 9e-5}  # the paper's weights
+
+NORMS = (0.1, 0.3, 1)  # of the encoder's rows at the start
+VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated", "relu", "msae")
+
+ONCE = ("trainer.max_epochs=1000", f"trainer.max_steps={STEPS}", "trainer.check_val_every_n_epoch=1000")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One training: its place in the table, and what tells ``train.py`` to do it."""
+
+    features: str
+    recipe: str
+    variant: str
+    arm: str
+    seed: int
+    overrides: tuple[str, ...]
+
+
+def planned(seeds: tuple[int, ...] = SEEDS, sets: tuple[str, ...] = tuple(SETS), starts: bool = False) -> list[Planned]:
+    """The whole table's runs, all of one seed before the next; with ``starts`` those of the table of starts."""
+    return [
+        Planned(features, *place, seed, (*SETS[features][1], *recipe, f"seed={seed}"))
+        for seed in seeds
+        for features in sets
+        for *place, recipe in (_starts if starts else _recipes)(SETS[features][2])
+    ]
+
+
+Recipe = tuple[str, str, str, tuple[str, ...]]  # recipe, variant, arm and overrides
+
+
+def _recipes(batch: int) -> Iterator[Recipe]:
+    """What is trained on one set, with ``batch`` tokens a step, or half as many where MonoLoss is not in it."""
+    common = _common()
+    for sae, weight in MONOLOSS.items():
+        steered = (f"sae.target_l0={K}",) if sae in ("jumprelu", "vanilla") else ()  # equal L0 in both arms
+        preset = (f"experiment=monoloss/{sae}", *common, f"batch_size={batch}", *steered)
+        yield "MonoLoss", sae, "without", (*preset, "callbacks.monoloss.weight=0")
+        yield "MonoLoss", sae, "with", (*preset, f"callbacks.monoloss.weight={weight}")
+    half = (*common, f"batch_size={batch // 2}")
+    plain = (*half, "loss.aux=0")
+    yield "Matryoshka", "batchtopk", "without", ("sae=batchtopk", *plain)
+    yield "Matryoshka", "batchtopk", "with", ("sae=matryoshka", *plain)
+    for sae in ("batchtopk", "topk"):  # from a short encoder, with which latents die
+        dying = (f"sae={sae}", *half, "+sae.settings.encoder_norm=0.1", f"dead_after={25 * batch // 2}")
+        yield "AuxK", sae, "without", (*dying, "loss.aux=0")
+        yield "AuxK", sae, "with", dying
+    for k in (K, 4 * K):
+        yield "MSAE", "topk", f"k {k}", ("sae=topk", *plain, f"sae.settings.k={k}")
+    for weight in (0.1, 1):
+        relu = ("sae=relu", *plain, "sae.target_l0=null", f"loss.sparsity={weight}")
+        yield "MSAE", "relu", f"weight {weight}", relu
+    for weighting in ("uniform", "reverse"):
+        yield "MSAE", "msae", weighting, ("sae=msae", *plain, f"sae.settings.weighting={weighting}")
+
+
+def _starts(batch: int) -> Iterator[Recipe]:
+    """Each variant from three lengths of the encoder's rows, and the tied TopK with its gradient projected or not."""
+    half = (*_common(), f"batch_size={batch // 2}")
+    for sae in VARIANTS:
+        for norm in NORMS:
+            yield "start", sae, f"{norm:g}", (f"sae={sae}", *half, f"++sae.settings.encoder_norm={norm}")
+    for project in (False, True):
+        tied = ("sae=topk", *half, "sae.settings.tied=true", f"+optimizer.project={str(project).lower()}")
+        yield "projection", "topk", "projected" if project else "free", tied
+
+
+def _common() -> tuple[str, ...]:
+    return (*ONCE, f"k={K}", f"optimizer.lr={LR}", "stream.buffer_mb=2048")
+
+
+def places(data: Path, encoders: Path, stores: Path, runs: Path, features: str) -> tuple[str, ...]:
+    """Overrides that say where things lie: the photographs, the folder of both encoders, stores and runs."""
+    encoder = SETS[features][0]
+    library = {
+        EFFICIENTNET: (
+            "backbone=timm", "backbone.published.model=tf_efficientnet_lite0",
+            f"backbone.published.weights='{encoders / EFFICIENTNET}'",
+        ),
+        VIT: (
+            "backbone=transformers", f"backbone.published.model={VIT}",
+            f"backbone.published.weights='{encoders / VIT}'",
+        ),
+    }[encoder]  # fmt: skip
+    return (
+        "data=hf", f"data.id='{data}'", "data.name=imagenette", "data.splits.val=null", "data.splits.test=validation",
+        *library, f"backbone.name={encoder}", f"paths.stores='{stores}'", f"paths.runs='{runs}'",
+    )  # fmt: skip

@@ -1,0 +1,199 @@
+"""The tables: every run, the means of its arm over seeds, and what becomes of each claim of the papers.
+
+A claim is about the difference between two arms, seed by seed. RULE says when it counts as reproduced.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from experiments.recipes.plan import SETS, K, Planned
+from sae_lightning.rendering.table import NOTHING, Head, Spread, Table
+from sae_lightning.runs.run import RESULT, SCORES
+from sae_lightning.runs.scores import read_rows
+
+METRICS = {"explained_variance": "expl. var.", "l0": "L0", "dead_share": "dead", "monoscore": "MonoScore",
+           "purity": "purity", "weighted_purity": "weighted"}  # fmt: skip
+FORMS = {"l0": ".1f", "dead_share": ".1%"}
+ARM = ["features", "recipe", "variant", "arm"]
+
+SEEDS, ERRORS, APART, DEAD = 3, 2.0, 0.1, 0.01
+
+RULE = f"""\
+A claim counts as **reproduced** where at least {SEEDS} seeds are there, the difference has the claimed sign in each,
+and their mean is more than {ERRORS:g} standard errors from 0; as **the opposite** where the same holds of the other
+sign; else as **not reproduced**. It is **not testable** where seeds are missing, where two arms that should be equally
+sparse differ in L0 by more than {APART:.0%}, or where the ingredient has nothing to do (without AuxK fewer than
+{DEAD:.0%} of the latents are dead)."""
+
+Arm = tuple[str, str, str]  # recipe, variant, arm
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``metric`` of the arm ``ours`` is above (``sign`` 1) or below (-1) that of the arm ``other``, says ``paper``."""
+
+    about: str
+    metric: str
+    sign: int
+    other: Arm
+    ours: Arm
+    paper: str
+    equal_l0: bool = True
+    needs_dead: bool = False
+    other_metric: str = ""
+
+
+def _monoloss(variant: str, arm: str) -> list[Claim]:
+    arms = ("MonoLoss", variant, "without"), ("MonoLoss", variant, arm)
+    said = {"monoscore": "rises in nearly all of 24 settings", "purity": "rises in all of 12 settings (Table 1)"}
+    name = f"MonoLoss{arm.removeprefix('with')} on {variant}"
+    return [Claim(name, metric, 1, *arms, f"MonoLoss: {paper}") for metric, paper in said.items()]
+
+
+def _auxk(variant: str) -> list[Claim]:
+    arms = ("AuxK", variant, "without"), ("AuxK", variant, "with")
+    claim = (f"AuxK on {variant}", *arms)
+    return [
+        Claim(claim[0], "dead_share", -1, *arms, "Gao et al.: fewer dead latents", needs_dead=True),
+        Claim(claim[0], "explained_variance", 1, *arms, "Gao et al.: lower error", needs_dead=True),
+    ]
+
+
+def _matryoshka() -> list[Claim]:
+    arms = ("Matryoshka", "batchtopk", "without"), ("Matryoshka", "batchtopk", "with")
+    paper = "MS score: higher at the same expansion"
+    name = "Matryoshka against BatchTopK"
+    return [
+        Claim(name, "monoscore", 1, *arms, paper),
+        Claim(name, "purity", 1, *arms, paper),
+        Claim(name, "explained_variance", -1, *arms, "MS score: at a cost of 0.02 to 0.03 in R²"),
+    ]
+
+
+def _msae() -> list[Claim]:
+    uniform, reverse = ("MSAE", "msae", "uniform"), ("MSAE", "msae", "reverse")
+    claims = []
+    for arm, name in ((uniform, "MSAE UW"), (reverse, "MSAE RW")):
+        for k in (K, 4 * K):
+            other = ("MSAE", "topk", f"k {k}")
+            claims.append(Claim(f"{name} against TopK {k}", "explained_variance", 1, other, arm,
+                                "MSAE: better fidelity than TopK (§4.2)", equal_l0=False))  # fmt: skip
+            claims.append(Claim(f"{name}'s {k} strongest against TopK {k}", "explained_variance", 1, other, arm,
+                                "MSAE: at least TopK's at its own k (§4.3)", equal_l0=False,
+                                other_metric=f"recovered_{k}"))  # fmt: skip
+        claims += [
+            Claim(f"{name} against ReLU, weight {w}", m, sign, ("MSAE", "relu", f"weight {w}"), arm, paper, False)
+            for w in (0.1, 1)
+            for m, sign, paper in (("l0", -1, "MSAE: sparser than ReLU (§4.2)"),
+                                   ("explained_variance", 1, "MSAE: on a better frontier than ReLU"))
+        ]  # fmt: skip
+    return [
+        *claims,
+        Claim("MSAE RW against UW", "l0", -1, uniform, reverse, "MSAE: RW is sparser", equal_l0=False),
+        Claim("MSAE RW against UW", "explained_variance", -1, uniform, reverse,
+              "MSAE: at a slightly lower fidelity", equal_l0=False),
+    ]  # fmt: skip
+
+
+MONOLOSS = [claim for arm in ("with",) for variant in ("batchtopk", "topk", "jumprelu", "vanilla")
+            for claim in _monoloss(variant, arm)]  # fmt: skip
+CLAIMS = [*MONOLOSS, *_matryoshka(), *_auxk("batchtopk"), *_auxk("topk"), *_msae()]
+
+
+def collect(runs: Iterable[tuple[Planned, Path]]) -> pd.DataFrame:
+    """One row a run that is trained and scored: its place in the plan, its scores on the test split, its name."""
+    rows = []
+    for run, folder in runs:
+        if not ((folder / SCORES).is_file() and (folder / RESULT).is_file()):
+            continue
+        scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))["metrics"]
+        recovered = {
+            f"recovered_{row['setting'].removeprefix('n=')}": row["value"]
+            for row in read_rows(folder)
+            if row["metric"] == "recovery_explained_variance" and row["setting"] != "n=all"
+        }
+        place = {name: getattr(run, name) for name in (*ARM, "seed")}
+        seconds = json.loads((folder / RESULT).read_text(encoding="utf-8"))["seconds"]
+        rows.append(place | {name: scores[name] for name in METRICS} | recovered
+                    | {"seconds": round(seconds, 1), "run": folder.name})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def verdict(differences: Sequence[float], sign: int) -> str:
+    """What RULE says of a claim's ``differences``, one a seed, of which each should have ``sign``."""
+    values = np.asarray(differences, dtype=float) * sign
+    if len(values) < SEEDS:
+        return f"not testable ({len(values)} of {SEEDS} seeds)"
+    clear = abs(values.mean()) > ERRORS * values.std(ddof=1) / math.sqrt(len(values))
+    if clear and (values > 0).all():
+        return "reproduced"
+    return "the opposite" if clear and (values < 0).all() else "not reproduced"
+
+
+def judged(runs: pd.DataFrame, claim: Claim, features: str) -> tuple[Spread, str]:
+    """The mean difference with its standard deviation over the seeds that both arms have, and the verdict."""
+    here = runs[runs.features == features]
+    arms = [here[(here.recipe == r) & (here.variant == v) & (here.arm == a)].set_index("seed")
+            for r, v, a in (claim.other, claim.ours)]  # fmt: skip
+    common = sorted(set(arms[0].index) & set(arms[1].index))
+    if not common:
+        return Spread(math.nan, None), ""
+    without, ours = (arm.loc[common] for arm in arms)
+    found = (ours[claim.other_metric or claim.metric] - without[claim.metric]).to_numpy()
+    spread = Spread(float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else None)
+    sparse = without.l0.mean(), ours.l0.mean()
+    if claim.equal_l0 and not (1 - APART < sparse[1] / sparse[0] < 1 + APART):
+        return spread, f"not testable (L0 {sparse[0]:.1f} → {sparse[1]:.1f})"
+    if claim.needs_dead and without.dead_share.mean() < DEAD:
+        return spread, f"not testable ({without.dead_share.mean():.1%} dead without)".replace("%", " %")
+    return spread, verdict(found.tolist(), claim.sign)
+
+
+def claims(runs: pd.DataFrame) -> Table:
+    """A row a claim: for each set of features the difference between the arms and the verdict."""
+    rows = []
+    for claim in CLAIMS:
+        head = Head("", FORMS.get(claim.metric, ".3f"), sign=True)
+        cells = [judged(runs, claim, features) for features in SETS]
+        texts = [f"{head.text(spread)} {said}" if said else NOTHING for spread, said in cells]
+        if any(said for _, said in cells):
+            way = "↑" if claim.sign > 0 else "↓"
+            rows.append([claim.about, f"{METRICS[claim.metric]} {way}", *texts, claim.paper])
+    heads = [Head("recipe"), Head("claimed"), *map(Head, SETS), Head("the paper")]
+    return Table("claims", "What becomes of the papers' claims", heads, rows)
+
+
+def means(runs: pd.DataFrame) -> Table:
+    """A row an arm on one set: mean and standard deviation over seeds of every metric on the test split."""
+    rows = []
+    for place, arm in runs.groupby(ARM, sort=False):
+        spread = [Spread(float(arm[m].mean()), float(arm[m].std()) if len(arm) > 1 else None) for m in METRICS]
+        rows.append([*place, len(arm), *spread])
+    heads = [*map(Head, ARM), Head("seeds", ".0f"), *(Head(title, FORMS.get(m, ".3f")) for m, title in METRICS.items())]
+    return Table("means", "Means over seeds", heads, rows)
+
+
+def write(runs: pd.DataFrame, out: Path, starts: bool = False) -> None:
+    """``runs.csv``, ``claims.csv``, ``means.csv`` and the last two as ``tables.md``; of starts ``starts.csv`` alone."""
+    if runs.empty:
+        raise SystemExit("Nothing is trained and scored yet; run it without --table.")
+    order = {name: i for i, name in enumerate(SETS)}
+    runs = runs.sort_values("features", key=lambda names: names.map(order), kind="stable")
+    out.mkdir(parents=True, exist_ok=True)
+    if starts:
+        (out / "starts.csv").write_text(means(runs).csv(), encoding="utf-8")
+        return
+    runs.to_csv(out / "runs.csv", index=False, float_format="%.6g")
+    tables = claims(runs), means(runs)
+    for table in tables:
+        (out / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
+    text = "\n".join(f"## {table.title}\n\n{table.markdown()}" for table in tables)
+    (out / "tables.md").write_text(f"{text}\n## The rule\n\n{RULE}\n", encoding="utf-8")
