@@ -32,7 +32,7 @@ def test_all_of_a_seed_come_before_the_next_and_every_claim_has_its_arms():
     plan = planned()
     assert [run.seed for run in plan] == sorted(run.seed for run in plan)
     arms = {(run.recipe, run.variant, run.arm) for run in plan}
-    assert {arm for claim in CLAIMS for arm in (claim.other, claim.ours)} <= arms
+    assert {arm for claim in CLAIMS for arm in (claim.other, claim.ours, claim.second or claim.ours)} <= arms
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,23 @@ def test_arms_must_be_equally_sparse_and_an_ingredient_must_have_something_to_do
     assert said == ""
 
 
+def test_a_frontier_is_a_line_of_logarithms_and_judged_at_the_own_l0():
+    ends = [{"explained_variance": 0.6, "l0": 100.0}, {"explained_variance": 0.8, "l0": 200.0}]
+    second = ("MonoLoss", "topk", "second")
+    ours = {"explained_variance": 0.91, "l0": 400.0}  # where the line has 0.9
+    found = runs((BASE, ends[0]), (second, ends[1]), (OURS, ours))
+    claim = Claim("", "explained_variance", 1, BASE, OURS, "", equal_l0=False, second=second)
+    spread, said = judged(found, claim, ONE)
+    assert spread.mean == pytest.approx(0.01)
+    assert said == "reproduced"
+
+
 def test_the_tables_have_a_row_a_claim_and_an_arm():
     found = runs((BASE, {}), (OURS, {"purity": 0.7, "monoscore": 0.4}))
     rows = {(row[0], row[1]): row[2] for row in claims(found).rows}
     assert rows == {
         ("MonoLoss on topk", "MonoScore ↑"): "-0.100 ± 0.000 the opposite",
+        ("MonoLoss on topk", "of scored ↑"): "0.000 ± 0.000 not reproduced",
         ("MonoLoss on topk", "purity ↑"): "+0.200 ± 0.000 reproduced",
     }
     assert [row[3:5] for row in means(found).rows] == [["without", 3], ["with", 3]]
