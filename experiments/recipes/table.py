@@ -38,8 +38,8 @@ A claim counts as **reproduced** where at least {SEEDS} seeds are there, the dif
 and their mean is more than {ERRORS:g} standard errors from 0; as **the opposite** where the same holds of the other
 sign; else as **not reproduced**. It is **not testable** where seeds are missing, where two arms that should be equally
 sparse differ in L0 by more than {APART:.0%}, or where the ingredient has nothing to do (without AuxK fewer than
-{DEAD:.0%} of the latents are dead). ReLU's frontier is the line through its two weights, of log FVU over log L0, read at
-the L0 of the other arm."""
+{DEAD:.0%} of the latents are dead). ReLU's frontier is the line through its two weights, of log FVU over log L0, read
+at the L0 of the other arm."""
 
 Arm = tuple[str, str, str]  # recipe, variant, arm
 
