@@ -331,7 +331,7 @@ class Part:
 
     def scores(self, run: ScoredRun) -> list[Score]:
         """The scores of ``run``, those that are NaN with the reason; a row that says so where it has none."""
-        given = Given(self.name, self.options | ({"name": self.data} if self.data else {}))
+        given = Given(self.name, {**self.options, "name": self.data} if self.data else self.options)
         undefined = self.undefined.format_map(given)
         if "labels" in self.needs and not run.labelled:
             return [Score(f"{self.name}_left_out", 1, why="the images have no classes")]
