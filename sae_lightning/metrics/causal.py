@@ -23,6 +23,8 @@ from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, registe
 from sae_lightning.metrics.readout import Sample, Study, Unknown, outputs, spans, study
 from sae_lightning.saes.sae import SAE
 
+WHOLE = ("kept", "mean", "sae", "zero")  # what all features at the SAE's place become
+
 NATURAL = 1 << 14  # tokens that are looked at to know what is natural
 
 NEAR = 10  # latents that fire about as often as another, of which one is drawn
@@ -80,7 +82,7 @@ class Change(NamedTuple):
     """What is done to a ``picture``: all its features replaced, or ``latents`` kept or ablated, as ``setting`` says."""
 
     picture: int
-    setting: str  # features=sae (or mean, zero), or kept=k, removed=k or ablated=1, each with latents=…
+    setting: str  # features=kept (nothing), sae, mean or zero; or kept=k, removed=k or ablated=1, each with latents=…
     latents: Sequence[int] = ()
 
 
@@ -98,21 +100,21 @@ class Inside:
     tallies: dict[str, Tally]
 
     def look(self, images: Tensor, changes: Sequence[Change]) -> tuple[Tensor, Tensor]:
-        """Logits [B + n, C] of the ``images`` and, behind them, of the ``changes`` of these, all in one pass; and of
-        the latter ‖Δ‖ / ‖x‖ [n, layers] of what each layer gives from the SAE's on."""
-        of, relative = torch.tensor([change.picture for change in changes], device=images.device), []
+        """Logits [n, C] of the ``changes`` of ``images``, all in one pass, and ‖Δ‖ / ‖x‖ [n, layers] of what each layer
+        gives from the SAE's on. The first B change nothing, the next replace all features."""
+        of, n, relative = torch.tensor([change.picture for change in changes], device=images.device), len(images), []
 
         def watch(layer: int, given: Tensor) -> None:
             if layer >= self.layer:
-                clean, off = given[: len(images)].flatten(1), given[len(images) :].flatten(1)
-                relative.append((off - clean[of]).norm(dim=1) / clean.norm(dim=1).clamp_min(1e-12)[of])
+                clean = given[:n].flatten(1)
+                relative.append((given.flatten(1) - clean[of]).norm(dim=1) / clean.norm(dim=1).clamp_min(1e-12)[of])
 
         about, title = self.about, self.about.backbone.title
         found = fanned(
             partial(outputs, about.backbone, patches=about.patches, watch=watch), about.backbone, images,
-            lambda x: (of, self.put(x, changes)), self.sae.d_in, at=self.layer, tokens=self.tokens,
+            lambda x: (of[n:], self.put(x, changes[n:])), self.sae.d_in, at=self.layer, tokens=self.tokens,
         )  # fmt: skip
-        clean, replaced = found[: len(images)], found[len(images) : 2 * len(images)]
+        clean, replaced = found[:n], found[n : 2 * n]
         if bool((replaced - clean).abs().max() <= SAME * clean.abs().max()):
             raise Unknown(
                 f"the output of {title} is the same whatever its {self.tokens} tokens at layer {self.layer} are: "
@@ -148,33 +150,25 @@ def _places(changes: Sequence[Change]) -> dict[str, list[int]]:
     return found
 
 
-class Seen(NamedTuple):
-    """``changes`` with the logits [n, C] of all pictures and [m, C] of the changed ones, and ‖Δ‖ / ‖x‖ [m, layers]."""
-
-    changes: list[Change]
-    clean: Tensor
-    changed: Tensor
-    relative: Tensor
-
-
 def look(
     inside: Inside, classes: Mapping[str, list[list[int]]], pairs: Mapping[str, list[tuple[int, int]]], options: Options
-) -> Seen:
-    """All changes of all test pictures; Unknown where nothing of them reaches the encoder's output."""
-    test, found, done = inside.about.test, [], []
+) -> tuple[list[Change], Tensor, Tensor]:
+    """All changes of the test pictures with their logits and ‖Δ‖ / ‖x‖; Unknown where nothing reaches the output."""
+    test, found = inside.about.test, []
+    done: list[Change] = []
     masks = [(f"{what}={k},latents={name}", k, name)
              for what in ("kept", "removed") for k in options["budgets"] for name in classes]  # fmt: skip
     step, title = max(1, options["rows"] // (4 + len(masks))), f"{inside.about.backbone.title} with an SAE"
     for span in tqdm(spans(len(test.rows), step), title, unit="batch", leave=False):
-        changes = [Change(i, f"features={name}") for name in ("mean", "sae", "zero") for i in range(len(span))]
+        changes = [Change(i, f"features={name}") for name in WHOLE for i in range(len(span))]
         changes += [Change(i, setting, classes[name][test.labels[place]][:k])
                     for setting, k, name in masks for i, place in enumerate(span)]  # fmt: skip
         changes += [Change(i - span.start, f"ablated=1,latents={name}", [latent])
                     for name, some in pairs.items() for i, latent in some if i in span]  # fmt: skip
-        logits, relative = inside.look(test.pixels(span, inside.sae.W_dec.device), changes)
-        found.append((logits[: len(span)], logits[len(span) :], relative))
+        found.append(inside.look(test.pixels(span, inside.sae.W_dec.device), changes))
         done += [change._replace(picture=change.picture + span.start) for change in changes]
-    return Seen(done, *(torch.cat(each) for each in zip(*found, strict=True)))
+    logits, relative = zip(*found, strict=True)
+    return done, torch.cat(logits), torch.cat(relative)
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -211,14 +205,14 @@ FIGURES = {"features": ("accuracy", "cross_entropy"), "kept": ("accuracy",), "re
            "ablated": ("logit", "kl")}  # fmt: skip
 
 
-def scores_of(seen: Seen, reports: Mapping[str, Report], labels: np.ndarray, layer: int,
-              options: Options) -> list[Score]:  # fmt: skip
-    """All rows of what was ``seen`` of pictures of classes ``labels`` [n] behind ``layer``."""
-    n, boot = len(labels), Bootstrap(len(labels), options["draws"], options["seed"])
-    kept = [Change(i, "features=kept") for i in range(n)]
-    changes, logits = [*kept, *seen.changes], torch.cat([seen.clean, seen.changed])
+def scores_of(
+    changes: Sequence[Change], logits: Tensor, relative: Tensor, reports: Mapping[str, Report], labels: np.ndarray,
+    layer: int, options: Options,
+) -> list[Score]:  # fmt: skip
+    """All rows of what ``look`` has found of pictures of classes ``labels`` [n] behind ``layer``."""
+    n, boot, rows = len(labels), Bootstrap(len(labels), options["draws"], options["seed"]), _places(changes)
     pictures = np.array([change.picture for change in changes])
-    of, clean = torch.from_numpy(labels[pictures])[:, None], seen.clean[pictures]
+    of, clean = torch.from_numpy(labels[pictures])[:, None], logits[rows["features=kept"]][pictures]
     before, after = clean.log_softmax(1), logits.log_softmax(1)
     figures = {
         "accuracy": (logits.argmax(1, keepdim=True) == of)[:, 0].double(),
@@ -226,13 +220,12 @@ def scores_of(seen: Seen, reports: Mapping[str, Report], labels: np.ndarray, lay
         "logit": (logits - clean).gather(1, of)[:, 0],
         "kl": (before.exp() * (before - after)).sum(1),
     }
-    rows = _places(changes)
 
     def total(values: Tensor, setting: str) -> np.ndarray:
         """Sums [n] over the changes of each picture."""
         return np.bincount(pictures[rows[setting]], values[rows[setting]].numpy(), n)
 
-    entropy = {name: total(figures["cross_entropy"], f"features={name}") for name in ("kept", "sae", "mean", "zero")}
+    entropy = {name: total(figures["cross_entropy"], f"features={name}") for name in WHOLE}
     scores = [Score("causal_pictures", n)]
     for against in ("mean", "zero"):
         won, lost = entropy[against] - entropy["sae"], entropy[against] - entropy["kept"]
@@ -247,8 +240,7 @@ def scores_of(seen: Seen, reports: Mapping[str, Report], labels: np.ndarray, lay
             scores += boot.scores(f"causal_{name}", setting, total(figures[name], setting), counts, why)
         if what == "ablated":
             scores.append(Score("causal_pairs", len(at), setting))
-            moved = torch.cat([torch.zeros(n, seen.relative.shape[1]), seen.relative])
-            for i, values in enumerate(moved.T, start=layer):
+            for i, values in enumerate(relative.T, start=layer):
                 scores += boot.scores("causal_change", f"{setting},layer={i}", total(values, setting), counts, why)
     for setting, report in reports.items():
         scores += [Score(f"causal_{name}", getattr(report, name), setting) for name in ("distance", "unnatural")]
@@ -269,11 +261,11 @@ def causal(run: ScoredRun, options: Options) -> list[Score]:
         inside = Inside(about, sae, layer, run.source.features, natural, options["by"], generator, tallies)
         codes = sparse.vstack([part.pool(test.store.n_patches).csr() for _, part in test.codes(sae)]).tocsr()
         classes = latents_of_classes(sae, train, max(options["budgets"]), options["seed"])
-        seen = look(inside, classes, pairs_of(codes, test.labels, options), options)
+        found = look(inside, classes, pairs_of(codes, test.labels, options), options)
     except Unknown as reason:
         return [Score("causal_recovered", math.nan, f"against={name}", str(reason)) for name in ("mean", "zero")]
     reports = {setting: tally.report() for setting, tally in tallies.items()}
-    return scores_of(seen, reports, test.labels, layer, options)
+    return scores_of(*found, reports, test.labels, layer, options)
 
 
 PART = register(Part(
@@ -286,7 +278,7 @@ PART = register(Part(
                "mean-ablated and kept features that reconstructions win back"),
         Column("from zero", "causal_recovered", "against=zero", about="the same from zeroed features, which flatters"),
         *(Column(name, "causal_accuracy", f"features={name}", form=".1%", over="accuracy, features")
-          for name in ("kept", "sae", "mean", "zero")),
+          for name in WHOLE),
         *(Column(f"{{k}} {name}", "causal_accuracy", f"{what}={{k}},latents={name}", form=".1%",
                  over=f"accuracy, {what}") for what in ("kept", "removed") for name in ("typical", "random")),
         Column("{latents}", "causal_logit", "ablated=1,latents={latents}", form="+.3f", over="class logit, ablated"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,27 +46,25 @@ class Readout(NamedTuple):
         return (normalize(x, dim=1) if self.unit else x) @ self.weight + self.bias
 
 
-def probe(outputs: Tensor, labels: np.ndarray, options: Options) -> Readout:
-    """Logistic regression on ``outputs`` [n, d], each dimension centred and scaled."""
+def readout(outputs: Tensor, labels: np.ndarray, options: Options, texts: Tensor | None = None) -> Readout:
+    """Logistic regression on ``outputs`` [n, d], each dimension centred and scaled; or where there are ``texts`` [C, d]
+    of the classes cosines with these, at the temperature that suits the ``labels`` best."""
     x = outputs.double().cpu()
+    if texts is not None:
+        unit = Readout(normalize(texts.double().cpu(), dim=1).T, torch.zeros(len(texts)).double(), unit=True)
+        cosines, rows = unit.logits(x).numpy(), np.arange(len(labels))
+
+        def loss(log_scale: float) -> float:
+            return float(-probes.log_probabilities(np.exp(log_scale) * cosines)[rows, labels].mean())
+
+        best = optimize.minimize_scalar(loss, bounds=(-2.0, 7.0), method="bounded").x
+        return unit._replace(weight=np.exp(best) * unit.weight)
     mean, std = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
     model = probes.fit(((x - mean) / std).numpy(), labels, **probes.solver(options))
     weight, bias = (torch.from_numpy(np.atleast_1d(each)).double() for each in (model.coef_.T, model.intercept_))
-    if weight.shape[1] == 1:
+    if weight.shape[1] == 1:  # of the second of two classes
         weight, bias = torch.cat([0 * weight, weight], 1), torch.cat([0 * bias, bias])
     return Readout(weight / std[:, None], bias - (mean / std) @ weight)
-
-
-def zero_shot(outputs: Tensor, labels: np.ndarray, texts: Tensor) -> Readout:
-    """Cosines with the classes' ``texts`` [C, d], at the temperature that suits ``labels`` best."""
-    weight = normalize(texts.double().cpu(), dim=1).T
-    cosines = Readout(weight, torch.zeros(len(texts)).double(), unit=True).logits(outputs).numpy()
-
-    def loss(log_scale: float) -> float:
-        return float(-probes.log_probabilities(np.exp(log_scale) * cosines)[np.arange(len(labels)), labels].mean())
-
-    scale = np.exp(optimize.minimize_scalar(loss, bounds=(-2.0, 7.0), method="bounded").x)
-    return Readout(scale * weight, torch.zeros(len(texts)).double(), unit=True)
 
 
 def spans(n: int, step: int) -> list[range]:
@@ -109,13 +106,8 @@ def drawn(
     return Sample(Pictures(taken, backbone), store, store.find(taken.image_ids)[0], labels[chosen])
 
 
-@dataclass
-class Study:
-    """An encoder with what reads classes off its output, and the pictures that are looked at.
-
-    The output is its embedding or pooled output; with ``patches``, or where it has neither, the mean of its last
-    layer's patch tokens.
-    """
+class Study(NamedTuple):
+    """An encoder with what reads classes off its output (with ``patches`` that of ``outputs``), and the pictures."""
 
     backbone: Backbone
     train: Sample
@@ -127,7 +119,8 @@ class Study:
 def outputs(
     backbone: Backbone, images: Tensor, patches: bool, watch: Callable[[int, Tensor], object] = lambda *_: None
 ) -> Tensor:
-    """The output [n, d] of ``backbone`` for ``images``; ``watch`` sees what each layer gives on the way."""
+    """The embedding or pooled output [n, d] of ``images``; with ``patches``, or where the encoder has neither, the mean
+    of its last layer's patch tokens. ``watch`` sees what each layer gives on the way."""
     last, (rows, columns) = backbone.depth - 1, backbone.grid_at(-1)
     means: list[Tensor] = []
 
@@ -171,10 +164,9 @@ def study(run: ScoredRun, options: Options) -> Study:
     classes = [classes[i] for i in np.sort(kept)]
     train = drawn(train_images, source.store("train"), classes, options["train"], backbone, seed)
     test = drawn(images, run.store(), classes, options["images"], backbone, seed)
-    patches = options["output"] == "patch"
+    patches, texts = options["output"] == "patch", None
     bar = tqdm(spans(len(train.rows), options["rows"]), f"{backbone.title}, train pictures", unit="batch", leave=False)
     found = torch.cat([outputs(backbone, train.pixels(span, run.device), patches).cpu() for span in bar])
     if options["readout"] == "zero_shot":
         texts = backbone.encode_text([options["template"].format(name.replace("_", " ")) for name in classes])
-        return Study(backbone, train, test, zero_shot(found, train.labels, texts), patches)
-    return Study(backbone, train, test, probe(found, train.labels, options), patches)
+    return Study(backbone, train, test, readout(found, train.labels, options, texts), patches)

@@ -133,7 +133,7 @@ class SparseCodes:
 
     def csr(self) -> csr_matrix:
         """The same as SciPy holds it, [N, d_sae] float32."""
-        rows = (self.values.float().numpy(), self.latents.numpy(), self.offsets.numpy())
+        rows = (self.values.float().cpu().numpy(), self.latents.cpu().numpy(), self.offsets.cpu().numpy())
         return csr_matrix(rows, (self.n_samples, self.d_sae))
 
     @staticmethod
