@@ -16,6 +16,9 @@ from sae_lightning.features.manifest import MANIFEST, Manifest, StoreError
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.upkeep import find_stores, mend, merge_stores, unfinished
 from sae_lightning.rendering.table import Head, Table
+from sae_lightning.training.start import SEVERE
+
+OUTLIER = 6  # times the median dimension's root mean square
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -110,15 +113,18 @@ def _stats(args: argparse.Namespace) -> int:
         store = FeatureStore.open(folder)
         m = store.manifest
         feature = m.kind if m.layer is None else f"{m.kind}, layer {m.layer}"
+        feature += "" if m.site == "block" else f", site {m.site}"
+        before = f", {m.prefix} of them before the patches" if m.prefix else ""
+        severe = f"; above {SEVERE:g}: centre, with normalize=standard" if m.severity > SEVERE else ""
         rows = {
             "features": f"{feature}, of {m.backbone}", "images": f"{m.data}, {m.split}: {len(store):,}",
-            "shape": f"[{len(store)}, {m.n_patches}, {m.d_in}] {m.dtype} in {len(m.shards)} shards",
+            "shape": f"[{len(store)}, {m.n_patches}, {m.d_in}] {m.dtype} in {len(m.shards)} shards{before}",
             "size": decimal(sum(shard.bytes for shard in m.shards)),
             "left out": f"{m.skipped_images} unreadable pictures" if m.skipped_images else "nothing",
             "mean length of a token": f"{m.mean_norm:.4g}", "deviation (scalar)": f"{m.std:.4g}",
-            "severity γ = ‖μ‖/‖σ‖": f"{m.severity:.3g}",
+            "severity γ = ‖μ‖/‖σ‖": f"{m.severity:.3g}{severe}",
             "variance lost by rounding": f"{m.rounding:.2e}, of the worst dimension {m.rounding_worst:.2e}",
-            "dimensions farthest off zero": _outliers(store), "images a class": _classes(store),
+            "outlier dimensions": _outliers(store), "images a class": _classes(store),
             "fingerprint": m.fingerprint, "made with": ", ".join(f"{k} {v}" for k, v in m.versions.items()),
         }  # fmt: skip
         Table("stats", str(folder), [Head(""), Head("", wraps=True)], list(rows.items())).show()
@@ -131,9 +137,13 @@ def _no_locks(paths: Sequence[Path]) -> list[Path]:
 
 
 def _outliers(store: FeatureStore) -> str:
-    ratio = (store.mean / store.deviation.clamp_min(1e-12)).abs()
-    top = ratio.topk(min(5, store.d_in))
-    return ", ".join(f"{int(i)} (|μ|/σ {float(v):.3g})" for v, i in zip(top.values, top.indices, strict=True))
+    """Dimensions whose root mean square is far above the median one's, largest first: how far, and how off zero."""
+    rms = (store.mean.square() + store.deviation.square()).sqrt()
+    times, off = rms / rms.median().clamp_min(1e-12), store.mean.abs() / store.deviation.clamp_min(1e-12)
+    found = times.argsort(descending=True)[: int((times > OUTLIER).sum())].tolist()
+    shown = ", ".join(f"{i} ({float(times[i]):.3g} medians, |μ|/σ {float(off[i]):.3g})" for i in found[:5])
+    many = f"{len(found)} of {store.d_in}, rms above {OUTLIER} medians: {shown}{' …' if len(found) > 5 else ''}"
+    return many if found else f"none with an rms above {OUTLIER} medians"
 
 
 def _classes(store: FeatureStore) -> str:

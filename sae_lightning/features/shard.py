@@ -24,6 +24,12 @@ EDGE = 4096  # bytes of each end that are checked at every opening
 
 PIECE = 1 << 24  # bytes turned into int8 at a time
 
+FLOAT16 = 65504  # its largest number
+
+NEAR = 0.5  # share of it from which a warning is said: other pictures may go beyond
+
+_told: set[Path] = set()  # stores of which it was
+
 
 class ShardFile:
     """A shard being written: ``append`` batches, then ``finish`` or ``abort``.
@@ -72,16 +78,26 @@ class ShardFile:
         self.images += len(x)
 
     def _check(self, x: Tensor, image_ids: list[str]) -> None:
-        limit = 65504 if DELIVERED[self.dtype] == torch.float16 else torch.finfo(torch.bfloat16).max
+        limit = FLOAT16 if DELIVERED[self.dtype] == torch.float16 else torch.finfo(torch.bfloat16).max
         top = x.abs().amax()
         if not bool(top <= limit):  # NaN is not below either
-            bad = int((~(x.abs() <= limit)).flatten(1).any(1).nonzero()[0])
-            why = "NaN or infinite" if not bool(x[bad].isfinite().all()) else f"too large for {self.dtype}"
+            bad, _, dimension = (~(x.abs() <= limit)).nonzero()[0].tolist()
             self.abort()
+            if not bool(x[bad].isfinite().all()):
+                why, advice = "NaN or infinite", "check the image, and set extract.precision=32 or bf16"
+            else:
+                why, advice = f"{float(top):,.0f} at most, too large for {self.dtype}", "set extract.dtype=bfloat16"
             raise StoreError(
-                f"The features of image '{image_ids[bad]}' are {why}; check the image, extract.precision and "
-                "extract.dtype. Nothing of this shard was kept."
+                f"The features of image '{image_ids[bad]}' are {why}, in dimension {dimension} of {x.shape[-1]}; "
+                f"{advice}. Nothing of this shard was kept."
             )
+        if limit == FLOAT16 and float(top) > NEAR * limit and self.path.parent not in _told:
+            _told.add(self.path.parent)
+            dimension = int(x.abs().flatten(0, -2).amax(0).argmax())
+            print(
+                f"{self.path.parent}: warning: features reach {float(top):,.0f} in dimension {dimension}, and "
+                f"{self.dtype} ends at {limit:,}; extract.dtype=bfloat16 does not end an extraction late.", flush=True,
+            )  # fmt: skip
 
     def _to_int8(self) -> None:
         """Turn the features in the file into int8, from its start on: what is written never reaches what is unread."""

@@ -90,10 +90,10 @@ def dead_at_start(sae: SAE, store: FeatureStore) -> float:
 
 
 def warnings_for(store: FeatureStore, dead: float, normalize: str, b_pre: str) -> list[str]:
-    """Sentences about a start that will leave most latents dead, with what to set."""
-    if dead <= 0.5:
-        return []
+    """Sentences about a start that will leave most latents dead, or does not centre severe features; what to set."""
     gamma = store.manifest.severity
+    if dead <= 0.5 and not (b_pre == "zero" and gamma > SEVERE):
+        return []
     cause = (
         f"The store's severity γ = ‖μ‖/‖σ‖ is {gamma:.1f}: single dimensions lie far off zero, and latents that point "
         "away from them never fire. "
@@ -101,7 +101,10 @@ def warnings_for(store: FeatureStore, dead: float, normalize: str, b_pre: str) -
         else ""
     )
     advice = []
-    if normalize == "none" or b_pre == "zero":
-        advice.append("normalize=standard or init.b_pre=mean (or geometric_median)")
-    advice.append("resample.every=500, or loss.aux=0.03125")
+    if b_pre == "zero":
+        advice.append("init.b_pre=mean (or geometric_median), which centres [arXiv 2605.31518]")
+    elif normalize == "none":
+        advice.append("normalize=standard")
+    if dead > 0.5:
+        advice.append("resample.every=500, or loss.aux=0.03125")
     return [f"{dead:.0%} of the latents fire on no token of a sample before training. {cause}Set {'; '.join(advice)}."]

@@ -141,6 +141,30 @@ def test_several_taps_in_one_pass_equal_separate_passes(captioned, tmp_path):
     assert len({FeatureStore.open(once[tap]).fingerprint for tap in TAPS}) == 6
 
 
+def test_stores_of_all_tokens_and_of_sites_say_what_lies_where(ten, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sae_lightning.features.source.USUAL", 31)
+    cfg = picture_config(ten, tmp_path, "features=tokens", "site=mlp_out")
+    taps = [Tap("tokens", 4, "mlp_out"), Tap("patch", 4), Tap("patch", None, "norm"), Tap("cls", None, "blocks.2.attn")]
+    folders = extract_split(cfg, taps)
+    assert "mae (tiny) reads pictures of 32 x 32 pixels, 64 patches each" in capsys.readouterr().out
+    backbone, images = load_backbone(Source.of(cfg).backbone), Source.of(cfg).images("train")
+    expected = backbone.forward_features(torch.stack([backbone.transform(images[i]) for i in range(10)]), taps)
+    names = ["tokens-L4-mlp_out", "patch-L4", "patch-norm", "cls-blocks.2.attn"]
+    assert [folders[tap].parent.name for tap in taps] == names
+    for tap in taps:
+        store = FeatureStore.open(folders[tap])
+        torch.testing.assert_close(store.features(slice(None)).float().squeeze(1), expected[tap], rtol=2e-3, atol=2e-3)
+        assert (store.kind, store.layer, store.site) == (tap.kind, tap.layer, tap.site)
+    whole = Source.of(cfg).store("train")
+    assert (whole.folder, whole.prefix, whole.n_patches, whole.grid) == (folders[taps[0]], 1, 65, (8, 8))
+    older = whole.folder / "manifest.json"
+    about = json.loads(older.read_text())
+    assert (about.pop("site"), about.pop("prefix")) == ("mlp_out", 1)
+    older.write_text(json.dumps(about))
+    assert FeatureStore.open(whole.folder).site == "block"
+    assert Source.of(cfg).replace(features="cls").site == "block"
+
+
 def test_text_stores_hold_the_captions_and_their_embeddings(captioned, tmp_path):
     cfg = picture_config(captioned, tmp_path, "features=text", backbone="clip")
     store = Source.of(cfg).store("train")

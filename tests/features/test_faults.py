@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from sae_lightning.backbones.backbone import Backbone, Tap
+from sae_lightning.features.extraction import Extraction, extract
 from sae_lightning.features.manifest import Manifest, StoreError
 from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
@@ -29,7 +30,9 @@ from tests.conftest import write_store
 from tests.features import jobs
 from tests.features.jobs import (
     PATCH,
+    PIXELS,
     Job,
+    PixelEncoder,
     content,
     cut,
     encoded,
@@ -42,6 +45,7 @@ from tests.features.jobs import (
     make_pictures,
     noise_images,
     picture_config,
+    pixel_writer,
     times,
 )
 from tests.processes import wait_for
@@ -332,8 +336,10 @@ def test_features_that_cannot_be_stored_are_refused_naming_the_image(value, tmp_
         return {tap: torch.where(white[:, None, None], value, x) for tap, x in features.items()}
 
     monkeypatch.setattr(Backbone, "forward_features", broken)
-    why = "too large for float16" if value == 70_000 else "NaN or infinite"
-    with pytest.raises(StoreError, match=rf"features of image 'train/even/6\.png' are {why}; .*extract\.precision"):
+    why = r"NaN or infinite, in dimension 0 of 128; .*extract\.precision=32"
+    if value == 70_000:
+        why = r"70,000 at most, too large for float16, in dimension 0 of 128; set extract\.dtype=bfloat16"
+    with pytest.raises(StoreError, match=rf"features of image 'train/even/6\.png' are {why}"):
         extract_split(cfg)
     folder = folder_of(tmp_path)
     unopenable(folder)
@@ -345,6 +351,28 @@ def test_features_that_cannot_be_stored_are_refused_naming_the_image(value, tmp_
     assert kept.items() <= times(folder).items()
     whole = extract_split(picture_config(pictures, tmp_path / "whole", "data.shuffle=false"))[PATCH]
     assert content(folder) == content(whole)
+
+
+def massive(value):
+    """PixelEncoder with one massive dimension, number 1."""
+
+    class Massive(PixelEncoder):
+        def forward_features(self, images, taps):
+            features = super().forward_features(images, taps)
+            return {tap: x.index_fill(2, torch.tensor([1]), value) for tap, x in features.items()}
+
+    return Massive()
+
+
+def test_massive_features_are_stored_as_bfloat16_and_said_where_they_near_float16s_end(tmp_path, capsys):
+    for dtype, value, said in (("float16", 40_000.0, True), ("bfloat16", 3e6, False), ("float16", 9_000.0, False)):
+        folder = tmp_path / f"{dtype}-{value}"
+        extract(noise_images(6), massive(value), {PIXELS: pixel_writer(folder, 2, dtype)}, Extraction(4, device="cpu"))
+        kept = FeatureStore.open(folder).features(slice(None))
+        assert kept[..., 1].float().mean() == pytest.approx(value, rel=5e-3)
+        out = capsys.readouterr().out
+        assert out.count("warning: features reach 40,000 in dimension 1, and float16 ends at 65,504") == said
+        assert said or "warning: features" not in out
 
 
 def test_large_features_fit_bfloat16(tmp_path):

@@ -287,9 +287,22 @@ def test_stats_describe_a_store(root, capsys):
     assert "[120, 16, 12] float16 in 3 shards" in out
     assert f"{store.manifest.severity:.3g}" in out
     assert "class 0 40, class 1 40, class 2 40" in out
+    rms = store.features(slice(None)).double().square().mean((0, 1)).sqrt()
+    assert int((rms > 6 * rms.median()).sum()) == 0
+    assert "none with an rms above 6 medians" in out
     status, _, err = said(capsys, "store", "stats", root / "half")
     assert status == 1
     assert "did not finish" in err
+
+
+def test_stats_name_outlier_dimensions_and_how_to_start(tmp_path, capsys):
+    x = torch.randn(6, 16, 12, generator=torch.Generator().manual_seed(0))
+    x[..., 7] += 300
+    fill_store(tmp_path / "massive", x)
+    _, out, _ = said(capsys, "store", "stats", tmp_path / "massive")
+    rms = x.square().mean((0, 1)).sqrt()
+    assert f"1 of 12, rms above 6 medians: 7 ({float(rms[7] / rms.median()):.3g} medians" in " ".join(out.split())
+    assert "above 10: centre, with normalize=standard" in " ".join(out.split())
 
 
 def test_lock_files_beside_stores_are_passed_over(root, capsys):

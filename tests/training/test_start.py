@@ -134,7 +134,7 @@ def told(dead: float, severity: float, normalize: str = "standard", b_pre: str =
 
 
 def test_a_good_start_is_not_warned_of():
-    assert told(0.5, 30.0, "none", "zero") == []
+    assert told(0.5, 30.0, "none") == told(0.5, 9.0, "none", "zero") == told(0.2, 30.0) == []
 
 
 def test_a_start_with_most_latents_dead_is_told_with_what_to_set():
@@ -142,15 +142,22 @@ def test_a_start_with_most_latents_dead_is_told_with_what_to_set():
     assert sentence == (
         "83% of the latents fire on no token of a sample before training. Set resample.every=500, or loss.aux=0.03125."
     )
-    for settings in ({"normalize": "none"}, {"b_pre": "zero"}):
+    for settings, advice in (({"normalize": "none"}, "normalize=standard"), ({"b_pre": "zero"}, "init.b_pre=mean")):
         (sentence,) = told(0.83, 2.0, **settings)
-        assert "Set normalize=standard or init.b_pre=mean (or geometric_median); resample.every=500" in sentence
+        assert f"Set {advice}" in sentence
+        assert "; resample.every=500" in sentence
         assert "severity" not in sentence
 
 
 def test_outlier_dimensions_are_named_as_the_cause():
     (sentence,) = told(0.99, 23.46, "none")
     assert "The store's severity γ = ‖μ‖/‖σ‖ is 23.5: single dimensions lie far off zero" in sentence
+
+
+def test_severe_features_that_are_not_centred_are_told_before_latents_die():
+    (sentence,) = told(0.3, 23.46, b_pre="zero")
+    assert "severity γ = ‖μ‖/‖σ‖ is 23.5" in sentence
+    assert sentence.endswith("Set init.b_pre=mean (or geometric_median), which centres [arXiv 2605.31518].")
 
 
 def test_a_batchtopk_is_looked_at_as_in_training(stores):
