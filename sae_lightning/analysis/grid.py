@@ -32,6 +32,8 @@ class About(NamedTuple):
 
 METRICS = {column.headline: About(column.title, bool(column.better)) for column in headlines()}
 
+UNTRAINED = "random weights"  # in a backbone's title, and then after its short name
+
 ENDS = tuple(f"/{name}" for name in INPUTS)
 
 SETTINGS = (
@@ -51,11 +53,11 @@ def read_grid(runs: Sequence[Path], split: str = "test") -> pd.DataFrame:
     """One row a run: ``SETTINGS``, ``M1`` … ``M7``, and ``TASK/raw``, ``TASK/reconstruction``, ``TASK/codes`` of each
     downstream task found in any run.
 
-    ``backbone`` is the short name (``dinov2``), ``title`` that of the tables (``dinov2 (tiny)``). ``monoloss`` is the
-    weight, 0 without, and ``recipe`` is equal for runs whose other settings are equal. TASK is ``retrieval`` (R@1),
-    ``segmentation:DATA`` (mIoU), ``accuracy:DATA`` (linear probes on another data set) or ``probing:DATA`` (sparse
-    probing AUC at k = 128 on another data set, codes alone). NaN stands where a run has no such score on ``split``.
-    ArtefactError for a folder without a readable cfg.json.
+    ``backbone`` is the short name (``dinov2``, or ``dinov2, random weights``), ``title`` that of the tables (``dinov2
+    (tiny)``). ``monoloss`` is the weight, 0 without, and ``recipe`` is equal for runs whose other settings are equal.
+    TASK is ``retrieval`` (R@1), ``segmentation:DATA`` (mIoU), ``accuracy:DATA`` (linear probes on another data set) or
+    ``probing:DATA`` (sparse probing AUC at k = 128 on another data set, codes alone). NaN stands where a run has no
+    such score on ``split``. ArtefactError for a folder without a readable cfg.json.
     """
     return _table([Run(run) for run in runs], split)
 
@@ -76,9 +78,10 @@ def tasks(table: pd.DataFrame) -> list[str]:
 def _row(run: Run, split: str) -> dict[str, Any]:
     cfg, config = run.cfg, run.config
     scores = [r for r in run.rows if r["split"] == split]
+    untrained = f", {UNTRAINED}" if UNTRAINED in cfg["backbone"] else ""
     settings = {
-        "run": run.name, "data": cfg["data"], "backbone": config["backbone"]["name"], "title": cfg["backbone"],
-        "features": cfg["features"], "layer": cfg["layer"], "variant": cfg["variant"],
+        "run": run.name, "data": cfg["data"], "backbone": config["backbone"]["name"] + untrained,
+        "title": cfg["backbone"], "features": cfg["features"], "layer": cfg["layer"], "variant": cfg["variant"],
         "monoloss": monoloss_of(config)[0], "expansion": cfg["expansion"], "k": cfg["k"], "seed": cfg["seed"],
         "d_in": cfg["d_in"], "d_sae": cfg["d_sae"], "l0": value_of(scores, "l0"),
         "dead_share": value_of(scores, "dead_share"), "recipe": same_but(cfg, *OTHER_COLUMNS),
@@ -106,8 +109,10 @@ FAMILY = [*KIND, "recipe"]
 def main_family(table: pd.DataFrame) -> pd.DataFrame:
     """The rows that a cross-backbone analysis compares: of the most frequent data, features, variant, MonoLoss weight
     and other settings (the first of equals) those of the layer that each backbone has most runs of (the deepest of
-    equals). So runs of one cell differ by their seed alone.
+    equals). So runs of one cell differ by their seed alone. Backbones with random weights are left out beside others.
     """
+    trained = table[~table["title"].str.contains(UNTRAINED, regex=False)] if len(table) else table
+    table = table if trained.empty else trained
     if table.empty:
         return table
     family = [column for column in FAMILY if column in table]

@@ -21,6 +21,13 @@ def test_main_family_is_the_largest_at_each_backbones_usual_layer():
     assert sorted(main_family(pd.concat([*others, main]))["run"]) == sorted(main["run"])
 
 
+def test_random_weights_are_compared_where_there_are_no_others_alone():
+    untrained = grid(backbones=("clip, random weights",), title="clip (tiny, random weights)")
+    main = grid(backbones=("clip",))
+    assert sorted(main_family(pd.concat([untrained, main]))["run"]) == sorted(main["run"])
+    assert len(main_family(untrained)) == len(untrained)
+
+
 def test_of_two_layers_with_as_many_runs_the_deeper_is_the_main_one_and_pooled_features_have_none():
     both = pd.concat([grid(layer=3), grid(layer=11)])
     assert set(main_family(both)["layer"]) == {11.0}

@@ -53,6 +53,11 @@ def test_each_score_has_its_column(tmp_path):
     assert [m for m, (_, better) in METRICS.items() if not better] == ["M2", "M7"]
 
 
+def test_a_backbone_with_random_weights_is_another_one(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", backbone="clip (tiny, random weights)")]
+    assert list(read_grid(runs)["backbone"]) == ["clip", "clip, random weights"]
+
+
 def test_runs_without_a_score_or_setting_have_nan(tmp_path):
     full, other = write_run(tmp_path / "a", SCORES), write_run(tmp_path / "b", [("fvu", 0.2)])
     plain = write_run(tmp_path / "c", k=None, layer=None)

@@ -118,12 +118,20 @@ class Parsed(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A complete grid with a second variant and an early layer of two backbones."""
+    """A complete grid with a second variant, a random dictionary, and an early layer of two backbones."""
     folder = tmp_path_factory.mktemp("grid")
     runs = write_grid(folder / "runs")
     runs += [write_run(folder / "runs", b, 8, 16, "jumprelu", moran=0.05, l0=5 if b == "mae" else 0) for b in PLACES]
     runs += [write_run(folder / "runs", b, 8, 16, layer=1, moran=-0.2) for b in ("dinov2", "clip")]
+    runs.append(write_run(folder / "runs", "mae", 8, 16, "random", moran=-0.125))
     return build_grid(runs, folder / "out" / "grid.html")
+
+
+def test_lifts_of_a_grid_are_over_its_random_dictionary(page):
+    head, *lines = tables_of(page)["lift"]
+    lifts = {line[0]: float(line[next(i for i, title in enumerate(head) if title.startswith("M1"))]) for line in lines}
+    expected = {"batchtopk-mae-x8-k16-L4-s42": 0.125, "batchtopk-mae-x16-k16-L4-s42": 0.135}  # the second: M1 of x16
+    assert lifts == pytest.approx(expected)
 
 
 @pytest.mark.slow
