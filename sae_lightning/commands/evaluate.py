@@ -22,12 +22,13 @@ def main(cfg: DictConfig) -> None:
     except PartError as error:  # the others have scores
         failed = error
     runs = scored(cfg)
-    if cfg.logger:
+    if cfg.logger and not any(runs.values()):  # trainings' loggers are told of their own data
         from sae_lightning.report.publish import publish  # with Lightning, which takes seconds
 
-        publish(runs, cfg)
-    print_scores(runs, cfg)
-    if (lifts := lift_table(runs, cfg.split)) is not None:
+        publish(list(runs), cfg)
+    for data in sorted(set(runs.values())):
+        print_scores([run for run, on in runs.items() if on == data], cfg, data)
+    if (lifts := lift_table([run for run, on in runs.items() if not on], cfg.split)) is not None:
         lifts.show()
     if failed is not None:
         raise failed

@@ -15,7 +15,7 @@ from sae_lightning.evaluation.image_codes import ImageCodes
 from sae_lightning.evaluation.scoring_pass import ScoringPass
 from sae_lightning.evaluation.similarity import ImageEmbeddings, SimilarityEncoder
 from sae_lightning.features.store import FeatureStore
-from sae_lightning.files import write_json, write_tensors
+from sae_lightning.files import read_json, write_json, write_tensors
 from sae_lightning.metrics import core, decoder_cosine
 from sae_lightning.metrics.base import SumMetric
 from sae_lightning.metrics.part import Streamed, TopImages
@@ -101,11 +101,11 @@ def write_summary(
 ) -> dict[str, Any]:  # fmt: skip
     """Write ``scores.json``, ``latents.safetensors``, ``top_images.safetensors`` and ``bands.safetensors``.
 
-    They go into the run's folder; the first is returned. ``above`` are the MonoScores from which the share of latents
-    is counted; ``band_ranks`` latents get ``band_images`` images a band. ``anew``: what other parts said of single
-    latents goes.
+    They go into the run's folder, or the pass's ``out``; the first is returned. ``above`` are the MonoScores from which
+    the share of latents is counted; ``band_ranks`` latents get ``band_images`` images a band. ``anew``: what other
+    parts said of single latents goes.
     """
-    run, store, sae, top = scored.run, scored.store, scored.sae, scored.top(SHOWN)
+    run, store, sae, top = scored.out, scored.store, scored.sae, scored.top(SHOWN)
     latents = {name: t.cpu() for metric in scored.metrics.values() for name, t in metric.of_latents().items()}
     monoscores, counts = latents["monoscore"], latents["counts"]
     found = [scored.metrics[name].compute() for name in core.NAMES if name in scored.metrics]
@@ -138,18 +138,19 @@ def core_metrics(sae: SAE, store: FeatureStore, judge: ImageEmbeddings) -> dict[
 
 
 def stored_scores(
-    run: Path, split: str, names: Iterable[str], similarity: SimilarityEncoder | None = None
+    run: Path, split: str, names: Iterable[str], similarity: SimilarityEncoder | None = None, out: Path | None = None
 ) -> dict[str, Any] | None:
     """The scores of ``run`` on ``split``; None unless whole, newer than the SAE, with every metric in ``names`` and,
-    where ``similarity`` is given, judged by it.
+    where ``similarity`` is given, judged by it. ``out``: of another data set's, in that folder.
     """
-    path = run / SCORES
-    if not path.is_file() or not all(tensor_names(run / name) for name in FILES if name != SCORES):
+    out = out or run
+    path = out / SCORES
+    if not path.is_file() or not all(tensor_names(out / name) for name in FILES if name != SCORES):
         return None
     if not (run / "sae.safetensors").is_file() or path.stat().st_mtime < (run / "sae.safetensors").stat().st_mtime:
         return None
     try:
-        scores = Run(run).scores
+        scores = Run(run).scores if out == run else read_json(path, "score it again", ArtefactError)
     except ArtefactError:
         return None
     if scores.get("schema") != SCHEMA or scores["split"] != split or not set(names) <= set(scores["metrics"]):

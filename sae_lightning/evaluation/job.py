@@ -22,7 +22,7 @@ from sae_lightning.data import DataError, ImageData
 from sae_lightning.data.masks import Masks, load_masks
 from sae_lightning.data.siblings import Groups, sibling_groups
 from sae_lightning.evaluation.core import core_metrics, stored_scores, write_summary
-from sae_lightning.evaluation.scoring_pass import ScoringPass, batches, check_store
+from sae_lightning.evaluation.scoring_pass import JOINT, ScoringPass, batches, check_store
 from sae_lightning.evaluation.similarity import ImageEmbeddings, SimilarityEncoder
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.source import Source
@@ -39,6 +39,8 @@ T = TypeVar("T")
 M = TypeVar("M", bound=SumMetric)
 
 PARTIAL = "evaluation.partial"
+
+ON = "on"  # folder of what was found on other data sets than the run's own
 
 OWN = SimilarityEncoder()
 
@@ -61,6 +63,8 @@ class Settings:
     device: str = "cpu"
     latents_shown: int = 12
     stores: Path | None = None  # None: where each run's own are
+    data: Mapping[str, Any] | None = None  # another data set; None: each run's own
+    features: str | None = None  # embedding or text, where it is not what a run was trained on
     fingerprints: dict[str, str] = field(default_factory=dict)  # of stores, found while runs are looked at
 
     @cached_property
@@ -86,11 +90,13 @@ class Job:
                 f"{run / 'cfg.json'} does not say how the SAE was trained (it lacks {', '.join(lacking)} of the "
                 "config), so its features are not known; leave it out, or train it here."
             )
-        self.config, self.source = OmegaConf.create(config), Source.of(config)
-        if settings.stores is not None:
-            self.source = self.source.replace(stores=settings.stores)
+        self.source, self.on = scored_source(run, config, settings)
+        self.out = run / ON / self.on.replace("/", "--").replace(" ", "-") if self.on else run
+        if self.on:
+            config = config | {"data": dict(self.source.data), "features": self.source.features}
+        self.config, self._trained_on = OmegaConf.create(config), read_cfg(run)["features"]
         self.sae_digest = file_sha256(run / "sae.safetensors")
-        self.parts = [part for part in settings.parts if part.is_of(self.config)]
+        self.parts = [p for p in settings.parts if p.is_of(self.config) and not (self.on and "siblings" in p.needs)]
         self.without: dict[str, Exception] = {}  # parts that cannot be had, and why
         self._stores: dict[str, FeatureStore] = {}
         self.release()
@@ -119,6 +125,17 @@ class Job:
             check_store(self.folder, found)
             self._stores[name] = found
         return self._stores[name]
+
+    def load(self) -> SAE:
+        """A copy of the SAE; for images or texts, if it was trained on the others, with the train split's statistics.
+
+        As both modalities have a mean and a scale of their own [MSAE §3.3].
+        """
+        sae = SAE.load(self.folder)
+        if self.source.features != self._trained_on:
+            train = self.source.store("train")
+            sae.normalizer = Normalizer(train.d_in, train.mean, train.std)
+        return sae
 
     def fingerprint(self, name: str) -> str:
         """The fingerprint of that store, which need not be there; found once for all runs that read it."""
@@ -158,6 +175,8 @@ class Job:
     def key(self, part: Part) -> str:
         """What the scores of ``part`` depend on, as a digest."""
         stores = [self.fingerprint(name) for name in dict.fromkeys((MAIN, *part.passes, *part.reads))]
+        if self.source.features != self._trained_on:
+            stores.append(self.source.fingerprint("train"))
         similarity = self.similarity(part)
         judged = [] if similarity is None else [similarity.key(self.source)]
         return _digest([VERSION, part.name, part.keyed, self.sae_digest, stores, *judged])
@@ -195,11 +214,11 @@ class Job:
         self.parts = [part for part in self.parts if part.name not in parts]
 
     def _missing(self, parts: list[Part]) -> list[Part]:
-        split, held = self.settings.split, tensor_names(self.folder / LATENTS)
-        rewritten = any(p.name == CORE for p in parts) and stored_scores(self.folder, split, []) is None
+        split, held = self.settings.split, tensor_names(self.out / LATENTS)
+        rewritten = any(p.name == CORE for p in parts) and stored_scores(self.folder, split, [], out=self.out) is None
         left = []
         for part in parts:  # core comes first
-            found = scores_of(self.folder, part.name, split, self.key(part)) is not None
+            found = scores_of(self.folder, part.name, split, self.key(part), self.on) is not None
             if part.name == CORE:
                 rewritten = rewritten or not found
             if not found or not held.issuperset(part.leaves) or (rewritten and (part.leaves or part.name == CORE)):
@@ -217,7 +236,7 @@ class Job:
         judge = ImageEmbeddings(store, opened, similarity.key(self.source)) if name == MAIN else ImageEmbeddings(store)
         metrics: dict[str, SumMetric] = {}
         if name == MAIN:
-            sae = SAE.load(self.folder)
+            sae = self.load()
             metrics |= core_metrics(sae, store, judge) if any("core" in part.needs for part in parts) else {}
             streamed = Streamed(sae, store, judge.d)
             for wanted in parts:
@@ -225,8 +244,11 @@ class Job:
         images = any("images" in part.needs for part in parts)
         gathered = [images, *sorted((part.name, _digest(part.keyed)) for part in parts)]
         digest = _digest([VERSION, gathered, self.sae_digest, store.fingerprint, judge.key])
-        folder = self.folder / PARTIAL / f"{name.replace('/', '-')}-{self.settings.split}-{digest[:8]}" / part
-        return ScoringPass(self.folder, store, judge, folder, metrics, images, span, self.settings.device)
+        folder = self.out / PARTIAL / f"{name.replace('/', '-')}-{self.settings.split}-{digest[:8]}" / part
+        device = self.settings.device
+        return ScoringPass(
+            self.folder, store, judge, folder, metrics, images, span, device, self.load(), self.out
+        )  # fmt: skip
 
     # --- after its passes: what parts ask for ------------------------------------------------------
     @property
@@ -242,7 +264,7 @@ class Job:
     @cached_property
     def sae(self) -> SAE:
         """The SAE, on the CPU."""
-        return SAE.load(self.folder)
+        return self.load()
 
     @cached_property
     def frame(self) -> Normalizer:
@@ -283,7 +305,7 @@ class Job:
         captions apart.
         """
         source, split = self.source, self.settings.split
-        if source.given:
+        if source.given or source.features == "text":
             return None
         images, captions = source.images(split), source.replace(features="text")
         if not isinstance(images, ImageData) or images.captions is None:
@@ -341,7 +363,7 @@ class Job:
     def dictionary(self) -> Dictionary:
         """Its decoder and encoder, and which latents are alive on the split."""
         sae = SAE.load(self.folder)
-        return Dictionary(sae.W_dec.detach(), sae.W_enc.detach(), read_tensors(self.folder / LATENTS)[0]["counts"] > 0)
+        return Dictionary(sae.W_dec.detach(), sae.W_enc.detach(), read_tensors(self.out / LATENTS)[0]["counts"] > 0)
 
     def siblings(self) -> list[Dictionary]:
         """Dictionaries of the runs that differ by seed."""
@@ -367,7 +389,35 @@ class Job:
 
     def write_latents(self, tensors: Mapping[str, Tensor]) -> None:
         """Add figures [d_sae] to those of the single latents."""
-        put_tensors(self.folder / LATENTS, dict(tensors))
+        put_tensors(self.out / LATENTS, dict(tensors))
+
+
+def scored_source(run: Path, config: Mapping[str, Any], how: Settings) -> tuple[Source, str]:
+    """The features that the SAE of ``run`` is scored on, and the name of their data set where it is not the run's own.
+
+    ArtefactError where ``features`` are not those that it was trained on, nor the other half of a joint space.
+    """
+    own = Source.of(config)
+    own = own if how.stores is None else own.replace(stores=how.stores)
+    kind = how.features or own.features
+    if kind != own.features and {kind, own.features} != set(JOINT):
+        raise ArtefactError(
+            f"{run.name} was trained on {own.features} features, so that it cannot be scored on features={kind}: only "
+            "an SAE of embeddings takes texts, and one of texts embeddings. Leave out features."
+        )
+    other = own.replace(features=kind) if how.data is None else own.replace(features=kind, data=how.data)
+    if kind == own.features and _same(own, other, how.split):
+        return own, ""
+    return other, f"{other.data.get('name', other.data['source'])}" + (f" {kind}" if kind != own.features else "")
+
+
+def _same(own: Source, other: Source, split: str) -> bool:
+    if own.data == other.data:
+        return True
+    try:
+        return own.fingerprint(split) == other.fingerprint(split)
+    except (DataError, StoreError):  # one is not there: that of the run may be gone, and that of the others is told of
+        return False
 
 
 def _digest(what: Any) -> str:

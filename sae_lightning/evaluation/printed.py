@@ -12,40 +12,42 @@ from sae_lightning.metrics.core import SHOWN
 from sae_lightning.metrics.part import CORE, Column, headlines, parts_of
 from sae_lightning.rendering.table import Head, Table, Unknown
 from sae_lightning.runs.run import Run
+from sae_lightning.runs.scores import read_rows
 
 
-def print_scores(runs: Sequence[Path], cfg: DictConfig) -> None:
-    """The tables of ``runs``, and the baselines of those who judged how alike images are."""
-    parts = parts_of(cfg.metrics)
-    core_table(runs, cfg.split).show()
+def print_scores(runs: Sequence[Path], cfg: DictConfig, data: str = "") -> None:
+    """The tables of ``runs`` on their own data, or ``data``, and the baselines of who judged how alike images are."""
+    parts, on = parts_of(cfg.metrics), f"on the {cfg.split} split" + (f" of {data}" if data else "")
+    core_table(f"Scores {on}", runs, cfg.split, data).show()
     beside = [column for part in parts if part.name != CORE for column in part.columns]
     if any(column.headline for column in beside):
-        score_table(f"ViSAEBench on the {cfg.split} split", headlines(), runs, cfg.split).show()
+        score_table(f"ViSAEBench {on}", headlines(), runs, cfg.split, data).show()
     elif beside:
         plain = [column for column in beside if "{" not in column.setting]
-        score_table(f"{', '.join(cfg.metrics)} on the {cfg.split} split", plain, runs, cfg.split).show()
-    judges = {(s["title"], s["baseline"]) for s in (Run(run).scores["similarity"] for run in runs)}
+        score_table(f"{', '.join(cfg.metrics)} {on}", plain, runs, cfg.split, data).show()
+    judges = {(s["title"], s["baseline"]) for s in (Run(run).scores["similarity"] for run in runs if not data)}
     for title, baseline in sorted(judges):
         print(f"MonoScore by {title}; all pairs of images: {baseline:.3f}.")
 
 
-def core_table(runs: Sequence[Path], split: str) -> Table:
+def core_table(title: str, runs: Sequence[Path], split: str, data: str) -> Table:
     """The core metrics of each run."""
     rows = []
     for run in map(Run, runs):
-        made, metrics = run.cfg, run.scores["metrics"]
+        found = [row for row in read_rows(run.folder, data=data) if row["split"] == split and row["part"] == CORE]
+        made, metrics = run.cfg, {row["metric"]: row["value"] for row in found} if data else run.scores["metrics"]
         k = "–" if made["k"] is None else f"{made['k']:g}"
         values = (metrics.get(column.metric) for column in SHOWN)
         rows.append([run.name, made["backbone"], f"{k} of {made['d_in']}", *values])
     heads = [Head("run"), Head("backbone", drop=1), Head("k of d_in", drop=1), *(c.head for c in SHOWN)]
-    return Table(CORE, f"Scores on the {split} split", heads, rows)
+    return Table(CORE, title, heads, rows)
 
 
-def score_table(title: str, columns: Sequence[Column], runs: Sequence[Path], split: str) -> Table:
+def score_table(title: str, columns: Sequence[Column], runs: Sequence[Path], split: str, data: str) -> Table:
     """The ``columns`` of each run, with why one has no number."""
     rows = []
     for run in map(Run, runs):
-        scores = [row for row in run.rows if row["split"] == split]
+        scores = [row for row in read_rows(run.folder, strict=True, data=data) if row["split"] == split]
         cells: list[object] = [run.name, run.cfg["backbone"]]
         for column in columns:
             value = column.of(scores)

@@ -29,6 +29,7 @@ from sae_lightning.saes.artefact import ArtefactError, read_cfg, read_tensors
 STATE = "state.safetensors"
 # inputs that a metric may name
 STREAMED = ("features", "reconstruction", "codes", "patch_codes", "image_codes", "labels", "embeddings")
+JOINT = ("embedding", "text")  # images and texts in one space
 TOP = 16  # strongest images of a latent that are looked for at once
 
 
@@ -36,18 +37,21 @@ class ScoringPass:
     """The SAE of ``run`` over the images ``span`` of ``store``, kept in ``folder`` so that another process goes on.
 
     It feeds ``metrics`` with the inputs that each names, keeps the codes of whole images, and with ``images`` the
-    maximum over an image's patches of its features and of their reconstruction. ``judge`` gives embeddings.
+    maximum over an image's patches of its features and of their reconstruction. ``judge`` gives embeddings. ``sae`` is
+    that of the run by default, ``out`` where its summary is written the run's folder.
     Raises StoreError when the store is of another backbone, layer or width than the SAE.
     """
 
     def __init__(
         self, run: Path, store: FeatureStore, judge: ImageEmbeddings, folder: Path, metrics: Mapping[str, SumMetric],
-        images: bool = False, span: range | None = None, device: str = "cpu",
+        images: bool = False, span: range | None = None, device: str = "cpu", sae: SAE | None = None,
+        out: Path | None = None,
     ) -> None:  # fmt: skip
         check_store(run, store)
         self.run, self.store, self.judge, self.folder, self.device = run, store, judge, folder, device
+        self.out = out or run
         self.span = range(len(store)) if span is None else span
-        self.sae = SAE.load(run).to(device)
+        self.sae = (SAE.load(run) if sae is None else sae).to(device)
         self.metrics = {name: of_one_rank(metric).to(device) for name, metric in metrics.items()}
         self._inputs = {one_of(i, STREAMED, "inputs") for metric in metrics.values() for i in metric.inputs}
         self._inputs |= {"reconstruction"} if images else set()
@@ -159,9 +163,10 @@ def states(metric: SumMetric) -> dict[str, Tensor]:
 
 
 def check_store(run: Path, store: FeatureStore) -> None:
-    """StoreError unless ``store`` holds what the SAE of ``run`` was trained on, of whatever images."""
+    """StoreError unless ``store`` holds what the SAE of ``run`` was trained on, of whatever images, or texts."""
     cfg = read_cfg(run)
-    made_for = (cfg["backbone"], cfg["features"], cfg["layer"], cfg["d_in"], cfg.get("site", "block"))
+    kind = store.kind if {store.kind, cfg["features"]} == set(JOINT) else cfg["features"]
+    made_for = (cfg["backbone"], kind, cfg["layer"], cfg["d_in"], cfg.get("site", "block"))
     found = (store.backbone, store.kind, store.layer, store.d_in, store.site)
     if made_for != found:
         raise StoreError(

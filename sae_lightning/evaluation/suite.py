@@ -13,12 +13,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
 from sae_lightning.data import NotGivenError
@@ -226,7 +226,7 @@ def _score_parts(work: _Work, shared: dict[str, Any], ranks: Ranks, bar: tqdm) -
         each.close()
     job.release()
     if not failed:
-        shutil.rmtree(job.folder / PARTIAL, ignore_errors=True)
+        shutil.rmtree(job.out / PARTIAL, ignore_errors=True)
     return failed
 
 
@@ -237,7 +237,7 @@ def _score_part(job: Job, part: Part, key: str) -> list[str]:
     except ValueError as error:
         tqdm.write(f"{job.name}: {part.name} cannot be computed. {error}")
         return [f"{part.name} of {job.name}"]
-    put_scores(job.folder, part.name, job.settings.split, key, scores)
+    put_scores(job.folder, part.name, job.settings.split, key, scores, job.on)
     for why, names in undefined(scores).items():
         tqdm.write(f"{job.name}: {part.name}: {', '.join(names)} cannot be computed: {why}.")
     return []
@@ -287,6 +287,7 @@ def settings_of(cfg: DictConfig, alone: Ranks) -> Settings:
     return Settings(
         cfg.metrics, cfg.split, similarity_of(cfg), cfg.batch_tokens, cfg.memory_gb, cfg.checkpoint_minutes, cfg.again,
         alone.device(cfg.device), cfg.latents_shown, None if cfg.paths.stores is None else Path(cfg.paths.stores),
+        None if cfg.data is None else OmegaConf.to_container(cfg.data, resolve=False), cfg.features,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -308,10 +309,18 @@ def evaluate(cfg: DictConfig) -> list[Path]:
     return runs
 
 
-def scored(cfg: DictConfig) -> list[Path]:
-    """The runs that ``cfg.runs`` names and that have scores on ``cfg.split``."""
-    runs = find_runs(cfg.runs, Path(cfg.paths.runs))
-    return [run for run in runs if stored_scores(run, cfg.split, []) is not None]
+def scored(cfg: DictConfig) -> dict[Path, str]:
+    """The runs that ``cfg.runs`` names and that have scores on ``cfg.split`` of the data set which it asks for.
+
+    With the data set's name in their tables, which is empty where it is a run's own.
+    """
+    found, how = {}, settings_of(cfg, ALONE)
+    for run in find_runs(cfg.runs, Path(cfg.paths.runs)):
+        with suppress(ValueError):  # said before, as it was left out
+            job = Job(run, how) if how.data is not None or how.features is not None else None
+            if stored_scores(run, cfg.split, [], out=job and job.out) is not None:
+                found[run] = job.on if job else ""
+    return found
 
 
 def _evaluate_rank(cfg: DictConfig, _: Path) -> None:

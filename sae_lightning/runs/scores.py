@@ -21,20 +21,24 @@ SCHEMA = pa.schema(
     [
         ("run", pa.string()), ("metric", pa.string()), ("setting", pa.string()), ("value", pa.float64()),
         ("part", pa.string()), ("split", pa.string()), ("key", pa.string()), ("why", pa.string()),
+        ("data", pa.string()),
     ]
 )  # fmt: skip
 
 
-def read_rows(run: Path, strict: bool = False) -> list[dict[str, Any]]:
-    """All rows of a run's table; none where there is no table, or one that cannot be read (it is then made anew).
+def read_rows(run: Path, strict: bool = False, data: str | None = "") -> list[dict[str, Any]]:
+    """The rows of a run's table of the data set ``data`` ("": its own; None: all), as their column ``data`` has it.
+
+    None where there is no table, or one that cannot be read (it is then made anew).
 
     With ``strict`` ArtefactError for one that cannot be read.
     """
     try:
         table = pq.read_table(run / TABLE)
-        if table.schema.names != SCHEMA.names:
+        if table.schema.names not in (SCHEMA.names, SCHEMA.names[:-1]):  # before, a run had scores on its own data only
             raise pa.ArrowInvalid("it has other columns")
-        return table.to_pylist()
+        rows = [{"data": ""} | row for row in table.to_pylist()]
+        return [row for row in rows if data in (None, row["data"])]
     except FileNotFoundError:
         return []
     except (pa.ArrowException, OSError) as error:
@@ -46,30 +50,30 @@ def read_rows(run: Path, strict: bool = False) -> list[dict[str, Any]]:
         return []
 
 
-def scores_of(run: Path, part: str, split: str, key: str) -> list[Score] | None:
-    """The scores of a ``part`` of the benchmark on ``split``; None unless made by what ``key`` stands for."""
-    found = [r for r in read_rows(run) if (r["part"], r["split"], r["key"]) == (part, split, key)]
+def scores_of(run: Path, part: str, split: str, key: str, data: str = "") -> list[Score] | None:
+    """The scores of a ``part`` on ``split`` of ``data``; None unless made by what ``key`` stands for."""
+    found = [r for r in read_rows(run, data=data) if (r["part"], r["split"], r["key"]) == (part, split, key)]
     from sae_lightning.metrics.base import Score  # with torchmetrics, which takes seconds
 
     return [Score(r["metric"], r["value"], r["setting"], r["why"]) for r in found] or None
 
 
-def put_scores(run: Path, part: str, split: str, key: str, scores: Iterable[Score]) -> None:
-    """Write the scores of a ``part`` on ``split`` in place of earlier ones, atomically.
+def put_scores(run: Path, part: str, split: str, key: str, scores: Iterable[Score], data: str = "") -> None:
+    """Write the scores of a ``part`` on ``split`` of ``data`` in place of earlier ones, atomically.
 
     ValueError where two rows would have the same metric and setting.
     """
-    rows = [r for r in read_rows(run) if (r["part"], r["split"]) != (part, split)]
+    rows = [r for r in read_rows(run, data=None) if (r["part"], r["split"], r["data"]) != (part, split, data)]
     made = [
         {"run": run.name, "metric": s.metric, "setting": s.setting, "value": float(s.value), "part": part,
-         "split": split, "key": key, "why": s.why}
+         "split": split, "key": key, "why": s.why, "data": data}
         for s in scores
     ]  # fmt: skip
-    names = [(r["metric"], r["setting"], r["split"]) for r in (*rows, *made)]
+    names = [(r["metric"], r["setting"], r["split"], r["data"]) for r in (*rows, *made)]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"Two scores of {run.name} are called {twice}; give them different settings.")
-    rows = sorted((*rows, *made), key=lambda r: (r["part"], r["split"]))
+    rows = sorted((*rows, *made), key=lambda r: (r["data"], r["part"], r["split"]))
     write_table(run / TABLE, pa.Table.from_pylist(rows, SCHEMA))
 
 

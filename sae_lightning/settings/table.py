@@ -241,7 +241,8 @@ PARTS: dict[str, Section] = {
 }  # fmt: skip
 METRICS = Plus({name: Maybe(part, flags=True) for name, part in PARTS.items()}, "sae_lightning.metrics.part:PARTS")
 EVALUATE: Section = {
-    "metrics": METRICS, "similarity": Maybe(BACKBONE), "logger": LOGGER, "runs": PATTERNS, "split": SPLIT,
+    "metrics": METRICS, "data": Maybe(DATA), "features": Maybe(FEATURES),
+    "similarity": Maybe(BACKBONE), "logger": LOGGER, "runs": PATTERNS, "split": SPLIT,
     "batch_tokens": whole(1), "memory_gb": number(above=0), "checkpoint_minutes": number(above=0), "device": DEVICE,
     "devices": whole(1), "latents_shown": whole(1),
     "similarity_features": Maybe(choice("patch", "cls", "pooled", "embedding")), "similarity_store": Maybe(PATH),
