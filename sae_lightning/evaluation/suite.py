@@ -283,11 +283,14 @@ def _rank_name(rank: int, world: int) -> str:
 
 
 def settings_of(cfg: DictConfig, alone: Ranks) -> Settings:
-    """What the config says of how to score."""
+    """What the config says of how to score; interpolations of its data set stay for a run's config."""
+    other: Any = cfg.get("data")  # which a group that is null does not leave
+    if other is not None:
+        other = OmegaConf.to_container(other, resolve=False)
     return Settings(
         cfg.metrics, cfg.split, similarity_of(cfg), cfg.batch_tokens, cfg.memory_gb, cfg.checkpoint_minutes, cfg.again,
         alone.device(cfg.device), cfg.latents_shown, None if cfg.paths.stores is None else Path(cfg.paths.stores),
-        None if cfg.data is None else OmegaConf.to_container(cfg.data, resolve=False), cfg.features,  # type: ignore[arg-type]
+        other, cfg.features,
     )  # fmt: skip
 
 
