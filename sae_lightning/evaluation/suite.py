@@ -321,7 +321,7 @@ def scored(cfg: DictConfig) -> dict[Path, str]:
     for run in find_runs(cfg.runs, Path(cfg.paths.runs)):
         with suppress(ValueError):  # said before, as it was left out
             job = Job(run, how) if how.data is not None or how.features is not None else None
-            if stored_scores(run, cfg.split, [], out=job and job.out) is not None:
+            if stored_scores(run, cfg.split, [], out=job.out if job else None) is not None:
                 found[run] = job.on if job else ""
     return found
 
