@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -15,10 +17,12 @@ from safetensors import safe_open
 from sklearn.metrics import r2_score
 
 from sae_lightning.evaluation.by_latent import choose_latents, ranked, spread_ranks, strongest, top_purity
-from sae_lightning.evaluation.core import stored_scores
+from sae_lightning.evaluation.core import activation_maps, stored_scores
+from sae_lightning.evaluation.scoring_pass import ScoringPass, stream
 from sae_lightning.evaluation.similarity import ImageEmbeddings, SimilarityEncoder
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.kernels import native
+from sae_lightning.metrics import Moran
 from sae_lightning.runs.run import BAND_IMAGES, FILES, LATENTS, SCORES, TOP_IMAGES, find_runs
 from sae_lightning.saes import Normalizer, SparseCodes, TopK
 from sae_lightning.saes.artefact import read_tensors
@@ -179,8 +183,34 @@ def test_top_images_and_their_maps_equal_a_dense_pass(run, stores):
         assert float(t["firing_share"][i]) == pytest.approx((maps[:, :, latent] > 0).mean())
 
 
+def test_of_all_tokens_spatial_scores_and_maps_take_the_patches_alone(run, stores, tmp_path):
+    patches = stores["test"]
+    more = torch.randn(90, 3, patches.d_in, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([more, patches.features(slice(None)).float()], 1)
+    whole = fill_store(tmp_path / "tokens", x, kind="tokens", prefix=3, split="test")
+    assert (whole.n_patches, whole.grid, whole.spatial, whole.n_tokens) == (19, (4, 4), True, 90 * 19)
+    sae, found = TopK.load(run), {}
+    of_tokens = tmp_path / "topk-tokens"
+    sae.save(of_tokens, name="topk-tokens", backbone=whole.backbone, features="tokens", layer=0, k=3, config={})
+    for folder, store in ((run, patches), (of_tokens, whole)):
+        moran = Moran(sae.d_sae, store.grid, min_images=5)
+        with TemporaryDirectory(dir=tmp_path) as kept:
+            scored = ScoringPass(folder, store, ImageEmbeddings(store), Path(kept), {"moran": moran})
+            stream([scored], 300, title="")
+            scored.close()
+        found[store.kind] = moran.compute() | {"all": moran.scores().nan_to_num()}
+        images = torch.tensor([[0, 5, -1], [7, 80, 2]])
+        found[store.kind]["maps"] = activation_maps(sae, store, torch.tensor([4, 9]), images)
+    for name, value in found["patch"].items():
+        torch.testing.assert_close(found["tokens"][name], value)
+    with torch.no_grad():
+        codes = sae.encode(x.flatten(0, 1))
+    left = codes.without_first(3, 19).to_dense()
+    assert torch.equal(left, codes.to_dense().unflatten(0, (90, 19))[:, 3:].flatten(0, 1))
+
+
 def test_a_store_of_another_backbone_or_layer_is_refused(run, tmp_path):
-    for change in ({"backbone": "another"}, {"layer": 3}):
+    for change in ({"backbone": "another"}, {"layer": 3}, {"site": "mlp_out"}):
         other = write_store(tmp_path / next(iter(change)), 4, seed=9, **change)
         with pytest.raises(StoreError, match=r"topk-run was trained on .*none \(synthetic\).*own backbone"):
             score(run, other)
