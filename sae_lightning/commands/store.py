@@ -114,11 +114,11 @@ def _stats(args: argparse.Namespace) -> int:
         m = store.manifest
         feature = m.kind if m.layer is None else f"{m.kind}, layer {m.layer}"
         feature += "" if m.site == "block" else f", site {m.site}"
-        before = f", {m.prefix} of them before the patches" if m.prefix else ""
+        feature += f" ({m.prefix} before {m.grid[0]} x {m.grid[1]} patches)" if m.prefix else ""
         severe = f"; above {SEVERE:g}: centre, with normalize=standard" if m.severity > SEVERE else ""
         rows = {
             "features": f"{feature}, of {m.backbone}", "images": f"{m.data}, {m.split}: {len(store):,}",
-            "shape": f"[{len(store)}, {m.n_patches}, {m.d_in}] {m.dtype} in {len(m.shards)} shards{before}",
+            "shape": f"[{len(store)}, {m.n_patches}, {m.d_in}] {m.dtype} in {len(m.shards)} shards",
             "size": decimal(sum(shard.bytes for shard in m.shards)),
             "left out": f"{m.skipped_images} unreadable pictures" if m.skipped_images else "nothing",
             "mean length of a token": f"{m.mean_norm:.4g}", "deviation (scalar)": f"{m.std:.4g}",
