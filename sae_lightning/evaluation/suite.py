@@ -290,7 +290,7 @@ def settings_of(cfg: DictConfig, alone: Ranks) -> Settings:
     return Settings(
         cfg.metrics, cfg.split, similarity_of(cfg), cfg.batch_tokens, cfg.memory_gb, cfg.checkpoint_minutes, cfg.again,
         alone.device(cfg.device), cfg.latents_shown, None if cfg.paths.stores is None else Path(cfg.paths.stores),
-        other, cfg.features,
+        other, cfg.get("features"),
     )  # fmt: skip
 
 
