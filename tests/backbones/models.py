@@ -28,7 +28,7 @@ SIGLIP = {
 }
 
 
-def backbone(name: str, size: str = "tiny", **changes: Any) -> dict[str, Any]:
+def backbone(name: str, /, size: str = "tiny", **changes: Any) -> dict[str, Any]:
     """The config node that ``backbone=<name>`` composes to, with ``changes``."""
     node = composed("extract", f"backbone={name}", f"data.backbones={size}").backbone
     OmegaConf.set_struct(node, False)

@@ -43,7 +43,7 @@ def in_memory(**settings):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n.endswith(LARGE) else ()) for n in PRESETS]
+    "name", [pytest.param(n, marks=pytest.mark.slow if n.endswith((*LARGE, *SMALLER)) else ()) for n in PRESETS]
 )
 def test_a_preset_has_the_grid_and_width_of_the_plain_model_and_its_preprocessing(name, monkeypatch):
     section, node = section_of(name)
@@ -85,6 +85,7 @@ def test_other_sizes_give_other_grids(name, size, grid):
         ours.forward_features(torch.zeros(1, 3, size, 448), [Tap("patch", -1)])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (REAL / "efficientnet_lite0").is_dir(), reason="needs the real encoders")
 @pytest.mark.skipif(importlib.util.find_spec(LITE0) is None, reason="needs the extra [offline]")
 def test_weights_of_a_package_give_the_features_of_the_same_weights_in_timms_names():
@@ -111,6 +112,7 @@ def test_a_package_that_is_missing_is_named():
         load_backbone(cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (REAL / "dinov2_s_saliency").is_dir(), reason="needs the real encoders")
 @pytest.mark.parametrize("how", ["weights", "model"])
 def test_a_folder_with_a_vit_s_gives_transformers_features(how):
@@ -125,10 +127,13 @@ def test_a_folder_with_a_vit_s_gives_transformers_features(how):
     processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     pixels = processor(images=image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(ours.transform(image)[None], pixels, atol=0.02, rtol=0)
-    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model, seen = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), []
+    model.encoder.layer[4].mlp.register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.no_grad():
-        states = model(pixels, output_hidden_states=True).hidden_states
-    taps = [Tap("patch", 10), Tap("cls", 4)]
+        given = model(pixels, output_hidden_states=True)
+    taps = [Tap("patch", 10), Tap("cls", 4), Tap("tokens", 4, "mlp_out"), Tap("patch", None, "norm")]
     out = ours.forward_features(pixels, taps)
-    torch.testing.assert_close(out[taps[0]], states[11][:, 1:])
-    torch.testing.assert_close(out[taps[1]], states[5][:, 0])
+    torch.testing.assert_close(out[taps[0]], given.hidden_states[11][:, 1:])
+    torch.testing.assert_close(out[taps[1]], given.hidden_states[5][:, 0])
+    torch.testing.assert_close(out[taps[2]], seen[0])
+    torch.testing.assert_close(out[taps[3]], given.last_hidden_state[:, 1:])
