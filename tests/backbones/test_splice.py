@@ -94,15 +94,14 @@ def test_each_mode_does_what_a_pass_by_hand_does(vit, sae, images, features, mod
     assert not torch.allclose(found, vit.model(images), atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        timm("test_vit", layer=0), timm("test_efficientnet", layer=0), timm("test_convnext", layer=0),
-        timm("vit_wee_patch16_reg1_gap_256", image_size=64, layer=0),
-        *(transformers(SMALL[name][0], layer=0) for name in ("registers", "clip", "siglip", "deit")),
-    ],
-    ids=lambda config: config["published"]["model"],
-)  # fmt: skip
+ENCODERS = [
+    timm("test_vit", layer=0), timm("test_efficientnet", layer=0), timm("test_convnext", layer=0),
+    timm("vit_wee_patch16_reg1_gap_256", image_size=64, layer=0),
+    *(transformers(SMALL[name][0], layer=0) for name in ("registers", "clip", "siglip", "deit")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", ENCODERS, ids=lambda config: config["published"]["model"])
 def test_with_its_error_added_an_sae_leaves_the_model_as_it_is(config):
     encoder = load_backbone(config)
     sae = TopK(encoder.d_in, 2 * encoder.d_in, k=2, seed=0).eval()

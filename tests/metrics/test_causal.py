@@ -12,13 +12,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sae_lightning.backbones.registry import load_backbone
+from sae_lightning.backbones.splice import fanned
 from sae_lightning.evaluation.job import Job, Settings
 from sae_lightning.evaluation.printed import print_scores
 from sae_lightning.evaluation.suite import evaluate_runs
 from sae_lightning.features.source import Source
 from sae_lightning.metrics.causal import Bootstrap, causal, pairs_of
+from sae_lightning.metrics.readout import outputs
 from sae_lightning.runs.scores import read_rows, value_of
 from sae_lightning.saes import Normalizer, TopK
+from tests.backbones.test_splice import ENCODERS
 from tests.configs import composed
 
 METRICS = composed("evaluate", "metrics=causal").metrics
@@ -164,6 +167,22 @@ def test_where_nothing_reaches_the_output_it_says_so_and_patches_can_be_the_outp
     assert found(folder, output="patch")["accuracy features=kept"] > 0.5
     class_token = found(untrained("backbone=deit", "backbone.layer=5", "features=cls"))
     assert class_token["cross_entropy features=mean"] > class_token["cross_entropy features=kept"]
+
+
+@pytest.mark.parametrize("patches", [False, True])
+@pytest.mark.parametrize("config", ENCODERS, ids=lambda config: config["published"]["model"])
+def test_changed_pictures_go_on_behind_the_clean_ones_in_every_library(config, patches):
+    encoder = load_backbone(config)
+    images = torch.randn(2, 3, encoder.image_size, encoder.image_size)
+    rows, seen = torch.tensor([1, 0, 1]), {}
+    found = fanned(
+        lambda x: outputs(encoder, x, patches, seen.__setitem__), encoder, images,
+        lambda x: (rows, x[rows] * torch.tensor([1, 1, -1])[:, None, None]), encoder.d_in,
+    )  # fmt: skip
+    clean = outputs(encoder, images, patches)
+    torch.testing.assert_close(found[:4], clean[[0, 1, 1, 0]], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found[4], clean[1], atol=1e-4)
+    assert {layer: len(given) for layer, given in seen.items()} == dict.fromkeys(range(encoder.depth), 5)
 
 
 @pytest.mark.parametrize(
