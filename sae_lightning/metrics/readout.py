@@ -145,7 +145,7 @@ def study(run: ScoredRun, options: Options) -> Study:
     """That of a run; Unknown where its pictures are not there, or where no encoder lies behind its features."""
     source, split, seed = run.source, run.store().split, options["seed"]
     if source.given:
-        raise Unknown("the pictures behind a store that the config names are not known, and the encoder must see them")
+        raise Unknown("the features' pictures are not known, and the encoder must see them again")
     if source.features not in BEHIND:
         raise Unknown(f"nothing of the encoder lies behind {source.features} features, as it does behind patch and cls")
     if source.site != "block":
