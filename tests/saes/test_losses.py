@@ -22,6 +22,8 @@ from sae_lightning.saes.losses import (
     unselected,
 )
 
+TRAINED = [name for name, cls in VARIANTS.items() if not (cls.fitted or cls.frozen)]  # as a whole
+
 
 def make(k: int = 3):
     torch.manual_seed(0)
@@ -96,7 +98,7 @@ def test_gate_on_a_variant_without_one_says_what_to_set():
         loss_terms(sae, run, {"gate": 1.0})
 
 
-@pytest.mark.parametrize("variant", [name for name, cls in VARIANTS.items() if not (cls.fitted or cls.frozen)])
+@pytest.mark.parametrize("variant", TRAINED)
 def test_aux_reconstructs_the_error_from_dead_latents_only(variant):
     sae = VARIANTS[variant](10, 30, seed=0, **({} if variant in ("relu", "jumprelu", "gated") else {"k": 3}))
     x, dead = torch.randn(50, 10, generator=torch.Generator().manual_seed(0)), torch.tensor([4, 9, 21])
@@ -156,7 +158,7 @@ def test_orthogonality_of_an_orthonormal_dictionary_and_of_one_latent_is_zero():
 
 
 @pytest.mark.parametrize("shift", [0.0, -1.5])  # candidates as a matrix, and as lists
-@pytest.mark.parametrize("variant", [name for name, cls in VARIANTS.items() if not (cls.fitted or cls.frozen)])
+@pytest.mark.parametrize("variant", TRAINED)
 def test_regularisers_are_of_positive_pre_acts_of_units_that_the_batch_selects(variant, shift):
     sae = VARIANTS[variant](10, 30, seed=0, **({} if variant in ("relu", "jumprelu", "gated") else {"k": 3}))
     bias = sae.b_gate if variant == "gated" else sae.b_enc

@@ -91,6 +91,16 @@ def test_lifts_are_over_the_random_dictionary_of_the_same_weights(config):
         assert line[place] == pytest.approx(difference, abs=1e-6)
 
 
+@pytest.mark.slow
+def test_a_published_encoder_may_have_random_weights(config):
+    published = ["backbone.size=published", "backbone.published.model=test_vit", "backbone.layer=-1"]
+    folder = train(config("sae=random", *published, "backbone.published.pretrained=false"))
+    evaluate(composed("evaluate", "metrics=core", f"paths.runs={folder.parent}", "split=val"))
+    assert json.loads((folder / "cfg.json").read_text())["backbone"] == "deit (ViT-B/16, random weights)"
+    assert json.loads((folder / "scores.json").read_text())["metrics"]["l0"] == pytest.approx(8, abs=0.1)
+    assert run_name(config("sae=random", *published)) != folder.name
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
