@@ -101,7 +101,7 @@ class ImageEmbeddings:
         """What ``scores.json`` says of the similarity encoder."""
         store = self.other or self.store
         kind = store.kind if store.layer is None else f"{store.kind} L{store.layer}"
-        title = f"{store.backbone} {kind}" + (" (mean of an image)" if store.kind == "patch" else "")
+        title = f"{store.backbone} {kind}" + (" (mean of an image)" if store.n_patches > 1 else "")
         return {
             "key": self.key, "title": title + (", the scored features" if self.other is None else ""),
             "backbone": store.backbone, "features": store.kind, "layer": store.layer, "store": store.fingerprint,
