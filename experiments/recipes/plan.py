@@ -18,12 +18,14 @@ EFFICIENTNET, VIT = "efficientnet_lite0", "dinov2_s_saliency"  # folders of ``en
 
 SETS = {  # by name: what chooses the features, their dictionary's size, and tokens a step
     "EfficientNet pooled": (EFFICIENTNET, ("features=pooled", "d_sae=1536"), 512),
-    "EfficientNet 7×7 map": (EFFICIENTNET, ("features=patch", "expansion=8"), 1024),
+    "EfficientNet 7×7 map": (EFFICIENTNET, ("features=patch", "d_sae=2560"), 1024),
     "ViT-S (saliency) class token": (VIT, ("features=cls", "backbone.layer=10", "d_sae=1536"), 512),
-    "ViT-S (saliency) patches": (VIT, ("features=patch", "backbone.layer=10", "expansion=8"), 1024),
+    "ViT-S (saliency) patches": (VIT, ("features=patch", "backbone.layer=10", "d_sae=3072"), 1024),
 }
 
 MONOLOSS = {"batchtopk": 4e-4, "topk": 0.09, "jumprelu": 7e-4, "vanilla": 9e-5}  # the paper's weights
+
+STEERED, SPARSER = ("jumprelu", "vanilla"), 24  # steered to two L0s without MonoLoss, which changes theirs
 
 NORMS = (0.1, 0.3, 1)  # of the encoder's rows at the start
 VARIANTS = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated", "relu", "msae")
@@ -60,10 +62,15 @@ def _recipes(batch: int) -> Iterator[Recipe]:
     """What is trained on one set, with ``batch`` tokens a step, or half as many where MonoLoss is not in it."""
     common = _common()
     for sae, weight in MONOLOSS.items():
-        steered = (f"sae.target_l0={K}",) if sae in ("jumprelu", "vanilla") else ()  # equal L0 in both arms
-        preset = (f"experiment=monoloss/{sae}", *common, f"batch_size={batch}", *steered)
-        yield "MonoLoss", sae, "without", (*preset, "callbacks.monoloss.weight=0")
-        yield "MonoLoss", sae, "with", (*preset, f"callbacks.monoloss.weight={weight}")
+        preset = (f"experiment=monoloss/{sae}", *common, f"batch_size={batch}")
+        without, loss = "callbacks.monoloss.weight=0", f"callbacks.monoloss.weight={weight}"
+        if sae in STEERED:
+            for l0 in (K, SPARSER):
+                yield "MonoLoss", sae, f"without, L0 {l0}", (*preset, f"sae.target_l0={l0}", without)
+            yield "MonoLoss", sae, "with", (*preset, f"sae.target_l0={K}", loss)
+        else:
+            yield "MonoLoss", sae, "without", (*preset, without)
+            yield "MonoLoss", sae, "with", (*preset, loss)
     half = (*common, f"batch_size={batch // 2}")
     plain = (*half, "loss.aux=0")
     yield "Matryoshka", "batchtopk", "without", ("sae=batchtopk", *plain)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.recipes.plan import MONOLOSS, SETS, K, Planned
+from experiments.recipes.plan import MONOLOSS, SETS, SPARSER, STEERED, K, Planned
 from sae_lightning.rendering.table import NOTHING, Head, Spread, Table
 from sae_lightning.runs.run import RESULT, SCORES
 from sae_lightning.runs.scores import read_rows
@@ -31,15 +31,16 @@ METRICS = {
 FORMS = {"l0": ".1f", "dead_share": ".1%"}
 ARM = ["features", "recipe", "variant", "arm"]
 
-SEEDS, ERRORS, APART, DEAD = 3, 2.0, 0.1, 0.01
+SEEDS, ERRORS, SMALL, APART, DEAD = 3, 2.0, 0.005, 0.1, 0.01
 
 RULE = f"""\
 A claim counts as **reproduced** where at least {SEEDS} seeds are there, the difference has the claimed sign in each,
-and their mean is more than {ERRORS:g} standard errors from 0; as **the opposite** where the same holds of the other
-sign; else as **not reproduced**. It is **not testable** where seeds are missing, where two arms that should be equally
-sparse differ in L0 by more than {APART:.0%}, or where the ingredient has nothing to do (without AuxK fewer than
-{DEAD:.0%} of the latents are dead). ReLU's frontier is the line through its two weights, of log FVU over log L0, read
-at the L0 of the other arm."""
+and their mean is more than {ERRORS:g} standard errors, and more than {SMALL:g}, from 0; as **the opposite** where the
+same holds of the other sign; else as **not reproduced**. It is **not testable** where seeds are missing, where two arms
+that should be equally sparse differ in L0 by more than {APART:.0%}, or where the ingredient has nothing to do (without
+AuxK fewer than {DEAD:.0%} of the latents are dead). MonoLoss changes the L0 of JumpReLU and vanilla, and MSAE has its
+own: they are compared, at their L0, with the line over log L0 through two runs of the same seed without the ingredient
+(for explained variance the line of log FVU), which may lie beyond the two."""
 
 Arm = tuple[str, str, str]  # recipe, variant, arm
 
@@ -57,14 +58,19 @@ class Claim:
     equal_l0: bool = True
     needs_dead: bool = False
     other_metric: str = ""
-    second: Arm | None = None  # with ``other`` the ends of a frontier, which ours is compared with at its own L0
+    second: Arm | None = None  # with ``other`` the ends of a line, which ours is compared with at its own L0
 
 
 def _monoloss(variant: str) -> list[Claim]:
-    arms = ("MonoLoss", variant, "without"), ("MonoLoss", variant, "with")
+    arms: tuple[Arm, Arm] = ("MonoLoss", variant, "without"), ("MonoLoss", variant, "with")
+    second = None
+    if variant in STEERED:
+        ends = [("MonoLoss", variant, f"without, L0 {l0}") for l0 in (K, SPARSER)]
+        arms, second = (ends[0], arms[1]), ends[1]
     said = dict.fromkeys(("monoscore", "monoscore_scored"), "rises in nearly all of 24 settings")
     said["purity"] = "rises in all of 12 settings (Table 1)"
-    return [Claim(f"MonoLoss on {variant}", metric, 1, *arms, f"MonoLoss: {paper}") for metric, paper in said.items()]
+    name = f"MonoLoss on {variant}"
+    return [Claim(name, m, 1, *arms, f"MonoLoss: {paper}", second is None, second=second) for m, paper in said.items()]
 
 
 def _auxk(variant: str) -> list[Claim]:
@@ -138,16 +144,18 @@ def verdict(differences: Sequence[float], sign: int) -> str:
     values = np.asarray(differences, dtype=float) * sign
     if len(values) < SEEDS:
         return f"not testable ({len(values)} of {SEEDS} seeds)"
-    clear = abs(values.mean()) > ERRORS * values.std(ddof=1) / math.sqrt(len(values))
+    clear = abs(values.mean()) > max(SMALL, ERRORS * values.std(ddof=1) / math.sqrt(len(values)))
     if clear and (values > 0).all():
         return "reproduced"
     return "the opposite" if clear and (values < 0).all() else "not reproduced"
 
 
-def frontier(a: pd.DataFrame, b: pd.DataFrame, l0: pd.Series) -> pd.Series:
-    """Explained variance at ``l0`` on the line through ``a`` and ``b``, of the logarithms of FVU and L0."""
-    slope = (np.log1p(-b.explained_variance) - np.log1p(-a.explained_variance)) / np.log(b.l0 / a.l0)
-    return 1 - (1 - a.explained_variance) * (l0 / a.l0) ** slope
+def line(metric: str, a: pd.DataFrame, b: pd.DataFrame, l0: pd.Series) -> pd.Series:
+    """``metric`` at ``l0`` on the line through ``a`` and ``b`` over log L0; of explained variance that of log FVU."""
+    fvu = metric == "explained_variance"
+    y = [np.log1p(-arm[metric]) if fvu else arm[metric] for arm in (a, b)]
+    at = y[0] + (y[1] - y[0]) * np.log(l0 / a.l0) / np.log(b.l0 / a.l0)
+    return 1 - np.exp(at) if fvu else at
 
 
 def judged(runs: pd.DataFrame, claim: Claim, features: str) -> tuple[Spread, str]:
@@ -159,7 +167,7 @@ def judged(runs: pd.DataFrame, claim: Claim, features: str) -> tuple[Spread, str
     if not common:
         return Spread(math.nan, None), ""
     without, ours, *second = (arm.loc[common] for arm in arms)
-    expected = frontier(without, second[0], ours.l0) if second else without[claim.metric]
+    expected = line(claim.metric, without, second[0], ours.l0) if second else without[claim.metric]
     found = (ours[claim.other_metric or claim.metric] - expected).to_numpy()
     spread = Spread(float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else None)
     sparse = without.l0.mean(), ours.l0.mean()

@@ -43,7 +43,7 @@ def test_all_of_a_seed_come_before_the_next_and_every_claim_has_its_arms():
         ([-0.1, -0.11, -0.09], 1, "the opposite"),
         ([0.1, 0.11, -0.001], 1, "not reproduced"),  # one seed of another sign
         ([0.01, 0.2, 0.02], 1, "not reproduced"),  # of one sign, but less than two standard errors from 0
-        ([0.0, 0.0, 0.0], 1, "not reproduced"),
+        ([0.001, 0.001, 0.001], 1, "not reproduced"),  # too small to matter
         ([0.1, 0.11], 1, "not testable (2 of 3 seeds)"),
     ],
 )
@@ -86,7 +86,7 @@ def test_arms_must_be_equally_sparse_and_an_ingredient_must_have_something_to_do
     assert said == ""
 
 
-def test_a_frontier_is_a_line_of_logarithms_and_judged_at_the_own_l0():
+def test_where_l0_differs_an_arm_is_judged_at_its_own_against_a_line_through_two():
     ends = [{"explained_variance": 0.6, "l0": 100.0}, {"explained_variance": 0.8, "l0": 200.0}]
     second = ("MonoLoss", "topk", "second")
     ours = {"explained_variance": 0.91, "l0": 400.0}  # where the line has 0.9
@@ -95,6 +95,10 @@ def test_a_frontier_is_a_line_of_logarithms_and_judged_at_the_own_l0():
     spread, said = judged(found, claim, ONE)
     assert spread.mean == pytest.approx(0.01)
     assert said == "reproduced"
+    ends = [{"purity": 0.4, "l0": 100.0}, {"purity": 0.3, "l0": 200.0}]
+    found = runs((BASE, ends[0]), (second, ends[1]), (OURS, {"purity": 0.45, "l0": 50.0}))
+    claim = Claim("", "purity", 1, BASE, OURS, "", equal_l0=False, second=second)
+    assert judged(found, claim, ONE)[0].mean == pytest.approx(-0.05)  # where the line has 0.5
 
 
 def test_the_tables_have_a_row_a_claim_and_an_arm():
