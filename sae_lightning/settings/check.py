@@ -51,6 +51,11 @@ def mistakes(command: str, cfg: DictConfig, hydra: Any = None) -> list[str]:
             said = sentence(*(_select(cfg, name) for name in reads))
             if said:
                 walk.found[f"{reads[0]} {len(walk.found)}"] = said
+    if "expansion" in walk.typed and "d_sae" not in walk.typed and cfg.get("d_sae") is not None:
+        walk.found["expansion"] = (
+            f"expansion={cfg.expansion} has no effect beside d_sae={cfg.d_sae}, which the experiment brings; "
+            "add d_sae=null, or leave it out."
+        )
     return list(walk.found.values())
 
 

@@ -72,6 +72,7 @@ def test_the_table_names_what_the_package_has():
 
 # --- what cannot be -----------------------------------------------------------------------------------
 WRONG = [  # command, what is typed, what is said
+    ("train", "experiment=monoloss/topk data=imagenet data.path=x expansion=4", r"no effect beside d_sae=8192"),
     ("train", "k=foo", r"k=foo must be a number above 0"),
     ("train", "k=null", r"k=null must be a number above 0"),
     ("train", "k=0", r"k=0 must be a number above 0"),
