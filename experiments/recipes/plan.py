@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-STEPS, K, LR = 300, 32, 1e-3
+STEPS, D_SAE, K, LR = 300, 1536, 32, 1e-3
+BATCH = 512  # with MonoLoss, which compares the tokens of a batch; half as many without
 SEEDS = (0, 1, 2)
 
 EFFICIENTNET, VIT = "efficientnet_lite0", "dinov2_s_saliency"  # folders of ``encoders``
 
-SETS = {  # by name: what chooses the features, their dictionary's size, and tokens a step
-    "EfficientNet pooled": (EFFICIENTNET, ("features=pooled", "d_sae=1536"), 512),
-    "EfficientNet 7×7 map": (EFFICIENTNET, ("features=patch", "d_sae=2560"), 1024),
-    "ViT-S (saliency) class token": (VIT, ("features=cls", "backbone.layer=10", "d_sae=1536"), 512),
-    "ViT-S (saliency) patches": (VIT, ("features=patch", "backbone.layer=10", "d_sae=3072"), 1024),
+SETS = {  # by name: the encoder, and what chooses its features
+    "EfficientNet pooled": (EFFICIENTNET, ("features=pooled",)),
+    "EfficientNet 7×7 map": (EFFICIENTNET, ("features=patch",)),
+    "ViT-S (saliency) class token": (VIT, ("features=cls", "backbone.layer=10")),
+    "ViT-S (saliency) patches": (VIT, ("features=patch", "backbone.layer=10")),
 }
 
 MONOLOSS = {"batchtopk": 4e-4, "topk": 0.09, "jumprelu": 7e-4, "vanilla": 9e-5}  # the paper's weights
@@ -51,18 +52,18 @@ def planned(seeds: tuple[int, ...] = SEEDS, sets: tuple[str, ...] = tuple(SETS),
         Planned(features, *place, seed, (*SETS[features][1], *recipe, f"seed={seed}"))
         for seed in seeds
         for features in sets
-        for *place, recipe in (_starts if starts else _recipes)(SETS[features][2])
+        for *place, recipe in (_starts if starts else _recipes)()
     ]
 
 
 Recipe = tuple[str, str, str, tuple[str, ...]]  # recipe, variant, arm and overrides
 
 
-def _recipes(batch: int) -> Iterator[Recipe]:
-    """What is trained on one set, with ``batch`` tokens a step, or half as many where MonoLoss is not in it."""
+def _recipes() -> Iterator[Recipe]:
+    """What is trained on one set."""
     common = _common()
     for sae, weight in MONOLOSS.items():
-        preset = (f"experiment=monoloss/{sae}", *common, f"batch_size={batch}")
+        preset = (f"experiment=monoloss/{sae}", *common, f"batch_size={BATCH}")
         without, loss = "callbacks.monoloss.weight=0", f"callbacks.monoloss.weight={weight}"
         if sae in STEERED:
             for l0 in (K, SPARSER):
@@ -71,12 +72,12 @@ def _recipes(batch: int) -> Iterator[Recipe]:
         else:
             yield "MonoLoss", sae, "without", (*preset, without)
             yield "MonoLoss", sae, "with", (*preset, loss)
-    half = (*common, f"batch_size={batch // 2}")
+    half = (*common, f"batch_size={BATCH // 2}")
     plain = (*half, "loss.aux=0")
     yield "Matryoshka", "batchtopk", "without", ("sae=batchtopk", *plain)
     yield "Matryoshka", "batchtopk", "with", ("sae=matryoshka", *plain)
     for sae in ("batchtopk", "topk"):  # from a short encoder, with which latents die
-        dying = (f"sae={sae}", *half, "+sae.settings.encoder_norm=0.1", f"dead_after={25 * batch // 2}")
+        dying = (f"sae={sae}", *half, "+sae.settings.encoder_norm=0.1", f"dead_after={25 * BATCH // 2}")
         yield "AuxK", sae, "without", (*dying, "loss.aux=0")
         yield "AuxK", sae, "with", dying
     for k in (K, 4 * K):
@@ -88,9 +89,9 @@ def _recipes(batch: int) -> Iterator[Recipe]:
         yield "MSAE", "msae", weighting, ("sae=msae", *plain, f"sae.settings.weighting={weighting}")
 
 
-def _starts(batch: int) -> Iterator[Recipe]:
+def _starts() -> Iterator[Recipe]:
     """Each variant from three lengths of the encoder's rows, and the tied TopK with its gradient projected or not."""
-    half = (*_common(), f"batch_size={batch // 2}")
+    half = (*_common(), f"batch_size={BATCH // 2}")
     for sae in VARIANTS:
         for norm in NORMS:
             yield "start", sae, f"{norm:g}", (f"sae={sae}", *half, f"++sae.settings.encoder_norm={norm}")
@@ -100,7 +101,7 @@ def _starts(batch: int) -> Iterator[Recipe]:
 
 
 def _common() -> tuple[str, ...]:
-    return (*ONCE, f"k={K}", f"optimizer.lr={LR}", "stream.buffer_mb=2048")
+    return (*ONCE, f"d_sae={D_SAE}", f"k={K}", f"optimizer.lr={LR}", "stream.buffer_mb=2048")
 
 
 def places(data: Path, encoders: Path, stores: Path, runs: Path, features: str) -> tuple[str, ...]:
