@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress
 
-from sae_lightning.features.manifest import MANIFEST, Manifest, StoreError
+from sae_lightning.features.manifest import MANIFEST, SEVERE, Manifest, StoreError
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.upkeep import find_stores, mend, merge_stores, unfinished
 from sae_lightning.rendering.table import Head, Table
-from sae_lightning.training.start import SEVERE
 
 OUTLIER = 6  # times the median dimension's root mean square
 

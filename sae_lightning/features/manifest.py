@@ -18,6 +18,8 @@ SCHEMA = 2
 
 MANIFEST = "manifest.json"
 
+SEVERE = 10.0  # severity from which outlier dimensions keep most latents from ever firing
+
 NEWER = {"rounding_worst", "site", "prefix"}  # fields that older manifests of this schema lack
 
 TYPES: dict[str, tuple[type, ...]] = {  # of the fields below, as they are annotated

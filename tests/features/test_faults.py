@@ -656,7 +656,7 @@ def test_an_sae_is_not_scored_on_a_store_of_another_width(tmp_path, stores):
     sae = TopK(other.d_in + 4, 40, 3, normalizer=Normalizer(other.d_in + 4), seed=1)
     sae.save(tmp_path / "run", name="run", backbone=other.backbone, layer=other.layer, features=other.kind, k=3,
              config={})  # fmt: skip
-    with pytest.raises(StoreError, match=r"run was trained on .* 16\).* holds .* 12\)"):
+    with pytest.raises(StoreError, match=r"run was trained on .* 16, 'block'\).* holds .* 12, 'block'\)"):
         score(tmp_path / "run", other)
     assert not (tmp_path / "run" / "scores.json").exists()
 

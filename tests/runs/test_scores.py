@@ -27,13 +27,13 @@ def test_parts_replace_themselves_and_leave_others(tmp_path):
     assert value_of(rows, "x", split="val") == 5
     assert math.isnan(value_of(rows, "nothing"))
     assert pq.read_table(tmp_path / TABLE).column_names == [
-        "run", "metric", "setting", "value", "part", "split", "key", "why"
+        "run", "metric", "setting", "value", "part", "split", "key", "why", "data"
     ]  # fmt: skip
 
 
 def test_two_rows_of_one_name_are_refused(tmp_path):
     put_scores(tmp_path, "a", "test", "1", [Score("x", 1)])
-    with pytest.raises(ValueError, match=r"Two scores of .* are called \('x', '', 'test'\)"):
+    with pytest.raises(ValueError, match=r"Two scores of .* are called \('x', '', 'test', ''\)"):
         put_scores(tmp_path, "b", "test", "1", [Score("x", 1)])
     assert len(read_rows(tmp_path)) == 1
 

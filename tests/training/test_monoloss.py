@@ -10,7 +10,7 @@ from sae_lightning.features.loader import FeatureLoader
 from sae_lightning.features.source import Source
 from sae_lightning.metrics.monoscore import monoscore
 from sae_lightning.runs.identity import run_name
-from sae_lightning.saes import SAE, BatchTopK
+from sae_lightning.saes import SAE, VARIANTS, BatchTopK
 from sae_lightning.saes.monoloss import dense_mono_loss
 from sae_lightning.training.fit import build_callbacks, train
 from sae_lightning.training.module import SAEModule
@@ -19,7 +19,8 @@ from tests.configs import CONF
 
 ON = ("callbacks=monoloss", "callbacks.monoloss.weight=1")
 IMAGES = ("stream.unit=images", "batch_size=8")
-CHOICES = sorted(path.stem for path in (CONF / "sae").glob("*.yaml"))
+FITTED = sorted(name for name, kind in VARIANTS.items() if kind.fitted)
+TRAINED = sorted({path.stem for path in (CONF / "sae").glob("*.yaml")} - set(FITTED))
 
 
 def history(folder) -> list[dict[str, str]]:
@@ -28,7 +29,7 @@ def history(folder) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", CHOICES)
+@pytest.mark.parametrize("variant", TRAINED)
 def test_it_trains_every_variant(variant, config):
     """With other terms beside it: the loss is logged and held-out latents fire on more alike tokens."""
     choice = [f"sae={variant}", "++loss.cosine=0.1"]
@@ -40,6 +41,14 @@ def test_it_trains_every_variant(variant, config):
     features = store.features(slice(None)).reshape(-1, store.d_in)
     scores = {on: float(monoscore(SAE.load(run).encode(features), features).mean()) for on, run in runs.items()}
     assert scores[True] > scores[False]
+
+
+@pytest.mark.parametrize("variant", FITTED)
+def test_what_is_not_trained_refuses_it(variant, config):
+    with pytest.raises(
+        ValueError, match=rf"monoloss.weight=1 has nothing to act on, for sae.name={variant} is not tra"
+    ):
+        train(config(f"sae={variant}", *ON))
 
 
 @pytest.mark.parametrize("pool", ["max", "mean"])
