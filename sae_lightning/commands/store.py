@@ -1,4 +1,4 @@
-"""``sae-lightning store ls | verify | stats | merge``."""
+"""``sae-lightning store ls | verify | stats | merge | join``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from sae_lightning.features.manifest import MANIFEST, SEVERE, Manifest, StoreError
 from sae_lightning.features.store import FeatureStore
-from sae_lightning.features.upkeep import find_stores, mend, merge_stores, unfinished
+from sae_lightning.features.upkeep import find_stores, join_modalities, mend, merge_stores, unfinished
 from sae_lightning.rendering.table import Head, Table
 
 OUTLIER = 6  # times the median dimension's root mean square
@@ -42,6 +42,12 @@ def main(arguments: Sequence[str]) -> int:
     merge.add_argument("folder", nargs="+", type=Path)
     merge.add_argument("--into", required=True, type=Path, metavar="FOLDER")
     merge.set_defaults(run=_merge)
+
+    join = verbs.add_parser("join", help="one store of image embeddings and of their captions', to train on both")
+    join.add_argument("images", type=Path, help="the store of features=embedding")
+    join.add_argument("texts", type=Path, help="that of features=text")
+    join.add_argument("--into", required=True, type=Path, metavar="FOLDER")
+    join.set_defaults(run=_join)
 
     args = top.parse_args(arguments)
     return args.run(args)
@@ -153,6 +159,13 @@ def _classes(store: FeatureStore) -> str:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    store = merge_stores(_no_locks(args.folder), args.into)
-    print(f"{args.into}: {len(store):,} images in {len(store.manifest.shards)} shards.")
+    return _made(args.into, merge_stores(_no_locks(args.folder), args.into))
+
+
+def _join(args: argparse.Namespace) -> int:
+    return _made(args.into, join_modalities(args.images, args.texts, args.into))
+
+
+def _made(folder: Path, store: FeatureStore) -> int:
+    print(f"{folder}: {len(store):,} images in {len(store.manifest.shards)} shards.")
     return 0

@@ -83,6 +83,51 @@ def _lost(folder: Path, damage: Iterable[int] | None) -> tuple[list[int], list[s
     return (sorted(bad), files) if bad or files else None
 
 
+DESCRIPTIVE = ("data", "split", "backbone", "kind", "layer", "site", "prefix", "grid")
+
+
+def join_modalities(
+    images: Path, texts: Path, target: Path, progress: Callable[[], object] = lambda: None
+) -> FeatureStore:
+    """One sealed store of image embeddings and of the ``texts``' embeddings beside them, to train on both.
+
+    Texts are moved and scaled so that they have the images' mean and scalar deviation: each modality is then centred
+    and scaled by its own statistics [MSAE §3.3] when the joint store is by its. Image i's caption is called
+    ``text/<its name>`` and has its label. Raises StoreError for stores of other kinds, encoders, widths or splits.
+    """
+    if (target / MANIFEST).exists():
+        raise StoreError(f"{target} exists; name another folder to join into.")
+    stores = FeatureStore.open(images), FeatureStore.open(texts)
+    first, second = (store.manifest for store in stores)
+    if (first.kind, second.kind) != ("embedding", "text"):
+        raise StoreError(
+            f"Both modalities are joined from a store of embedding and one of text features, in this order; these hold "
+            f"{first.kind} and {second.kind}."
+        )
+    for name in ("data", "split", "backbone", "d_in", "class_names"):
+        ours, theirs = getattr(first, name), getattr(second, name)
+        if ours != theirs:
+            raise StoreError(f"{texts} has {name} {theirs}, {images} has {ours}; they cannot be joined.")
+    digest = hashlib.sha256("|".join(("both", *(store.fingerprint for store in stores))).encode()).hexdigest()
+    about = {name: getattr(first, name) for name in DESCRIPTIVE} | {"class_names": first.class_names}
+    writer = StoreWriter(target, digest, about, first.images_per_shard, first.dtype)
+    count = 0
+    for store, before in zip(stores, ("", "text/"), strict=True):
+        for at in range(0, len(store), writer.images_per_shard):
+            if not writer.has(count):
+                some = slice(at, min(len(store), at + writer.images_per_shard))
+                x = store.features(some).float()
+                x = x if store is stores[0] else (x - store.mean) / store.std * stores[0].std + stores[0].mean
+                names = [before + name for name in store.image_ids[some]]
+                shard = writer.begin(count)
+                shard.append(x, names)
+                writer.finish(count, shard, names, store.labels[some].tolist())
+            count += 1
+            progress()
+    writer.seal(count)
+    return FeatureStore.open(target)
+
+
 def merge_stores(
     sources: Sequence[Path], target: Path, progress: Callable[[], object] = lambda: None, fingerprint: str | None = None
 ) -> FeatureStore:
@@ -111,7 +156,7 @@ def merge_stores(
     if len(set(ids)) != len(ids):
         raise StoreError(f"The stores share {len(ids) - len(set(ids))} images; merge stores of different ones.")
     digest = fingerprint or hashlib.sha256("|".join(s.fingerprint for s in stores).encode()).hexdigest()
-    about = {name: getattr(first, name) for name in ("data", "split", "backbone", "kind", "layer", "grid")}
+    about = {name: getattr(first, name) for name in DESCRIPTIVE}
     about["class_names"] = None if by_name else first.class_names
     writer = StoreWriter(target, digest, about, first.images_per_shard, first.dtype)
     count = 0

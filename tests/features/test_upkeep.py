@@ -12,13 +12,15 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.preprocessing import StandardScaler
 
 from sae_lightning.commands.main import main
 from sae_lightning.features.manifest import MANIFEST, Manifest, StoreError
 from sae_lightning.features.store import FeatureStore
-from sae_lightning.features.upkeep import find_stores, mend, merge_stores
+from sae_lightning.features.upkeep import find_stores, join_modalities, mend, merge_stores
 from sae_lightning.features.writer import StoreWriter
 from tests.conftest import fill_shard, fill_store, sparse_features, write_store
 from tests.features import jobs
@@ -359,3 +361,24 @@ def test_int8_stores_merge(tmp_path):
     store = fill_store(tmp_path / "a", x, 20, dtype="int8")
     merged = merge_stores([store.folder], tmp_path / "b")
     assert torch.equal(merged.features(slice(None)), store.features(slice(None)))
+
+
+def test_both_modalities_are_joined_each_by_its_own_statistics(tmp_path):
+    about = {"kind": "embedding", "layer": None, "grid": (1, 1)}
+    images, texts = sparse_features(45, 1)[:, :1], 3 * sparse_features(30, 2)[:, :1] - 7
+    fill_store(tmp_path / "images", images, 20, "1" * 64, **about)
+    fill_store(tmp_path / "texts", texts, 20, "2" * 64, **about | {"kind": "text"})
+    both = join_modalities(tmp_path / "images", tmp_path / "texts", tmp_path / "both")
+    scale, offset = StandardScaler(with_std=False).fit(texts.flatten(1)), images.flatten(1).mean(0)
+    spread = [np.sqrt(np.mean((x - x.mean(0)) ** 2)) for x in (images.flatten(1).numpy(), texts.flatten(1).numpy())]
+    moved = scale.transform(texts.flatten(1)) * spread[0] / spread[1] + offset.numpy()
+    np.testing.assert_allclose(both.features(slice(45, 75))[:, 0].float(), moved, atol=0.02)
+    assert torch.equal(both.features(slice(0, 45)), images.half())
+    assert both.image_ids[44:46] == ["image-44", "text/image-0"]
+    assert both.labels.tolist() == [i % 3 for i in range(45)] + [i % 3 for i in range(30)]
+    assert (both.manifest.kind, both.std) == ("embedding", pytest.approx(spread[0], rel=1e-3))
+    with pytest.raises(StoreError, match="in this order; these hold text and embedding"):
+        join_modalities(tmp_path / "texts", tmp_path / "images", tmp_path / "other")
+    fill_store(tmp_path / "elsewhere", texts, 20, "3" * 64, **about | {"kind": "text", "backbone": "clip"})
+    with pytest.raises(StoreError, match=r"has backbone clip, .* cannot be joined"):
+        join_modalities(tmp_path / "images", tmp_path / "elsewhere", tmp_path / "other")
