@@ -24,7 +24,10 @@ from torch import Tensor
 from sae_lightning.files import CacheError, _make_writable, cache_folder
 from sae_lightning.kernels.portable import offsets_of
 
-SOURCES = sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
+# read with this module, which calls them: an update of both under a running process must not part them
+SOURCES = {
+    path.name: path.read_text(encoding="utf-8") for path in sorted(Path(__file__).with_name("csrc").glob("*.[ch]"))
+}
 
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-std=gnu11"]
 
@@ -43,7 +46,9 @@ def _compile(compiler: str, library: Path) -> None:
     _make_writable(library.parent)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
-        files = [str(path) for path in SOURCES if path.suffix == ".c"]
+        for name, text in SOURCES.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        files = [str(Path(folder) / name) for name in SOURCES if name.endswith(".c")]
         for threads in ("-fopenmp", "-fopenmp-simd"):
             command = [*compiler.split(), *FLAGS, threads, "-o", str(built), *files, "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -75,9 +80,7 @@ def load_native() -> ctypes.CDLL | None:
     if os.environ.get("SAE_LIGHTNING_NATIVE") == "0" or sys.platform == "win32":
         return None
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    made_from = "\n".join(
-        [*(path.read_text(encoding="utf-8") for path in SOURCES), *FLAGS, _processor(), compiler or ""]
-    )
+    made_from = "\n".join([*SOURCES.values(), *FLAGS, _processor(), compiler or ""])
     try:
         library = cache_folder() / f"native-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
         _share_threads()
