@@ -9,9 +9,10 @@ import transformers
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from sae_lightning.backbones.backbone import Tap
 from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.backbones.splice import spliced
-from sae_lightning.features.source import Source
+from sae_lightning.features.source import Source, extract_stores
 from sae_lightning.metrics.moran import Moran
 from sae_lightning.runs.run import Run
 from sae_lightning.saes import BatchTopK
@@ -42,7 +43,11 @@ def config(tmp_path_factory):
 def run(config):
     """BatchTopK on patch tokens after block 10 of the ViT-S."""
     settings = ("expansion=4", "k=64", "batch_size=1024", "trainer.max_epochs=12", "trainer.enable_progress_bar=false")
-    return Run(train(config("backbone=dinov2_s", f"backbone.published.weights={VIT}", "backbone.layer=10", *settings)))
+    cfg = config("backbone=dinov2_s", f"backbone.published.weights={VIT}", "backbone.layer=10", *settings)
+    source = Source.of(cfg)
+    for split in ("train", "test"):
+        extract_stores(source, source.images(split), [source.tap, Tap("pooled")])
+    return Run(train(cfg))
 
 
 def plain(images):
@@ -75,32 +80,30 @@ def test_an_sae_explains_held_out_photographs_and_its_latents_are_connected(run)
 
 
 def test_spliced_with_its_error_nothing_changes_and_random_directions_cost_more(run):
-    encoder, images = run.backbone, {split: run.images(split) for split in ("train", "test")}
-    pixels = {
-        s: torch.stack([encoder.transform(images[s][i]) for i in range(n)]) for s, n in (("train", 90), ("test", 50))
-    }
-
-    def outputs(split):
-        with torch.no_grad():
-            return torch.cat([encoder.model(x).pooler_output for x in pixels[split].split(10)])
-
+    encoder, pictures = run.backbone, run.images("test")
+    pixels = torch.stack([encoder.transform(pictures[i]) for i in range(40)])
+    pooled = {split: run.store(split, "pooled") for split in ("train", "test")}
+    x, kept = (store.features(slice(0, len(store))).float()[:, 0] for store in pooled.values())
     scaler = StandardScaler()
-    probe = LogisticRegression(C=0.01, max_iter=500).fit(
-        scaler.fit_transform(outputs("train")), images["train"].labels[:90]
-    )
+    probe = LogisticRegression(C=0.01, max_iter=500).fit(scaler.fit_transform(x), pooled["train"].labels)
+
+    def outputs():
+        with torch.no_grad():
+            return torch.cat([encoder.model(some).pooler_output for some in pixels.split(10)])
 
     def accuracy(x):
-        return probe.score(scaler.transform(x), images["test"].labels[:50])
+        return probe.score(scaler.transform(x), pooled["test"].labels[: len(x)])
 
-    kept = outputs("test")
+    with torch.no_grad():
+        before = encoder.model(pixels[:10]).pooler_output
     with spliced(encoder, run.sae, "add_error"):
-        torch.testing.assert_close(outputs("test"), kept, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(encoder.model(pixels[:10]).pooler_output, before, atol=1e-4, rtol=1e-5)
     with spliced(encoder, run.sae):
-        replaced = outputs("test")
+        replaced = outputs()
     nothing = BatchTopK(384, 1536, k=64, normalizer=run.sae.normalizer, seed=1)
     nothing.finish([run.store("val").features(slice(0, 20)).float().flatten(0, 1)], 20 * 256, "mean")
     with spliced(encoder, nothing.eval()):
-        by_chance = outputs("test")
+        by_chance = outputs()
     assert accuracy(kept) > 0.5
     assert accuracy(by_chance) < accuracy(replaced)
 
