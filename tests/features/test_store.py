@@ -90,16 +90,16 @@ def test_int8_loses_little_even_beside_massive_dimensions(tmp_path):
 @pytest.mark.parametrize("when", ["in the first batch", "later", "in a few tokens"])
 def test_int8_scales_by_the_whole_shard_and_measures_every_dimension(when, tmp_path):
     """A massive dimension that first appears after the first batch (of 33) cost the others four fifths."""
-    x = torch.randn(400, 4, 64)
+    x = torch.randn(400, 4, 64, generator=torch.Generator().manual_seed(0))
     massive = {"in the first batch": slice(0, 30), "later": slice(50, None), "in a few tokens": slice(390, 394)}[when]
     x[massive, :, 7] += 3000
     store = fill_store(tmp_path / "s", x, 400, dtype="int8")
-    lost = (x - store.features(slice(None)).float()).double().square().sum((0, 1))
-    varies = (x - x.mean((0, 1))).double().square().sum((0, 1))
+    lost = (x.double() - store.features(slice(None)).double()).square().sum((0, 1))
+    varies = (x.double() - x.double().mean((0, 1))).square().sum((0, 1))
     share = lost / varies
     assert float(share.max()) < (0.02 if when == "in a few tokens" else 2e-3)
-    assert store.manifest.rounding_worst == pytest.approx(float(share.max()), rel=1e-3)
-    assert store.manifest.rounding == pytest.approx(float(lost.sum() / varies.sum()), rel=1e-3)
+    assert store.manifest.rounding_worst == pytest.approx(float(share.max()), rel=3e-3)
+    assert store.manifest.rounding == pytest.approx(float(lost.sum() / varies.sum()), rel=3e-3)
     store.verify()
 
 
