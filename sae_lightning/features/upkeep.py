@@ -97,17 +97,14 @@ def join_modalities(
     """
     if (target / MANIFEST).exists():
         raise StoreError(f"{target} exists; name another folder to join into.")
-    stores = FeatureStore.open(images), FeatureStore.open(texts)
+    stores = [FeatureStore.open(folder) for folder in (images, texts)]
     first, second = (store.manifest for store in stores)
     if (first.kind, second.kind) != ("embedding", "text"):
         raise StoreError(
             f"Both modalities are joined from a store of embedding and one of text features, in this order; these hold "
             f"{first.kind} and {second.kind}."
         )
-    for name in ("data", "split", "backbone", "d_in", "class_names"):
-        ours, theirs = getattr(first, name), getattr(second, name)
-        if ours != theirs:
-            raise StoreError(f"{texts} has {name} {theirs}, {images} has {ours}; they cannot be joined.")
+    _check_alike(stores, ("data", "split", "backbone", "d_in", "class_names"), "joined")
     digest = hashlib.sha256("|".join(("both", *(store.fingerprint for store in stores))).encode()).hexdigest()
     about = {name: getattr(first, name) for name in DESCRIPTIVE} | {"class_names": first.class_names}
     writer = StoreWriter(target, digest, about, first.images_per_shard, first.dtype)
@@ -145,13 +142,7 @@ def merge_stores(
     same = ["data", "split", "backbone", "kind", "layer", "site", "n_patches", "grid", "d_in", "dtype"]
     by_name = all(isinstance(label, str) for s in stores for label in _some_labels(s))
     same += [] if by_name else ["class_names"]
-    for store in stores[1:]:
-        for name in same:
-            ours, theirs = getattr(first, name), getattr(store.manifest, name)
-            if ours != theirs:
-                raise StoreError(
-                    f"{store.folder} has {name} {theirs}, {stores[0].folder} has {ours}; they cannot be merged."
-                )
+    _check_alike(stores, same, "merged")
     ids = [image for store in stores for image in store.image_ids]
     if len(set(ids)) != len(ids):
         raise StoreError(f"The stores share {len(ids) - len(set(ids))} images; merge stores of different ones.")
@@ -175,6 +166,17 @@ def merge_stores(
             progress()
     writer.seal(count)
     return FeatureStore.open(target)
+
+
+def _check_alike(stores: Sequence[FeatureStore], names: Iterable[str], done: str) -> None:
+    """StoreError where the manifests of ``stores`` differ in one of ``names``, so that they cannot be ``done``."""
+    for store in stores[1:]:
+        for name in names:
+            ours, theirs = getattr(stores[0].manifest, name), getattr(store.manifest, name)
+            if ours != theirs:
+                raise StoreError(
+                    f"{store.folder} has {name} {theirs}, {stores[0].folder} has {ours}; they cannot be {done}."
+                )
 
 
 def _some_labels(store: FeatureStore) -> list:
