@@ -211,7 +211,6 @@ def _load_built(
     if path is not None and path.is_file():
         builder = datasets.load_dataset_builder("parquet", data_files={"train": str(path)})
     elif path is not None:
-        logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # any README.md is none of the hub's
         builder = datasets.load_dataset_builder(str(path), cfg.get("config"))
         if _of_pictures(builder):
             builder = _without_litter(_with_split_folders(builder, path), path)

@@ -150,8 +150,6 @@ def study(run: ScoredRun, options: Options) -> Study:
         raise Unknown(f"nothing of the encoder lies behind {source.features} features, as it does behind patch and cls")
     if source.site != "block":
         raise Unknown(f"features at site={source.site} lie beside what the encoder hands on; site=block is scored")
-    if str(source.tap) != f"{source.features}-L{source.tap.layer}":
-        raise Unknown(f"it is for what whole layers give, not yet for {source.tap}")
     images, train_images = source.images(split), source.images("train")
     if not (isinstance(images, ImageData) and isinstance(train_images, ImageData)):
         raise Unknown("a stream of pictures cannot be read at will; set data.streaming=false")
