@@ -59,7 +59,8 @@ class DictionaryLearning(Layout):
 
     def checked(self, config: dict[str, Any], path: Path) -> dict[str, Any]:
         trainer = entry(config, "trainer", path)
-        if entry(trainer, "dict_class", path) not in NAMES:
+        trainer = trainer | {"dict_class": entry(trainer, "dict_class", path).replace("Matroyshka", "Matryoshka")}
+        if trainer["dict_class"] not in NAMES:
             raise ValueError(f"{path} names the class '{trainer['dict_class']}'; known classes: {', '.join(NAMES)}.")
         return trainer
 

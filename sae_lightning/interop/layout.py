@@ -7,17 +7,15 @@ W_encᵀ + b_enc), reconstruction = codes · W_dec + b_dec, both matrices [d_sae
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lightning.files import read_json, write_json, write_tensors
+from sae_lightning.interop.checkpoint import contents
 from sae_lightning.saes import SAE, VARIANTS, Normalizer
 from sae_lightning.saes.artefact import unwrapped
 
@@ -98,10 +96,14 @@ class Layout:
         folder = Path(folder)
         config, path = present(folder / self.config), folder / self.weights
         content = self.checked(read_json(config, "save the SAE again"), config)
-        found = self.read(content, read_tensors(present(path)), folder)
-        check_shapes(found.weights, path, found.d_in, found.d_sae)
-        weights = found.weights if found.centred else move_offset(found.weights, +1)
-        return build(found.variant, weights, found.normalizer, **found.settings)
+        return made(self.read(content, read_tensors(present(path)), folder), path)
+
+
+def made(found: Found, path: Path) -> SAE:
+    """The SAE of what the file ``path`` and its config say, in evaluation mode; ValueError where shapes do not fit."""
+    check_shapes(found.weights, path, found.d_in, found.d_sae)
+    weights = found.weights if found.centred else move_offset(found.weights, +1)
+    return build(found.variant, weights, found.normalizer, **found.settings)
 
 
 def fold(sae: SAE, unit_norm: bool = False) -> Weights:
@@ -200,16 +202,7 @@ def entry(content: dict[str, Any], key: str, path: Path) -> Any:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file or of a saved state dict, prefixes of wrappers off; nothing pickled is run."""
-    try:
-        if path.suffix == ".safetensors":
-            return unwrapped(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{path} cannot be read as plain tensors ({reason}); it is damaged, or holds a pickled module: save "
-            "sae.state_dict() instead of the module."
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+    content = contents(path)[1]
+    if not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ValueError(f"{path} does not hold a state dict; save sae.state_dict() there.")
     return unwrapped(content)

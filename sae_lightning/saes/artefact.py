@@ -13,12 +13,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sae_lightning.files import read_json, write_json, write_tensors
-from sae_lightning.registry import Registry
+from sae_lightning.files import read_json, whole, write_json, write_tensors
+from sae_lightning.registry import Registry, discover
 
 VARIANTS: Registry[Any] = Registry("sae.name")  # classes of SAEs by their ``variant``
+LAYOUTS: Registry[Any] = Registry("layout")  # what reads SAEs of other packages, which the folder interop adds
 
 FILES = ("sae.safetensors", "cfg.json")
+WEIGHTS = (  # of other packages, the likelier first
+    "sae.pt", "sae.safetensors", "model.safetensors", "model.pt", "ae.pt", "weights.pt", "autoencoder_final.pt",
+    "sae_weights.safetensors", "state_dict.pt",
+)  # fmt: skip
+CONFIGS = ("config.json", "cfg.json", "config.yaml", "config.yml")
+SUFFIXES = (".safetensors", ".pt", ".pth")
 
 SCHEMA = 3  # 1 had W_enc as [d_in, d_sae]; 1 and 2 called the input norm "rms" by the name "unit"
 
@@ -72,22 +79,39 @@ reconstruction = sae(features)
 """
 
 
-def _download(name: str, revision: str | None) -> Path:
-    """The folder with the artefact's files of "org/name" or "org/name/folder", in the hub's cache."""
+def download(name: str, revision: str | None = None) -> Path:
+    """The file or folder "org/name", "org/name/folder" or "org/name/folder/file", in the hub's cache.
+
+    Of a folder come the files that an SAE's weights and config are called. ArtefactError where it cannot be had.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     parts = name.strip("/").split("/")
-    repo_id, inside = "/".join(parts[:2]), "/".join(parts[2:])
-    wanted = [f"{inside}/{file}" if inside else file for file in FILES]
+    repo_id, inside = "/".join(parts[:2]), Path(*parts[2:])
+    folder, files = (inside, WEIGHTS) if inside.suffix not in SUFFIXES else (inside.parent, (inside.name,))
+    above = [folder.parent] if folder.name == "checkpoints" else []
+    wanted = [folder / file for file in (*files, *CONFIGS, "activation_scaler.json")]
+    wanted += [place / config for place in above for config in CONFIGS]
     try:
-        folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted)
+        root = huggingface_hub.snapshot_download(
+            repo_id, revision=revision, allow_patterns=[path.as_posix() for path in dict.fromkeys(wanted)]
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ArtefactError(
             f"'{name}' is no folder here and cannot be had from the model hub ({type(error).__name__}). "
             "Check the name, the connection, and for a private repository the login."
         ) from error
-    return Path(folder) / inside
+    return Path(root) / inside
+
+
+def foreign(path: Path) -> bool:
+    """Whether ``path`` is a file of weights, or a folder with some that this package has not written."""
+    names = [path.name] if path.is_file() else [file.name for file in path.glob("*") if file.suffix in SUFFIXES]
+    cfg = path / FILES[1]
+    if cfg.is_file():
+        return bool(names) and whole(cfg) and b'"schema"' not in cfg.read_bytes()  # of a broken one it is said
+    return bool(names) and (names != [FILES[0]] or path.is_file())
 
 
 def upload(folder: Path, repo_id: str, message: str, private: bool = False, only: list[str] | None = None) -> str:
@@ -185,8 +209,14 @@ class Artefact(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """The SAE in ``folder``, on the CPU in evaluation mode; ArtefactError: what is missing or does not fit."""
+        """The SAE in ``folder``, on the CPU in evaluation mode; ArtefactError: what is missing or does not fit.
+
+        A folder, or a file, of another package's weights is read too, where ``interop`` knows its format.
+        """
         folder = Path(folder)
+        if foreign(folder):
+            discover("sae_lightning.interop")
+            return LAYOUTS["release"](folder)
         cfg = read_cfg(folder)
         lacking = {"variant", "d_in", "d_sae", "sae"} - set(cfg)
         if lacking:
@@ -227,11 +257,11 @@ class Artefact(nn.Module):
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Self:
         """The SAE in the folder ``name``, or in the hub's repository of that name, in evaluation mode.
 
-        A repository is "org/name"; what follows is a folder in it, as "org/name/folder" for one SAE of a release.
-        ArtefactError when neither is there or the files do not fit.
+        A repository is "org/name"; what follows is a folder or a file in it, as "org/name/folder" for one SAE of a
+        release. ArtefactError when neither is there or the files do not fit.
         """
-        folder = Path(name) if Path(name).is_dir() else _download(str(name), revision)
-        if not (folder / FILES[1]).is_file():
+        folder = Path(name) if Path(name).exists() else download(str(name), revision)
+        if not (folder / FILES[1]).is_file() and not foreign(folder):
             raise ArtefactError(
                 f"There is no SAE (cfg.json) at '{name}'. Of a release that holds several, name one: '{name}/<folder>'."
             )
