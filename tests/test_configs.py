@@ -36,7 +36,8 @@ def test_every_choice_composes_and_resolves(path):
     group, name = path.parent.as_posix(), path.stem
     needed = ["data.path=somewhere"] if name in ("cifar10", "folder", "imagenet", "openimages", "webdataset") else []
     needed += ["data.id=someone/something"] if name == "hf" else []
-    needed += ["data.train=somewhere"] if name == "store" else []
+    needed += ["data.train=somewhere"] if name in ("store", "features") else []
+    needed += ["data=features"] if path.as_posix() == "backbone/features.yaml" else []
     needed += ["backbone.published.model=some/model"] if name in ("timm", "transformers") else []
     root = "finetune" if group == "finetune_model" else "config"
     cfg = load(f"{'scale@data' if group == 'scale' else group}={name}", *needed, root=root)
@@ -47,7 +48,7 @@ def test_every_choice_composes_and_resolves(path):
     if root == "config":
         assert plain["sae"]["name"] in VARIANTS
         assert set(plain["loss"]) <= set(TERMS)
-        assert plain["backbone"]["size"] in ("tiny", "published")
+        assert name == "features" or plain["backbone"]["size"] in ("tiny", "published")
 
 
 @pytest.mark.parametrize("root", ROOTS)

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sae_lightning"
 ORDER = (
     "registry", "files", "settings", "distributed", "kernels", "rendering", "saes", "interop", "data", "backbones",
     "features", "metrics", "vlms", "runs", "training", "finetuning", "evaluation", "analysis", "apps", "report",
-    "commands",
+    "commands", "api",
 )  # fmt: skip
 LIGHTNING = {"training", "finetuning"}  # the folders that may load it
 

@@ -14,7 +14,7 @@ HYDRA = {
     "finetune": "fine-tune classifiers with MonoLoss",
 }
 OTHERS = {
-    "store": "list, check, describe and merge feature stores",
+    "store": "list, check, describe, merge and import feature stores",
     "runs": "how far runs are; remove, compare and tidy them",
 }
 COMMANDS = HYDRA | OTHERS

@@ -1,8 +1,9 @@
-"""``sae-lightning store ls | verify | stats | merge | join``."""
+"""``sae-lightning store ls | verify | stats | merge | join | import``."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,11 @@ import torch
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress
+from tqdm.auto import tqdm
 
+from sae_lightning.features.codec import DTYPES
+from sae_lightning.features.foreign import SUFFIXES
+from sae_lightning.features.importing import TAKEN, column_of, import_features
 from sae_lightning.features.manifest import MANIFEST, SEVERE, Manifest, StoreError
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.upkeep import find_stores, join_modalities, mend, merge_stores, unfinished
@@ -22,7 +27,9 @@ OUTLIER = 6  # times the median dimension's root mean square
 
 def main(arguments: Sequence[str]) -> int:
     """Run one of the verbs; the exit status. StoreError or OSError with a sentence."""
-    top = argparse.ArgumentParser("sae-lightning store", description="List, check, describe and merge feature stores.")
+    top = argparse.ArgumentParser(
+        "sae-lightning store", description="List, check, describe, merge and import feature stores."
+    )
     verbs = top.add_subparsers(required=True, metavar="verb")
 
     ls = verbs.add_parser("ls", help="all stores below a folder, finished or not")
@@ -48,6 +55,28 @@ def main(arguments: Sequence[str]) -> int:
     join.add_argument("texts", type=Path, help="that of features=text")
     join.add_argument("--into", required=True, type=Path, metavar="FOLDER")
     join.set_defaults(run=_join)
+
+    of_others = verbs.add_parser(
+        "import", help="a store of features of other programs", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    of_others.add_argument(
+        "source", nargs="+", type=Path, help=f"files ({', '.join(SUFFIXES)}), or folders of them, of saev or an LMDB"
+    )
+    of_others.add_argument("--into", required=True, type=Path, metavar="FOLDER", help="the store to be made")
+    of_others.add_argument("--backbone", help="the encoder, as it is to be shown")
+    of_others.add_argument("--layer", type=int, help="of the encoder, from 0; of saev's shards the one to take")
+    of_others.add_argument("--features", choices=TAKEN, help="what they are; patch for several tokens an image")
+    of_others.add_argument("--grid", type=_grid, metavar="16x16", help="of patches, where rows are single tokens")
+    of_others.add_argument("--prefix", type=int, help="tokens of an image before its patches, such as a class token")
+    of_others.add_argument("--labels", type=Path, metavar="FILE", help=".npy, or a line of text an image")
+    of_others.add_argument("--ids", type=Path, metavar="FILE", help="the same, names of the images")
+    of_others.add_argument("--data", default="imported", help="what the data set is called")
+    of_others.add_argument(
+        "--split", default="train", choices=("train", "val", "test"), help="which part of it this is"
+    )
+    of_others.add_argument("--dtype", default="float16", choices=tuple(DTYPES), help="how features are stored")
+    of_others.add_argument("--memory-gb", default=1.0, type=float, help="about as much is used")
+    of_others.set_defaults(run=_import)
 
     args = top.parse_args(arguments)
     return args.run(args)
@@ -164,6 +193,33 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _join(args: argparse.Namespace) -> int:
     return _made(args.into, join_modalities(args.images, args.texts, args.into))
+
+
+def _import(args: argparse.Namespace) -> int:
+    labels, ids = (None if file is None else column_of(file) for file in (args.labels, args.ids))
+    with tqdm(desc=f"Importing into {args.into}", unit="image", mininterval=0.5) as bar:
+
+        def progress(done: int, all_: int) -> None:
+            bar.total = all_
+            bar.update(done - bar.n)
+
+        store = import_features(
+            args.source, args.into, args.backbone, kind=args.features, layer=args.layer, grid=args.grid,
+            prefix=args.prefix, labels=labels, ids=ids, data=args.data, split=args.split, dtype=args.dtype,
+            memory_gb=args.memory_gb, progress=progress,
+        )  # fmt: skip
+    m = store.manifest
+    print(f"{args.into}: {len(store):,} x {m.n_patches} x {m.d_in}, {m.kind}, of {m.backbone}.")
+    features = "" if m.kind == "patch" else f" features={m.kind}"
+    print(f"Train with: python train.py data=features data.train={args.into}{features}")
+    return 0
+
+
+def _grid(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is no grid such as 16x16, rows x columns")
+    return int(found[1]), int(found[2])
 
 
 def _made(folder: Path, store: FeatureStore) -> int:

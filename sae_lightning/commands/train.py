@@ -77,7 +77,8 @@ def features_of(cfg: DictConfig) -> tuple[str, int | None]:
     tap, tiny = source.tap, source.backbone.get("size") == "tiny"
     if source.given:
         store = source.store("train").subset(**subset)
-        return f"{store.backbone} {tap}, {store.n_tokens:,} tokens", store.n_tokens
+        place = tap if store.layer is not None else store.kind
+        return f"{store.backbone} {place}, {store.n_tokens:,} tokens", store.n_tokens
     images = source.images("train")
     folder = source.folder(images)
     if (folder / MANIFEST).is_file():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.features.codec import ALIGN, DELIVERED, Frame, decode, encode, header, layout
-from sae_lightning.features.manifest import Moments, Shard, StoreError, merge
+from sae_lightning.features.manifest import CHUNK, Moments, Shard, StoreError, merge
 from sae_lightning.files import cause, partial_name, sync_folder
 from sae_lightning.kernels.native import load_native
 
@@ -79,7 +79,8 @@ class ShardFile:
 
     def _check(self, x: Tensor, image_ids: list[str]) -> None:
         limit = FLOAT16 if DELIVERED[self.dtype] == torch.float16 else torch.finfo(torch.bfloat16).max
-        top = x.abs().amax()
+        low, high = torch.aminmax(x)
+        top = torch.maximum(-low, high)
         if not bool(top <= limit):  # NaN is not below either
             bad, _, dimension = (~(x.abs() <= limit)).nonzero()[0].tolist()
             self.abort()
@@ -163,7 +164,11 @@ def lost(x: Tensor, kept: Tensor) -> Tensor:
     """Summed squared difference [d] between features ``x`` [n, P, d] and what is ``kept`` of them."""
     if kept.dtype == x.dtype:
         return torch.zeros(x.shape[-1])
-    return (x.float() - kept).square_().sum((0, 1))
+    found, rows = torch.zeros(x.shape[-1], device=x.device), x.reshape(-1, x.shape[-1])
+    step = max(1, CHUNK.get(x.device.type, len(rows) * x.shape[-1]) // x.shape[-1])
+    for some, of_them in zip(rows.split(step), kept.reshape(rows.shape).split(step), strict=True):
+        found += (some.float() - of_them).square_().sum(0)
+    return found
 
 
 def edge_checksum(fd: int, start: int, end: int) -> int:

@@ -124,7 +124,11 @@ class Source:
 
     @cached_property
     def tap(self) -> Tap:
-        """The place in the encoder that is read."""
+        """The place in the encoder that is read; of features of an encoder that is not here, what their store says."""
+        if self.data["source"] == "store" and "size" not in self.backbone:
+            made = Manifest.read(Path(self.data["train"]))
+            layered = self.features in LAYER_KINDS and made.site in IN_LAYERS
+            return Tap(self.features, (made.layer or 0) if layered else None, made.site)
         return tap_at(self.backbone, self.features, self.site)
 
     @property
@@ -246,12 +250,13 @@ def _synthetic_store(source: Source, split: str) -> FeatureStore:
 
 def _fits(store: FeatureStore, source: Source) -> FeatureStore:
     name, wanted, tap = folder_name(store.backbone.split(" ")[0]), source.backbone["name"], source.tap
-    if name != wanted:
+    if "size" in source.backbone and name != wanted:
         raise StoreError(
             f"{store.folder} holds features of {store.backbone}, but backbone={wanted}. Set backbone={name}, or name "
             "another store."
         )
-    if (store.kind, store.layer, store.site) != (tap.kind, tap.layer, tap.site):
+    layer = store.layer if "size" in source.backbone else tap.layer
+    if (store.kind, layer, store.site) != (tap.kind, tap.layer, tap.site):
         found = f"{store.kind} features of layer {store.layer}" if store.layer is not None else store.kind
         set_ = [f"features={store.kind}", f"site={store.site}"][: 1 if store.site == tap.site else 2]
         set_ += [] if store.layer is None else [f"backbone.layer={store.layer}"]

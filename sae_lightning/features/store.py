@@ -60,6 +60,13 @@ class FeatureStore:
         if images is not None:  # where runs of consecutive images begin, as positions in ``images``
             self._runs = np.append(np.flatnonzero(np.diff(images, prepend=-2) != 1), len(images))
 
+    def __repr__(self) -> str:
+        """For example ``FeatureStore(4,000 x 256 x 384 float16, patch layer 10 of dinov2-s, imagenette train)``."""
+        place = self.kind if self.layer is None else f"{self.kind} layer {self.layer}"
+        place += "" if self.site == "block" else f" {self.site}"
+        shape = f"{len(self):,} x {self.n_patches} x {self.d_in} {self.manifest.dtype}"
+        return f"FeatureStore({shape}, {place} of {self.backbone}, {self.data} {self.split})"
+
     @classmethod
     def open(cls, folder: str | Path, damaged: str = "refuse", verify: bool = False) -> FeatureStore:
         """The store in ``folder``.

@@ -55,6 +55,10 @@ class Run:
         self._codes: dict[str, csr_matrix] = {}
         self._features: dict[str, np.ndarray] = {}
 
+    def __repr__(self) -> str:
+        """For example ``Run(batchtopk-dinov2-x8-k32-s42-1a2b3c4d: dinov2 · batchtopk ×8)``."""
+        return f"Run({self.name}: {self.label})"
+
     @property
     def config(self) -> dict[str, Any]:
         """The config that it was trained with; ArtefactError for an SAE of other hands."""

@@ -36,6 +36,11 @@ class SparseCodes:
         self.latents, self.values, self.offsets = latents, values, offsets
         self.d_sae, self.frame = d_sae, frame
 
+    def __repr__(self) -> str:
+        """For example ``SparseCodes(4 x 256, 8.0 active a sample, cpu)``."""
+        each = self.nnz / max(self.n_samples, 1)
+        return f"SparseCodes({self.n_samples} x {self.d_sae}, {each:.1f} active a sample, {self.values.device})"
+
     @property
     def n_samples(self) -> int:
         return len(self.offsets) - 1

@@ -155,6 +155,10 @@ class SAE(Artefact):
         for name in self.frozen:
             self.get_parameter(name).requires_grad_(False)
 
+    def extra_repr(self) -> str:
+        """For example ``batchtopk, 384 → 3072, k=32``, which PyTorch shows among the modules."""
+        return f"{self.variant}, {self.d_in} → {self.d_sae}" + (f", k={self.k:g}" if self.k else "")
+
     # --- what a variant defines -------------------------------------------------------------------
     def code(self, x: Tensor) -> SparseCodes:
         """Codes of the encoder's inputs [N, d_in], differentiable; may differ between training and evaluation."""

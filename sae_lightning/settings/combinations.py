@@ -170,10 +170,13 @@ def _contradiction(pretrained: Any, weights: Any, size: Any) -> str | None:
     return None
 
 
-SIZE: Combination = (
-    ("backbone.size",),
-    lambda size: "backbone.size=null must be tiny or published." if size is None else None,
-)
+def _size(size: Any, source: Any) -> str | None:
+    if size is not None or source in ("store", "synthetic"):
+        return None
+    return "backbone.size must be tiny or published; backbone=features alone has none, and takes data=features."
+
+
+SIZE: Combination = (("backbone.size", "data.source"), _size)
 ENCODING: tuple[Combination, ...] = (
     SIZE,
     (("data.shares", "data.source"), _shares),

@@ -1,0 +1,175 @@
+"""What the commands do, from Python and on tensors: no Hydra is needed to call it, each function is one line.
+
+``import sae_lightning`` gives these names and loads nothing until one is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from sae_lightning.features.store import FeatureStore
+    from sae_lightning.saes import SAE
+
+STEPS, MOST_EPOCHS = 2000, 100  # of a training whose epochs are not given: about so many, and at most
+
+LANES = 8  # of which a batch is a multiple: ``stream.lanes``
+
+
+def fit(
+    features: Any, sae: str = "batchtopk", *, k: float = 32, expansion: int = 8, d_sae: int | None = None,
+    epochs: int | None = None, batch_size: int | None = None, lr: float | None = None, val: Any = 0.05,
+    labels: Any = None, seed: int = 42, precision: str = "32-true", devices: int = 1, accelerator: str = "auto",
+    loss: Mapping[str, float] | None = None, callbacks: Sequence[Any] = (), grid: tuple[int, int] | None = None,
+    out: str | Path | None = None, progress: bool = True, settings: Mapping[str, Any] | None = None,
+) -> SAE:  # fmt: skip
+    """Train an SAE on ``features`` with the same Trainer, module and resume as ``train.py``; it is calibrated.
+
+    ``features`` are [N, d_in] or tokens of images [n, P, d_in]: an array, a tensor, a memmap, a path or several
+    (``.npy``, ``.pt``, ``.safetensors``, ``.parquet``, ``.tar``, or a folder), a DataLoader of tensors or of (features,
+    labels), or a FeatureStore. They are written once as float16 in a store, so that what is larger than memory trains
+    in about 1 GB beside the SAE; ``grid`` makes images of rows that are single patches. ``val`` is a share of the
+    images or other features of the kind; ``labels`` [N] are kept for purity.
+
+    ``loss`` weighs terms (``{"aux": 0.03}``); ``callbacks`` are Lightning's or ours (``MonoLoss(0.3)``) that keep their
+    arguments under their names, or mappings with ``_target_``; ``settings`` are any others of ``train.py`` by their
+    dotted names. Without ``epochs`` about 2,000 steps are made. With ``out`` the store and the run's folder stay in
+    ``out/stores`` and ``out/runs``, and the same call goes on or gives what is finished; without, they are removed.
+
+    >>> sae = sae_lightning.fit(features, k=32, expansion=16)
+    >>> codes = sae.encode(features)
+
+    ValueError in one sentence for features or settings that cannot be used.
+    """
+    with _folder(out) as folder:
+        store = _store_of(features, folder, labels=labels, grid=grid, progress=progress)
+        held_out = isinstance(val, float)
+        tokens = round(store.n_tokens * (1 - 2 * val if held_out else 1))
+        if tokens < 2 * LANES:
+            raise ValueError(f"There are {store.n_tokens} rows of features, of which {max(tokens, 0)} are to train on; "
+                             f"give at least {2 * LANES}.")  # fmt: skip
+        _check_columns(store)
+        if k > (wide := d_sae or expansion * store.d_in):
+            raise ValueError(f"k={k} is more than d_sae={wide}; lower k, or raise expansion.")
+        batch_size = batch_size or max(LANES, min(4096, tokens // LANES // LANES * LANES))
+        epochs = epochs or min(MOST_EPOCHS, math.ceil(STEPS * batch_size / tokens))
+        cfg = _config(
+            "config", {"data": "features", "sae": sae, "backbone": "features"},
+            {
+                "data.train": str(store.folder), "features": store.kind, "k": k, "expansion": expansion, "d_sae": d_sae,
+                "batch_size": batch_size, "seed": seed, "trainer.max_epochs": epochs, "trainer.precision": precision,
+                "trainer.devices": devices, "trainer.accelerator": accelerator,
+                "trainer.enable_progress_bar": progress, "paths.runs": str(folder / "runs"),
+                "paths.stores": str(folder / "stores"), **({} if lr is None else {"optimizer.lr": lr}),
+                **{f"loss.{term}": weight for term, weight in (loss or {}).items()},
+                **{f"callbacks.{name}": entry for name, entry in map(_entry, callbacks)}, **(settings or {}),
+            },
+        )  # fmt: skip
+        if held_out:
+            cfg.data.held_out = val
+        else:
+            other = _store_of(val, folder, split="val", grid=grid, progress=progress)
+            cfg.data.val = cfg.data.test = str(other.folder)
+        from sae_lightning.training.fit import train  # with Lightning, which takes seconds
+
+        run = train(cfg)
+        from sae_lightning.saes import SAE
+
+        return SAE.load(run)
+
+
+def _check_columns(store: FeatureStore) -> None:
+    """ValueError where no dimension varies; a warning where some do not."""
+    constant = (store.deviation <= 1e-6 * store.deviation.max().clamp_min(1e-12)).nonzero().flatten().tolist()
+    if len(constant) == store.d_in or float(store.deviation.max()) == 0:
+        raise ValueError("All rows of the features are equal; there is nothing to learn.")
+    if constant:
+        print(
+            f"Warning: {len(constant)} of {store.d_in} dimensions are constant (the first is {constant[0]}); no latent "
+            "can say anything of them.", flush=True,
+        )  # fmt: skip
+
+
+@contextmanager
+def _folder(out: str | Path | None) -> Iterator[Path]:
+    """``out`` as an absolute path, or a folder that is removed at the end."""
+    if out is not None:
+        yield Path(out).expanduser().absolute()
+        return
+    with TemporaryDirectory(prefix="sae-lightning-") as made:
+        yield Path(made)
+
+
+def _store_of(
+    features: Any, folder: Path, *, labels: Any = None, split: str = "train", grid: Any = None, progress: bool = True
+) -> FeatureStore:
+    """``features`` as a store in ``folder/stores``, which is there already or made now."""
+    from tqdm.auto import tqdm
+
+    from sae_lightning.features.importing import import_features, spooled
+    from sae_lightning.features.store import FeatureStore
+
+    if isinstance(features, FeatureStore):
+        return features
+    stores = folder / "stores"
+    stores.mkdir(parents=True, exist_ok=True)
+    with spooled(features, stores) as (source, own), tqdm(desc="Writing features", disable=not progress) as bar:
+
+        def move(done: int, all_: int) -> None:
+            bar.total = all_
+            bar.update(done - bar.n)
+
+        return import_features(
+            source, stores, labels=own if labels is None else labels, split=split, grid=grid, progress=move, named=True
+        )
+
+
+def _entry(callback: Any) -> tuple[str, dict[str, Any]]:
+    """A callback as an entry of the config: its class and the arguments that it was made with."""
+    if isinstance(callback, Mapping):
+        return str(callback["_target_"]).rpartition(".")[2].lower(), dict(callback)
+    kind = type(callback)
+    if not hasattr(callback, "on_train_batch_start"):
+        raise ValueError(f"{callback!r} is no callback of Lightning's; give one, or a mapping with _target_.")
+    names = [name for name in inspect.signature(kind).parameters if name not in ("args", "kwargs")]
+    lacking = [name for name in names if not hasattr(callback, name)]
+    if lacking:
+        raise ValueError(
+            f"{kind.__name__} does not keep its argument {lacking[0]}, so that no run could be made anew with it; give "
+            f"{{'_target_': '{kind.__module__}.{kind.__qualname__}', …}} instead."
+        )
+    arguments = {name: getattr(callback, name) for name in names}
+    return kind.__name__.lower(), {"_target_": f"{kind.__module__}.{kind.__qualname__}", **arguments}
+
+
+def _config(name: str, groups: Mapping[str, str], values: Mapping[str, Any]) -> DictConfig:
+    """The config that a command would compose from these choices of ``groups`` and ``values`` by dotted name."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import CompactHydraException
+    from omegaconf import OmegaConf, open_dict
+
+    from sae_lightning.commands.help import CONF
+    from sae_lightning.commands.sentences import sentence_of
+    from sae_lightning.registry import import_plugins
+    from sae_lightning.settings.check import check_settings
+
+    import_plugins()
+    command = "train" if name == "config" else name
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose(name, [f"{group}={choice}" for group, choice in groups.items()])
+    except CompactHydraException as error:
+        raise ValueError(sentence_of(error, command)) from None
+    with open_dict(cfg):
+        for key, value in values.items():
+            OmegaConf.update(cfg, key, value, force_add=True)
+    check_settings(command, cfg)
+    return cfg

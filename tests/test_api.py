@@ -1,0 +1,149 @@
+"""The commands from Python: on arrays, with ordinary runs behind them."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import sae_lightning
+from sae_lightning import MonoLoss
+from sae_lightning.features.store import FeatureStore
+from sae_lightning.runs.run import Run, find_runs
+
+WORLD = np.random.default_rng(0)
+DIRECTIONS = WORLD.normal(size=(24, 16)).astype(np.float32)
+ACTIVE = (WORLD.random((2000, 24)) < 0.1) * WORLD.uniform(0.5, 1.5, (2000, 24)).astype(np.float32)
+FEATURES = (ACTIVE @ DIRECTIONS + 0.01 * WORLD.normal(size=(2000, 16))).astype(np.float32)
+LABELS = ACTIVE.argmax(1) % 5
+SMALL = {"k": 4, "expansion": 2, "epochs": 1, "batch_size": 200, "progress": False}
+
+
+def explained(sae, x: np.ndarray) -> float:
+    """Explained variance by hand."""
+    x = torch.from_numpy(x)
+    rebuilt = sae.decode(sae.encode(x))
+    return 1 - float((x - rebuilt).square().sum() / (x - x.mean(0)).square().sum())
+
+
+def test_ten_lines_give_an_sae_that_explains_the_features():
+    sae = sae_lightning.fit(FEATURES, k=4, expansion=4, batch_size=128, epochs=12, lr=1e-2, progress=False)
+    assert explained(sae, FEATURES) > 0.8
+    assert sae.encode(torch.from_numpy(FEATURES)).nnz / 2000 == pytest.approx(4, rel=0.1)  # calibrated
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A folder with a run on labelled features, with MonoLoss and other settings."""
+    out = tmp_path_factory.mktemp("out")
+    sae_lightning.fit(
+        FEATURES, "topk", labels=LABELS, loss={"aux": 0.1}, callbacks=[MonoLoss(0.1, every=2)], out=out,
+        settings={"schedule.warmup": 0.1}, **SMALL,
+    )  # fmt: skip
+    return out
+
+
+def test_the_run_is_an_ordinary_one(kept):
+    (folder,) = find_runs("*", kept / "runs")
+    run = Run(folder)
+    assert run.cfg["variant"] == "topk"
+    assert run.cfg["k"] == 4
+    assert run.config["loss"]["aux"] == 0.1
+    assert run.config["schedule"]["warmup"] == 0.1
+    entry = run.config["callbacks"]["monoloss"]
+    assert (entry["_target_"], entry["weight"], entry["every"]) == (
+        "sae_lightning.training.monoloss.MonoLoss", 0.1, 2
+    )  # fmt: skip
+    store = run.store("train")
+    assert (store.kind, store.class_names) == ("pooled", list("01234"))
+    assert len(store) == round(2000 * 0.9)
+    assert len(run.store("val")) + len(run.store("test")) == 200
+
+
+def test_the_same_call_gives_what_is_finished(kept, capsys):
+    sae_lightning.fit(
+        FEATURES, "topk", labels=LABELS, loss={"aux": 0.1}, callbacks=[MonoLoss(0.1, every=2)], out=kept,
+        settings={"schedule.warmup": 0.1}, **SMALL,
+    )  # fmt: skip
+    assert "finished before, skipped" in capsys.readouterr().out
+    assert len(find_runs("*", kept / "runs")) == 1
+
+
+def test_sources_of_every_kind_train_the_same_sae(tmp_path):
+    np.save(tmp_path / "x.npy", FEATURES)
+    sources = [
+        FEATURES, torch.from_numpy(FEATURES), np.load(tmp_path / "x.npy", mmap_mode="r"), tmp_path / "x.npy",
+        [FEATURES[:700], FEATURES[700:]], DataLoader(TensorDataset(torch.from_numpy(FEATURES)), batch_size=300),
+    ]  # fmt: skip
+    weights = [sae_lightning.fit(source, **SMALL).W_dec.detach() for source in sources]
+    assert all(torch.equal(weights[0], other) for other in weights[1:])
+
+
+def test_a_store_and_features_of_their_own_to_validate_on(kept, tmp_path):
+    (folder,) = (kept / "stores").glob("train-*")
+    sae_lightning.fit(FeatureStore.open(folder), val=FEATURES[:64], out=tmp_path, **SMALL)
+    run = Run(find_runs("*", tmp_path / "runs")[0])
+    assert len(run.store("train")) == 2000
+    assert len(run.store("val")) == 64
+
+
+def test_tokens_of_images(tmp_path):
+    sae_lightning.fit(FEATURES.reshape(125, 16, 16), out=tmp_path, **SMALL)
+    store = Run(find_runs("*", tmp_path / "runs")[0]).store("val")
+    assert (store.kind, store.n_patches, store.manifest.grid) == ("patch", 16, (4, 4))
+
+
+def test_without_a_folder_nothing_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.chdir(tmp_path)
+    sae_lightning.fit(FEATURES, **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+CONSTANT = FEATURES.copy()
+CONSTANT[:, 3] = 7
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "said"),
+    [
+        (FEATURES[:1], {}, "1 rows of features, of which 1 are to train on; give at least 16"),
+        (np.ones((100, 4), np.float32), {}, "All rows of the features are equal"),
+        (FEATURES * np.nan, {}, "row 0 holds nan in dimension 0"),
+        (FEATURES, {"k": 33}, "k=33 is more than d_sae=32"),
+        (FEATURES, {"sae": "topkk"}, "topkk"),
+        (FEATURES, {"loss": {"no_term": 1}}, "no_term"),
+        (FEATURES, {"settings": {"optimizer.lr": -1}}, "optimizer.lr=-1"),
+        (FEATURES, {"callbacks": [object()]}, "_target_|object"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_one_sentence(features, options, said):
+    with pytest.raises(ValueError, match=said):
+        sae_lightning.fit(features, **SMALL | options)
+
+
+def test_a_constant_column_is_said(capsys):
+    sae_lightning.fit(CONSTANT, **SMALL)
+    assert "1 of 16 dimensions are constant (the first is 3)" in capsys.readouterr().out
+
+
+def test_objects_say_what_they_are_in_a_line(kept):
+    run = Run(find_runs("*", kept / "runs")[0])
+    assert repr(run).startswith("Run(topk-features-pooled-x2-k4-monoloss-s42-")
+    assert repr(run.store("train")) == "FeatureStore(1,800 x 1 x 16 float16, pooled of unknown, imported train)"
+    assert repr(run.sae).splitlines()[0].startswith("TopK(")
+    assert "topk, 16 → 32, k=4" in repr(run.sae)
+    assert repr(run.sae.encode(torch.from_numpy(FEATURES[:3]))) == "SparseCodes(3 x 32, 4.0 active a sample, cpu)"
+
+
+def test_importing_the_package_loads_nothing():
+    heavy = "import sys, sae_lightning; print([m for m in ('torch', 'hydra', 'lightning') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-S", "-c", heavy], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() in ("[]", "")
+    assert "Error" not in done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'fits'"):
+        _ = sae_lightning.fits
+    assert "fit" in dir(sae_lightning)
