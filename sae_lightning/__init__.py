@@ -5,7 +5,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-PLACES = dict.fromkeys(("fit",), "sae_lightning.api") | {"MonoLoss": "sae_lightning.training.monoloss"}
+PLACES = dict.fromkeys(("compare", "extract", "fit", "list_runs"), "sae_lightning.api")
+PLACES |= {"MonoLoss": "sae_lightning.training.monoloss"}
 """What can be used from here and where it is; loaded when it is first asked for."""
 
 

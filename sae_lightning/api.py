@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas as pd
     from omegaconf import DictConfig
+    from torch import Tensor
+    from torch.nn import Module
 
+    from sae_lightning.data import ImageData
     from sae_lightning.features.store import FeatureStore
     from sae_lightning.saes import SAE
 
@@ -84,6 +88,148 @@ def fit(
         from sae_lightning.saes import SAE
 
         return SAE.load(run)
+
+
+def extract(
+    images: Any, backbone: Any = "dinov2", *, features: str = "patch", layer: int | str | None = None,
+    labels: Sequence[Any] | None = None, transform: Callable[[Any], Tensor] | None = None, prefix: int = 0,
+    split: str = "train", batch_size: int = 64, out: str | Path = ".", progress: bool = True,
+    settings: Mapping[str, Any] | None = None,
+) -> FeatureStore:  # fmt: skip
+    """The features of ``images`` as a store below ``out/stores``; one that is there already is opened.
+
+    ``images`` are a list of PIL images, paths or arrays, a data set of (picture, label), a folder of pictures, or the
+    name of a config of ``data`` (``"demo"``), whose ``split`` is taken. ``backbone`` is the name of a config
+    (``"dinov2"``, ``"clip"``, …), of which ``layer`` is a number, with ``settings`` as for ``extract.py``; or any
+    ``nn.Module`` with its ``transform`` from a picture to [3, H, W], of which ``layer`` is a module's path (None: its
+    output): [n, d], tokens [n, T, d] with ``prefix`` before the patches, or a map [n, d, h, w].
+
+    >>> store = sae_lightning.extract(["a.jpg", "b.jpg"], "dinov2", layer=10)
+    >>> store = sae_lightning.extract(dataset, torchvision.models.resnet18(), layer="layer3", transform=transform)
+
+    DataError, BackboneError or StoreError in one sentence for what cannot be read or encoded.
+    """
+    from torch.nn import Module
+
+    stores = Path(out).expanduser().absolute() / "stores"
+    if isinstance(backbone, Module):
+        pictures = _pictures(images, labels, split)
+        return _of_module(pictures, backbone, layer, transform, prefix, batch_size, stores, split, progress)
+    from sae_lightning.features.source import Source, extract_stores
+
+    known = isinstance(images, str) and not Path(images).exists()
+    where = {} if not isinstance(images, str | Path) or known else {"data.path": str(Path(images).absolute())}
+    data = images if known else "folder"
+    cfg = _config(
+        "extract", {"backbone": backbone, "data": data},
+        {"features": features, "extract.batch_size": batch_size, "paths.stores": str(stores), **where,
+         **({"data.path": "."} if data == "folder" and not where else {}),
+         **({} if layer is None else {"backbone.layer": layer}), **(settings or {})},
+    )  # fmt: skip
+    source = Source.of(cfg)
+    found = source.images(split) if known or where else _pictures(images, labels, split)
+    return source.open(extract_stores(source, found, [source.tap])[source.tap])
+
+
+def _pictures(images: Any, labels: Sequence[Any] | None, split: str) -> ImageData:
+    from sae_lightning.data.given import given_images
+
+    if isinstance(images, str | Path):
+        raise ValueError(f"images={images} with a module of your own: give the pictures as a list or a data set.")
+    return given_images(images, labels, split=split)
+
+
+def _of_module(
+    images: ImageData, module: Module, layer: Any, transform: Any, prefix: int, batch_size: int, stores: Path,
+    split: str, progress: bool,
+) -> FeatureStore:  # fmt: skip
+    """The store of what ``module`` gives at ``layer``; see ``extract``."""
+    import torch
+
+    from sae_lightning.backbones.taps import BackboneError, Layout, Place, recorded, tensor_of
+
+    if transform is None:
+        raise BackboneError("A module of your own needs transform, from a picture to its input [3, H, W].")
+    places = dict(module.named_modules())
+    if layer is not None and layer not in places:
+        known = ", ".join(name for name, _ in module.named_children())
+        raise BackboneError(f"{type(module).__name__} has no module {layer}; a path begins with one of {known}.")
+    grid: list[tuple[int, int]] = []
+
+    @torch.no_grad()
+    def batches() -> Iterator[tuple[Tensor, list[str]]]:
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        for start in range(0, len(images), batch_size):
+            some = range(start, min(len(images), start + batch_size))
+            pixels = torch.stack([transform(images[i]) for i in some]).to(device)
+            with recorded({} if layer is None else {0: Place(places[layer])}) as seen:
+                output = module(pixels)
+            x = tensor_of(output) if layer is None else seen[0]
+            if x.ndim == 4:
+                grid[:] = [Layout().grid(x)]
+                x = Layout().rows(x)
+            yield x, [images.class_names[images.labels[i]] for i in some]
+
+    from sae_lightning.features.importing import import_features, spooled
+
+    stores.mkdir(parents=True, exist_ok=True)
+    training = module.training
+    module.eval()
+    try:
+        with spooled(_shown(batches(), -(-len(images) // batch_size), progress), stores) as (x, labels):
+            return import_features(
+                x, stores, type(module).__name__, grid=grid[0] if grid else None, prefix=prefix, labels=labels,
+                ids=images.image_ids, data=images.name, split=split, named=True,
+            )  # fmt: skip
+    finally:
+        module.train(training)
+
+
+def _shown(batches: Iterable[Any], total: int, progress: bool) -> Iterable[Any]:
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, total=total, desc="Extracting", unit="batch", disable=not progress)
+
+
+def list_runs(folder: str | Path = "runs", pattern: str = "*") -> pd.DataFrame:
+    """The finished runs below ``folder``, a row each, by name: what they are, and a column a score.
+
+    Columns are variant, backbone, layer, features, data, k, expansion, d_sae, seed and folder, then ``val/…`` as
+    training left them, then the scores of ``evaluate.py``, called by metric and setting.
+
+    >>> sae_lightning.list_runs().sort_values("val/explained_variance")
+
+    FileNotFoundError where there is none.
+    """
+    import pandas as pd
+
+    from sae_lightning.runs.run import Run, find_runs
+
+    rows = []
+    for run in map(Run, find_runs(pattern, Path(folder).expanduser())):
+        about = ("variant", "backbone", "layer", "features", "data", "k", "expansion", "d_sae", "seed")
+        row: dict[str, Any] = {"run": run.name} | {name: run.cfg.get(name) for name in about}
+        row["folder"] = str(run.folder)
+        row |= {f"val/{name}": value for name, value in run.result.get("val", {}).items()}
+        rows.append(row | {f"{r['metric']} {r['setting']}".strip(): r["value"] for r in run.rows})
+    return pd.DataFrame(rows).set_index("run")
+
+
+def compare(first: str | Path, second: str | Path, folder: str | Path = "runs") -> pd.DataFrame:
+    """Two runs side by side, by folder or name: the settings in which they differ, then their scores.
+
+    >>> sae_lightning.compare("batchtopk-…", "topk-…")
+    """
+    import pandas as pd
+
+    from sae_lightning.runs.state import differences
+
+    paths = [Path(name) if Path(name).is_dir() else Path(folder) / name for name in (first, second)]
+    tables = [list_runs(path.absolute().parent, path.name) for path in paths]
+    told = {each.setting: (each.first, each.second) for each in differences(*paths) if each.reason is None}
+    columns = [c for c in tables[0].columns if c in tables[1].columns and tables[0][c].dtype.kind == "f"]
+    told |= {c: (tables[0][c].iloc[0], tables[1][c].iloc[0]) for c in columns}
+    return pd.DataFrame.from_dict(told, orient="index", columns=[path.name for path in paths])
 
 
 def _check_columns(store: FeatureStore) -> None:

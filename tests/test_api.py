@@ -6,18 +6,24 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms.functional import to_tensor
 
 import sae_lightning
 from sae_lightning import MonoLoss
+from sae_lightning.backbones.registry import load_backbone
+from sae_lightning.backbones.taps import Tap
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.runs.run import Run, find_runs
+from tests.configs import composed
 
 WORLD = np.random.default_rng(0)
 DIRECTIONS = WORLD.normal(size=(24, 16)).astype(np.float32)
 ACTIVE = (WORLD.random((2000, 24)) < 0.1) * WORLD.uniform(0.5, 1.5, (2000, 24)).astype(np.float32)
 FEATURES = (ACTIVE @ DIRECTIONS + 0.01 * WORLD.normal(size=(2000, 16))).astype(np.float32)
 LABELS = ACTIVE.argmax(1) % 5
+TINY = {"backbone.size": "tiny"}
 SMALL = {"k": 4, "expansion": 2, "epochs": 1, "batch_size": 200, "progress": False}
 
 
@@ -73,10 +79,8 @@ def test_the_same_call_gives_what_is_finished(kept, capsys):
 
 def test_sources_of_every_kind_train_the_same_sae(tmp_path):
     np.save(tmp_path / "x.npy", FEATURES)
-    sources = [
-        FEATURES, torch.from_numpy(FEATURES), np.load(tmp_path / "x.npy", mmap_mode="r"), tmp_path / "x.npy",
-        [FEATURES[:700], FEATURES[700:]], DataLoader(TensorDataset(torch.from_numpy(FEATURES)), batch_size=300),
-    ]  # fmt: skip
+    loader = DataLoader(TensorDataset(torch.from_numpy(FEATURES)), batch_size=300)
+    sources = [FEATURES, np.load(tmp_path / "x.npy", mmap_mode="r"), tmp_path / "x.npy", loader]
     weights = [sae_lightning.fit(source, **SMALL).W_dec.detach() for source in sources]
     assert all(torch.equal(weights[0], other) for other in weights[1:])
 
@@ -128,6 +132,72 @@ def test_what_cannot_be_trained_on_is_one_sentence(features, options, said):
 def test_a_constant_column_is_said(capsys):
     sae_lightning.fit(CONSTANT, **SMALL)
     assert "1 of 16 dimensions are constant (the first is 3)" in capsys.readouterr().out
+
+
+def test_runs_as_a_table(kept):
+    table = sae_lightning.list_runs(kept / "runs")
+    assert list(table["variant"]) == ["topk"]
+    assert (
+        table["val/explained_variance"].iloc[0]
+        == Run(find_runs("*", kept / "runs")[0]).result["val"]["explained_variance"]
+    )
+    sae_lightning.fit(FEATURES, "batchtopk", labels=LABELS, out=kept / "more", **SMALL)
+    other = find_runs("*", kept / "more" / "runs")[0]
+    told = sae_lightning.compare(find_runs("*", kept / "runs")[0], other)
+    assert tuple(told.loc["sae.name"]) == ("topk", "batchtopk")
+    assert told.loc["val/explained_variance"].notna().all()
+
+
+PICTURES = [Image.fromarray(WORLD.integers(0, 255, (20, 30, 3), dtype=np.uint8)) for _ in range(5)]
+
+
+def small_module() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.ReLU(), torch.nn.AvgPool2d(4), torch.nn.Flatten())
+
+
+def to_input(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture.resize((16, 16)))).permute(2, 0, 1) / 255
+
+
+def test_features_of_pictures_and_a_named_backbone(tmp_path):
+    PICTURES[0].save(tmp_path / "a.png")
+    mixed = [tmp_path / "a.png", PICTURES[1], np.array(PICTURES[2]), to_tensor(PICTURES[3])]
+    store = sae_lightning.extract(mixed, "dinov2", labels=["x", "y", "x", "y"], out=tmp_path, settings=TINY)
+    assert (len(store), store.kind, store.class_names) == (4, "patch", ["x", "y"])
+    backbone = load_backbone(composed("extract", *(f"{k}={v}" for k, v in TINY.items())).backbone)
+    tap = Tap("patch", store.layer)
+    pixels = torch.stack([backbone.transform(picture) for picture in PICTURES[:4]])
+    assert torch.allclose(store.features(slice(None)).float(), backbone.forward_features(pixels, [tap])[tap], atol=1e-2)
+
+
+@pytest.mark.parametrize(("layer", "shape", "kind"), [("1", (16, 8), "patch"), (None, (1, 8), "pooled")])
+def test_features_of_any_module(layer, shape, kind, tmp_path):
+    module = small_module().train()
+    store = sae_lightning.extract(
+        list(zip(PICTURES, "abaab", strict=True)), module, layer=layer, transform=to_input, batch_size=2, out=tmp_path
+    )
+    pixels = torch.stack([to_input(picture) for picture in PICTURES])
+    expected = module(pixels)[:, None] if layer is None else module[:2](pixels).flatten(2).transpose(1, 2)
+    assert torch.allclose(store.features(slice(None)).float(), expected.detach(), atol=1e-3)
+    assert (store.n_patches, store.d_in, store.kind) == (*shape, kind)
+    assert [store.class_names[i] for i in store.labels] == list("abaab")
+    assert module.training  # as before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (([], "dinov2"), "no pictures in the list"),
+        (([np.ones((4, 4, 5), np.uint8)], "dinov2"), r"Picture 0 is ndarray of shape \[4, 4, 5\]"),
+        (([np.full((4, 4, 3), 2.0)], "dinov2"), "values from 2 to 2; floats are to be from 0 to 1"),
+        ((PICTURES, "dinov22"), "dinov22"),
+        ((PICTURES, small_module()), "needs transform"),
+    ],
+)
+def test_what_cannot_be_extracted_is_one_sentence(arguments, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        sae_lightning.extract(*arguments, out=tmp_path, settings=TINY if arguments[1] == "dinov2" else None)
 
 
 def test_objects_say_what_they_are_in_a_line(kept):

@@ -165,7 +165,7 @@ def spooled(source: Any, folder: Path) -> Iterator[tuple[Any, list[Any] | None]]
                     "or these and labels."
                 )
             shape = tuple(x.shape[1:])
-            file.write(as_tensor(x).float().numpy().data)
+            file.write(as_tensor(x).float().contiguous().numpy().data)
             labels += [] if y is None else as_tensor(y).tolist() if isinstance(y, np.ndarray | Tensor) else list(y)
         if shape is None:
             raise StoreError("There are no features: the loader gives no batch.")
