@@ -29,7 +29,18 @@ from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import file_sha256
 from sae_lightning.metrics.base import SumMetric
-from sae_lightning.metrics.part import CORE, MAIN, Dictionary, ImageFeatures, Part, Streamed, TopImages, parts_of, plain
+from sae_lightning.metrics.part import (
+    CORE,
+    MAIN,
+    Dictionary,
+    ImageFeatures,
+    Options,
+    Part,
+    Streamed,
+    TopImages,
+    parts_of,
+    plain,
+)
 from sae_lightning.runs.run import LATENTS
 from sae_lightning.runs.scores import scores_of
 from sae_lightning.saes import SAE, ArtefactError, Normalizer
@@ -375,6 +386,11 @@ class Job:
         if key not in self.kept:
             self.kept[key] = make()
         return self.kept[key]
+
+    def unfinished(self, name: str, options: Options) -> Path:
+        """A file for what a part has found so far with its ``options``; it stays until all parts are done."""
+        digest = _digest([VERSION, options, self.sae_digest, self.store().fingerprint])
+        return self.out / PARTIAL / f"{name.replace(' ', '-')}-{self.settings.split}-{digest[:8]}.json"
 
     def summary(self, anew: bool = False) -> dict[str, Any]:
         """scores.json and what belongs to single latents, written at the first call; ``anew`` without other parts'."""

@@ -48,7 +48,7 @@ def cross_domain(
     """
     y, held = probes.as_labels(train.labels), probes.as_labels(test.labels)
     reconstruction = own_accuracy(train.reconstruction, y, test.reconstruction, held, C, max_iter, device)
-    converged = [raw.converged, reconstruction.converged]
+    converged: list[float] = [raw.converged, reconstruction.converged]
     values = {
         "preservation": ratio(reconstruction.accuracy, raw.accuracy),
         "accuracy_raw": raw.accuracy,

@@ -238,6 +238,9 @@ class ScoredRun(Protocol):
     def shared(self, name: str, make: Callable[[], T]) -> T:
         """What ``make`` gives for the features, made once for all of their runs."""
 
+    def unfinished(self, name: str, options: Options) -> Path:
+        """A file for what a part has found so far with its ``options``; it stays until all parts are done."""
+
     def summary(self, anew: bool = False) -> dict[str, Any]:
         """scores.json; it and the files on single latents are written at the first call, ``anew`` if asked for."""
 

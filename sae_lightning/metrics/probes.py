@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from scipy import optimize, sparse, special
+from scipy import sparse, special
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
@@ -16,14 +16,17 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_lightning.metrics import logistic
 from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.part import Options, ScoredRun
 
 Matrix: TypeAlias = "np.ndarray | Tensor | sparse.csr_array | sparse.csr_matrix"
 
-SMALL = 1 << 30  # multiplications of a product below which one BLAS thread is faster than several that wait
+SMALL = 1 << 30  # multiplications of a product below which scikit-learn fits, on one thread
 
 BLOCK = 1 << 27  # logits held at once
+
+ENTRIES = 1 << 23  # active latents of probes that are fitted at once
 
 
 class Split(NamedTuple):
@@ -96,14 +99,16 @@ def check_rows(labels: np.ndarray, **matrices: Matrix) -> None:
 
 
 def fit(
-    x: Matrix, y: np.ndarray | Tensor, C: float = 1.0, max_iter: int = 1000, device: str = "cpu"
-) -> LogisticRegression:
+    x: Matrix, y: np.ndarray | Tensor, C: float = 1.0, max_iter: int = 1000, device: str = "cpu",
+    start: LogisticRegression | None = None,
+) -> LogisticRegression:  # fmt: skip
     """A fitted ``LogisticRegression(C=C, max_iter=max_iter)``: L-BFGS, L2, no class weights [ViSAEBench App. C].
 
     ``x`` [N, d] dense or CSR, ``y`` [N] int64. Two classes make one binary probe, more a multinomial one. On the CPU
-    scikit-learn fits; on another ``device`` PyTorch evaluates the same objective for the same solver. No warning where
-    the solver stops early: ``converged_`` tells, beside ``n_iter_``. ValueError for rows that do not fit the labels, a
-    single class, or values that are not finite.
+    scikit-learn fits where that takes no time; else, and on another ``device``, ``logistic`` minimises the same
+    objective, closer to the optimum, and from the weights of ``start`` where given: a probe of the same classes and
+    the first of these columns. No warning where the solver stops early: ``converged_`` tells, beside ``n_iter_``.
+    ValueError for rows that do not fit the labels, a single class, or values that are not finite.
     """
     x, y = as_matrix(x), as_labels(y)
     check_rows(y, features=x)
@@ -116,25 +121,32 @@ def fit(
     if sparse.issparse(x):  # weights of latents that are silent on all images stay zero
         active = np.flatnonzero(np.bincount(sparse.csr_array(x).indices, minlength=x.shape[1]))
         active = active if len(active) else np.arange(1)
-        _fit(model, x[:, active], y, device)
+        _fit(model, x[:, active], y, device, start, active)
         whole = np.zeros((len(model.coef_), x.shape[1]), model.coef_.dtype)
         whole[:, active] = model.coef_
         model.coef_, model.n_features_in_ = whole, x.shape[1]
     else:
-        _fit(model, x, y, device)
+        _fit(model, x, y, device, start, np.arange(x.shape[1]))
     return model
 
 
-def _fit(model: LogisticRegression, x: np.ndarray | sparse.csr_array, y: np.ndarray, device: str) -> None:
-    if torch.device(device).type == "cpu":
+def small(n: int, d: int, n_classes: int, device: str = "cpu") -> bool:
+    """Whether scikit-learn fits a probe of n images, d columns and so many classes."""
+    return torch.device(device).type == "cpu" and n * d * n_classes < SMALL
+
+
+def _fit(
+    model: LogisticRegression, x: np.ndarray | sparse.csr_array, y: np.ndarray, device: str,
+    start: LogisticRegression | None, columns: np.ndarray,
+) -> None:  # fmt: skip
+    if small(x.shape[0], x.shape[1], len(np.unique(y)), device):
         _fit_by_scikit_learn(model, x, y)
     else:
-        _fit_by_torch(model, x, y, device)
+        _fit_by_torch(model, x, y, device, start, columns)
 
 
 def _fit_by_scikit_learn(model: LogisticRegression, x: np.ndarray | sparse.csr_array, y: np.ndarray) -> None:
-    small = x.shape[0] * x.shape[1] * len(np.unique(y)) < SMALL
-    with warnings.catch_warnings(record=True) as caught, threadpool_limits(1 if small else None, "blas"):
+    with warnings.catch_warnings(record=True) as caught, threadpool_limits(1, "blas"):
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(x, y)
     model.converged_ = True
@@ -145,56 +157,75 @@ def _fit_by_scikit_learn(model: LogisticRegression, x: np.ndarray | sparse.csr_a
             warnings.warn(warning.message, warning.category, stacklevel=3)
 
 
-def _fit_by_torch(model: LogisticRegression, x: np.ndarray | sparse.csr_array, y: np.ndarray, device: str) -> None:
-    """Sets what ``model.fit`` would: scikit-learn's objective and options, products and softmax on ``device``."""
-    model.classes_, target = np.unique(y, return_inverse=True)
-    objective, shape = _objective(x, target, len(model.classes_), 1 / (model.C * len(y)), device)
-    options = {"maxiter": model.max_iter, "maxls": 50, "gtol": model.tol, "ftol": 64 * np.finfo(float).eps}
-    found = optimize.minimize(objective, np.zeros(np.prod(shape)), method="L-BFGS-B", jac=True, options=options)
-    weights = found.x.reshape(shape).astype(x.dtype)
-    model.coef_, model.intercept_ = np.ascontiguousarray(weights[:-1].T), weights[-1]
-    model.n_iter_, model.n_features_in_ = np.array([found.nit], dtype=np.int32), x.shape[1]
-    model.converged_ = bool(found.success)
+def _fit_by_torch(
+    model: LogisticRegression, x: np.ndarray | sparse.csr_array, y: np.ndarray, device: str,
+    start: LogisticRegression | None, columns: np.ndarray,
+) -> None:  # fmt: skip
+    """Sets what ``model.fit`` would; ``columns`` [d] of ``x`` have these numbers in ``start``, ascending."""
+    model.classes_, target, counts = np.unique(y, return_inverse=True, return_counts=True)
+    n_classes, decay = len(counts), 1 / (model.C * len(y))
+    objective: logistic.Multinomial | logistic.Binary
+    if n_classes > 2:
+        objective = logistic.Multinomial(x, target, n_classes, decay, device)
+    else:
+        objective = logistic.Binary([x], target[None] == 1, decay, device)
+    coef = np.zeros((n_classes if n_classes > 2 else 1, x.shape[1]), x.dtype)
+    intercept = np.zeros(len(coef), x.dtype)
+    if start is not None:
+        known = columns[columns < start.coef_.shape[1]]
+        coef[:, : len(known)], intercept = start.coef_[:, known], start.intercept_
+    title = f"Probe of {x.shape[1]:,} columns"
+    found = logistic.minimise(
+        objective, objective.flat(coef, intercept), float(tolerance(counts.min() / len(y))), model.max_iter, title
+    )
+    model.coef_, model.intercept_ = objective.found(found.weights)
+    model.n_iter_, model.n_features_in_ = found.steps.cpu().numpy().astype(np.int32), x.shape[1]
+    model.converged_ = bool(found.converged)
 
 
-def _objective(
-    x: np.ndarray | sparse.csr_array, target: np.ndarray, n_classes: int, decay: float, device: str
-) -> tuple[Callable[[np.ndarray], tuple[float, np.ndarray]], tuple[int, int]]:
-    """Mean cross-entropy + decay/2 · ‖coef‖² and its gradient, in weights [d + 1, n_classes], or [d + 1, 1] for two.
+def fit_each(
+    xs: Iterable[sparse.csc_array], positive: Sequence[np.ndarray], C: float, max_iter: int, device: str,
+    start: Sequence[LogisticRegression | None],
+) -> Iterator[LogisticRegression]:  # fmt: skip
+    """Binary probes of as many columns ``xs`` [N, k] of the same images each, some at once, by ``logistic``.
 
-    The last row is the intercept, which is not penalised. Sums over images and the weights are in float64 on the CPU.
+    ``positive`` [N] bool each; ``start`` holds a probe of the first of these columns each, or None.
     """
-    (n, d), width = x.shape, n_classes if n_classes > 2 else 1
-    rows = range(0, n, max(1, BLOCK // width))
-    blocks = [_with_transpose(x[i : i + rows.step], device) for i in rows]
-    targets = torch.from_numpy(target)[:, None].to(device).split(rows.step)
+    bar = tqdm(xs, "Probes", len(positive), unit="class", leave=False, delay=2)
+    waiting: list[sparse.csc_array] = []
+    done = 0
+    for x in bar:
+        waiting.append(x)
+        entries, width = sum(each.nnz for each in waiting), len(waiting) * x.shape[0]
+        if done + len(waiting) < len(positive) and max(entries, width) < ENTRIES:
+            continue
+        some = slice(done, done + len(waiting))
+        y = np.stack(positive[some])
+        weights = np.zeros((len(y), x.shape[1] + 1), x.dtype)
+        for row, model in zip(weights, start[some], strict=True):
+            if model is not None:
+                row[: model.coef_.shape[1]], row[-1] = model.coef_[0], model.intercept_[0]
+        limits = torch.from_numpy(tolerance(y.mean(1))).to(device)
+        found = logistic.minimise(
+            logistic.Binary(waiting, y, 1 / (C * y.shape[1]), device),
+            torch.from_numpy(weights).to(device),
+            limits,
+            max_iter,
+        )
+        for row, steps, converged in zip(*(part.cpu().numpy() for part in found), strict=True):
+            model = LogisticRegression(C=C, max_iter=max_iter)
+            model.classes_, model.coef_, model.intercept_ = np.array([False, True]), row[None, :-1], row[-1:]
+            model.n_iter_, model.n_features_in_, model.converged_ = np.array([steps]), x.shape[1], bool(converged)
+            yield model
+        done, waiting = some.stop, []
 
-    def evaluate(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = flat.reshape(d + 1, width)
-        w = torch.from_numpy(weights.astype(x.dtype)).to(device)
-        loss, gradient = 0.0, np.zeros_like(weights)
-        for (block, transposed), y in zip(blocks, targets, strict=True):
-            z = block @ w[:d] + w[d]
-            if width == 1:
-                losses, residual = torch.nn.functional.softplus(z) - y * z, z.sigmoid() - y
-            else:
-                normalizer = z.logsumexp(1, keepdim=True)
-                losses = normalizer - z.gather(1, y)
-                residual = z.sub_(normalizer).exp_()
-                residual.scatter_add_(1, y, residual.new_tensor(-1.0).expand(y.shape))
-            loss += float(losses.cpu().double().sum())
-            gradient[:d] += (transposed @ residual).cpu().numpy()
-            gradient[d] += residual.sum(0).cpu().numpy()
-        gradient /= n
-        gradient[:d] += decay * weights[:d]
-        return loss / n + decay / 2 * float(np.square(weights[:d]).sum()), gradient.ravel()
 
-    return evaluate, (d + 1, width)
+def tolerance(share: np.ndarray) -> np.ndarray:
+    """The largest entry of a gradient at which a search ends, of a probe whose rarest class has this share of images.
 
-
-def _with_transpose(x: np.ndarray | sparse.csr_array, device: str) -> tuple[Tensor, Tensor]:
-    block = to_tensor(x, device)
-    return block, to_tensor(x.T, device) if sparse.issparse(x) else block.T
+    A third of scikit-learn's default; less with many classes, whose gradients are smaller to begin with.
+    """
+    return np.minimum(3e-5, 1e-2 * share)
 
 
 def to_tensor(x: np.ndarray | sparse.sparray, device: str) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from sae_lightning.files import read_json, write_json
 from sae_lightning.metrics import probes
 from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, register
@@ -80,30 +84,51 @@ def ranked(f: np.ndarray) -> np.ndarray:
 
 
 class Readout(NamedTuple):
-    """The held-out score of the probe of ``k`` latents."""
+    """The held-out score of the probe of ``k`` latents; of several probes the mean, and the share that converged."""
 
     k: int
     accuracy: float
     auc: float
-    converged: bool
+    converged: float
 
 
 def read_out(
     train: Matrix, train_labels: np.ndarray, test: Matrix, test_labels: np.ndarray,
     budgets: Sequence[int] = BUDGETS, C: float = 1.0, max_iter: int = 500, device: str = "cpu",
+    kept: Path | None = None,
 ) -> list[Readout]:  # fmt: skip
-    """One multinomial probe for each budget, of codes ranked once for all classes on the ``train`` images."""
+    """One multinomial probe for each budget, of codes ranked once for all classes on the ``train`` images.
+
+    Large probes start from the one before. What is found is kept in the file ``kept``; of budgets that are there
+    nothing is computed.
+    """
     train, test = probes.as_codes(train), probes.as_codes(test)
     budgets = _checked(budgets, train.shape[1])
     order = ranked(f_statistics(class_sums(train, train_labels)))[: max(budgets)]
-    x, held = train[:, order].toarray(), test[:, order].toarray()
-    found = []
-    for k in budgets:
-        model = probes.fit(x[:, :k], train_labels, C, max_iter, device)
+    dense = probes.small(len(train_labels), len(order), len(np.unique(train_labels)), device)
+    x, held = (part[:, order].toarray() if dense else part[:, order].tocsc() for part in (train, test))
+    model: LogisticRegression | None = None
+
+    def at(k: int) -> Readout:
+        nonlocal model
+        model = probes.fit(x[:, :k], train_labels, C, max_iter, device, start=model)
         p = probes.log_probabilities(probes.logits(model, held[:, :k], device))
         right = float((model.classes_[p.argmax(1)] == test_labels).mean())
-        found.append(Readout(k, right, probes.mean_auc(p, test_labels, model.classes_), model.converged_))
-    return found
+        return Readout(k, right, probes.mean_auc(p, test_labels, model.classes_), model.converged_)
+
+    return _each_budget(budgets, at, kept)
+
+
+def _each_budget(budgets: Sequence[int], at: Callable[[int], Readout], kept: Path | None) -> list[Readout]:
+    """What ``at`` gives of each, with a bar where it takes long; see ``read_out``."""
+    done = {}
+    if kept is not None and kept.is_file():
+        done = {int(k): Readout(**row) for k, row in read_json(kept, "remove it").items()}
+    for k in tqdm([k for k in budgets if k not in done], "Sparse probing", unit="budget", leave=False, delay=2):
+        done[k] = at(k)
+        if kept is not None:
+            write_json(kept, {str(k): found._asdict() for k, found in done.items()})
+    return [done[k] for k in budgets]
 
 
 def _checked(budgets: Sequence[int], d_sae: int) -> list[int]:
@@ -116,7 +141,7 @@ def _checked(budgets: Sequence[int], d_sae: int) -> list[int]:
 
 def sparse_probing(
     codes: Matrix, labels: np.ndarray | Tensor, split: probes.Split | None = None, budgets: Sequence[int] = BUDGETS,
-    ranking: str = "joint", C: float = 1.0, max_iter: int = 500, device: str = "cpu",
+    ranking: str = "joint", C: float = 1.0, max_iter: int = 500, device: str = "cpu", kept: Path | None = None,
 ) -> list[Score]:  # fmt: skip
     """M4: probes of the ``k`` most discriminative latents, k in ``budgets`` [ViSAEBench §4.3, Table 2, App. I].
 
@@ -126,15 +151,16 @@ def sparse_probing(
     images, and ``sparse_probing_accuracy``. ``"per_class"`` [§4.3] ranks them for each class by F against the rest, for
     a binary probe each: the mean of their AUC. Settings are ``k=128`` or ``k=128,ranking=per_class``; budgets above
     d_sae are left out. A constant latent, ranked last, adds nothing. ``sparse_probing_converged`` is the share of
-    probes whose solver did. ValueError for an unknown ranking or no possible budget, and as in ``probes.split``.
+    probes whose solver did. ``kept`` as in ``read_out``. ValueError for an unknown ranking or no possible budget, and
+    as in ``probes.split``.
     """
     one_of(ranking, RANKINGS, "ranking")
     codes, labels = probes.as_codes(codes), probes.as_labels(labels)
     probes.check_rows(labels, codes=codes)
     train, test = probes.split(labels) if split is None else split
     if ranking == "per_class":
-        return _per_class(codes[train], labels[train], codes[test], labels[test], budgets, C, max_iter, device)
-    found = read_out(codes[train], labels[train], codes[test], labels[test], budgets, C, max_iter, device)
+        return _per_class(codes[train], labels[train], codes[test], labels[test], budgets, C, max_iter, device, kept)
+    found = read_out(codes[train], labels[train], codes[test], labels[test], budgets, C, max_iter, device, kept)
     return [
         Score(f"sparse_probing_{name}", value, f"k={each.k}")
         for each in found
@@ -144,34 +170,43 @@ def sparse_probing(
 
 def _per_class(
     train: sparse.csr_array, train_labels: np.ndarray, test: sparse.csr_array, test_labels: np.ndarray,
-    budgets: Sequence[int], C: float, max_iter: int, device: str,
+    budgets: Sequence[int], C: float, max_iter: int, device: str, kept: Path | None,
 ) -> list[Score]:  # fmt: skip
     budgets = _checked(budgets, train.shape[1])
     sums, train, test = class_sums(train, train_labels), train.tocsc(), test.tocsc()
-    found: dict[int, list[tuple[float, bool]]] = {k: [] for k in budgets}
-    for c, name in enumerate(sums.classes):
-        positive = test_labels == name
-        if not positive.any() or positive.all():
-            continue
-        order = ranked(f_statistics_of(sums, c))[: max(budgets)]
-        x, held = train[:, order].toarray(), test[:, order].toarray()
-        for k in budgets:
-            model = probes.fit(x[:, :k], train_labels == name, C, max_iter, device)
-            found[k].append((probes.auc(probes.logits(model, held[:, :k], device), positive), model.converged_))
-    scores = []
-    for k, each in found.items():
-        area, converged = np.mean(each, axis=0) if each else (np.nan, np.nan)
-        setting = f"k={k},ranking=per_class"
-        scores.append(Score("sparse_probing_auc", float(area), setting))
-        scores.append(Score("sparse_probing_converged", float(converged), setting))
-    return scores
+    held = [test_labels == name for name in sums.classes]
+    told = [c for c, positive in enumerate(held) if positive.any() and not positive.all()]
+    best = np.array([ranked(f_statistics_of(sums, c))[: max(budgets)] for c in told])
+    targets = [train_labels == sums.classes[c] for c in told]
+    models: list[LogisticRegression | None] = [None] * len(told)
+
+    def at(k: int) -> Readout:
+        if probes.small(train.shape[0], k, len(told), device):
+            models[:] = (
+                probes.fit(train[:, b[:k]].toarray(), y, C, max_iter) for b, y in zip(best, targets, strict=True)
+            )
+        else:
+            models[:] = probes.fit_each((train[:, b[:k]] for b in best), targets, C, max_iter, device, models)
+        areas = [probes.auc(probes.logits(m, test[:, b[:k]]), held[c])
+                 for m, b, c in zip(models, best, told, strict=True)]  # fmt: skip
+        converged = [m.converged_ for m in models if m is not None]
+        return (
+            Readout(k, np.nan, float(np.mean(areas)), float(np.mean(converged))) if told else Readout(k, *[np.nan] * 3)
+        )
+
+    return [
+        Score(f"sparse_probing_{name}", value, f"k={each.k},ranking=per_class")
+        for each in _each_budget(budgets, at, kept)
+        for name, value in (("auc", each.auc), ("converged", float(each.converged)))
+    ]
 
 
 def scores(run: ScoredRun, options: Options) -> list[Score]:
     """M4 at every budget."""
     images, split = run.images(), probes.split_of(run, options)
     budgets, ranking, fit = options["budgets"], options["ranking"], probes.solver(options)
-    found = sparse_probing(images.codes, images.labels, split, budgets, ranking, **fit, device=run.device)
+    kept = run.unfinished("sparse probing", options)
+    found = sparse_probing(images.codes, images.labels, split, budgets, ranking, **fit, device=run.device, kept=kept)
     return [*found, *probes.classes_left_out(run, options, "sparse_probing")]
 
 

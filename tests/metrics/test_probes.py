@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from sae_lightning.metrics import probes
+from sae_lightning.metrics import logistic, probes
 
 
 def clusters(n: int = 300, d: int = 12, classes: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +38,7 @@ def one_thread():
 def on(monkeypatch, engine: str) -> None:
     """Fit by PyTorch on the CPU, as it is done on an accelerator."""
     if engine == "torch":
-        monkeypatch.setattr(probes, "_fit_by_scikit_learn", lambda m, x, y: probes._fit_by_torch(m, x, y, "cpu"))
+        monkeypatch.setattr(probes, "SMALL", 0)
 
 
 def test_the_split_is_scikit_learns_and_each_class_is_divided():
@@ -91,7 +91,7 @@ def test_a_probe_is_scikit_learns(form, classes, engine, monkeypatch):
         x[:, 4] = 0  # silent
     if form == "float16":
         x = x.astype(np.float16).astype(np.float32)
-    reference = LogisticRegression(C=0.3, max_iter=200).fit(x.astype(np.float64), y * 10)
+    reference = LogisticRegression(C=0.3, tol=1e-4 if engine == "scikit-learn" else 1e-7).fit(x.astype(float), y * 10)
     forms = {
         "float32": lambda: x, "float16": lambda: x.astype(np.float16), "tensor": lambda: torch.from_numpy(x),
         "csr_array": lambda: sparse.csr_array(x), "csr_matrix": lambda: sparse.csr_matrix(x),
@@ -99,40 +99,83 @@ def test_a_probe_is_scikit_learns(form, classes, engine, monkeypatch):
     given = forms[form]()
     model = probes.fit(given, torch.from_numpy(y * 10), C=0.3, max_iter=200)
     assert model.converged_
-    assert abs(model.n_iter_[0] - reference.n_iter_[0]) <= 2
-    np.testing.assert_allclose(model.coef_, reference.coef_, atol=2e-3)
-    np.testing.assert_allclose(model.intercept_, reference.intercept_, atol=2e-3)
+    assert 2 < model.n_iter_[0] <= 40
+    np.testing.assert_allclose(model.coef_, reference.coef_, atol=1e-2)
+    np.testing.assert_allclose(model.intercept_, reference.intercept_, atol=2e-2)
     z = probes.logits(model, given)
-    np.testing.assert_allclose(z, reference.decision_function(x), atol=1e-2)
+    np.testing.assert_allclose(z, reference.decision_function(x), atol=3e-2)
     np.testing.assert_allclose(np.exp(probes.log_probabilities(z)), reference.predict_proba(x), atol=2e-3)
-    assert (probes.predict(model, given) == reference.predict(x)).mean() == 1
-    assert probes.accuracy(model, given, y * 10) == reference.score(x, y * 10)
+    assert (probes.predict(model, given) != reference.predict(x)).sum() <= (engine == "torch")
+    assert probes.accuracy(model, given, y * 10) == pytest.approx(reference.score(x, y * 10), abs=1.1 / len(y))
     assert isinstance(model, LogisticRegression)
-    assert (model.predict(x) == reference.predict(x)).all()
+    assert (model.predict(x) == probes.predict(model, given)).all()
 
 
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize("as_sparse", [False, True])
 def test_the_objective_is_its_formula_and_the_gradient_its_slope(classes, as_sparse, monkeypatch):
-    monkeypatch.setattr(probes, "BLOCK", 40)  # some blocks of images
+    for name, few in (("BLOCK", 40), ("CACHE", 15), ("TILE", 2)):  # some blocks of images, and of classes
+        monkeypatch.setattr(logistic, name, few)
     x, y = clusters(30, 4, classes)
     x = np.where(x > 0, x, 0).astype(np.float64)
-    function, shape = probes._objective(sparse.csr_array(x) if as_sparse else x, y, classes, 0.1, "cpu")
-    assert shape == (5, classes if classes > 2 else 1)
-    w = np.random.default_rng(1).normal(size=shape)
+    given = sparse.csr_array(x) if as_sparse else x
+    function = (
+        logistic.Multinomial(given, y, classes, 0.1, "cpu")
+        if classes > 2
+        else logistic.Binary([given], y[None] == 1, 0.1, "cpu")
+    )
+    rng = np.random.default_rng(1)
+    coef, intercept = (
+        rng.normal(size=(classes if classes > 2 else 1, 4)),
+        rng.normal(size=classes if classes > 2 else 1),
+    )
+    w = function.flat(coef, intercept)
+    assert [part.tolist() for part in function.found(w)] == [coef.tolist(), intercept.tolist()]
     loss = 0.0
     for row, label in zip(x, y, strict=True):
-        z = row @ w[:-1] + w[-1]
+        z = coef @ row + intercept
         z = z if classes > 2 else np.array([0, z[0]])
         loss -= z[label] - np.log(np.exp(z).sum())
-    loss = loss / 30 + 0.05 * (w[:-1] ** 2).sum()
-    value, gradient = function(w.ravel())
-    assert value == pytest.approx(loss, rel=1e-12)
-    for i in range(w.size):
-        step = np.zeros(w.size)
-        step[i] = 1e-6
-        slope = (function(w.ravel() + step)[0] - function(w.ravel() - step)[0]) / 2e-6
-        assert gradient[i] == pytest.approx(slope, abs=1e-7)
+    value, gradient = function(w)
+    assert value.item() == pytest.approx(loss / 30 + 0.05 * (coef**2).sum(), rel=1e-12)
+    for i in range(w.numel()):
+        step = torch.zeros_like(w)
+        step[0, i] = 1e-6
+        slope = (function(w + step)[0] - function(w - step)[0]).item() / 2e-6
+        assert gradient[0, i].item() == pytest.approx(slope, abs=1e-7)
+
+
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_array])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_a_warm_start_ends_at_the_same_optimum_in_fewer_steps(classes, form, monkeypatch):
+    monkeypatch.setattr(probes, "SMALL", 0)
+    monkeypatch.setattr(probes, "tolerance", lambda share: 1e-6)
+    x, y = clusters(classes=classes)
+    x = np.where(x > 0, x, 0) * np.array([1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0.1, 0.1], np.float32)  # one is silent
+    start = probes.fit(form(x[:, :10]), y)
+    cold, warm = (probes.fit(form(x), y, start=first) for first in (None, start))
+    assert cold.converged_
+    assert warm.converged_
+    assert warm.n_iter_ < cold.n_iter_
+    exact = LogisticRegression(tol=1e-8).fit(x.astype(float), y)
+    for model in (cold, warm):
+        np.testing.assert_allclose(model.coef_, exact.coef_, atol=1e-3)
+        np.testing.assert_allclose(model.predict_proba(x), exact.predict_proba(x), atol=1e-4)
+
+
+def test_probes_that_are_fitted_at_once_are_those_fitted_one_by_one(monkeypatch):
+    x, y = clusters()
+    x, rng = np.where(x > 0.5, x, 0), np.random.default_rng(1)
+    columns, positive = [rng.permutation(12)[:6] for _ in range(5)], [y == c for c in range(5)]
+    monkeypatch.setattr(probes, "ENTRIES", 500)  # two at a time
+    none = probes.fit_each((sparse.csc_array(x[:, c]) for c in columns), positive, 1.0, 500, "cpu", [None] * 5)
+    for model, c, truth in zip(none, columns, positive, strict=True):
+        exact = LogisticRegression(tol=1e-8).fit(x[:, c].astype(float), truth)
+        assert model.converged_
+        np.testing.assert_allclose(model.coef_, exact.coef_, atol=1e-2)
+        assert (probes.predict(model, x[:, c]) == exact.predict(x[:, c])).all()
+    few = probes.fit_each((sparse.csc_array(x[:, c]) for c in columns), positive, 1.0, 2, "cpu", [None] * 5)
+    assert [(model.converged_, *model.n_iter_) for model in few] == [(False, 2)] * 5
 
 
 @pytest.mark.slow
@@ -142,11 +185,11 @@ def test_both_engines_agree_on_real_pictures(as_sparse, monkeypatch):
     x = (x / 4).astype(np.float32)
     x = sparse.csr_array(x) if as_sparse else x
     train, test = probes.split(y)
-    objective, _ = probes._objective(x[train].astype(np.float64), y[train], 10, 1 / len(train), "cpu")
+    objective = logistic.Multinomial(x[train].astype(np.float64), y[train], 10, 1 / len(train), "cpu")
     exact = LogisticRegression(tol=1e-8, max_iter=10_000).fit(x[train].astype(np.float64), y[train])
 
     def loss(model) -> float:
-        return objective(np.concatenate([model.coef_.T, model.intercept_[None]]).astype(np.float64).ravel())[0]
+        return objective(objective.flat(model.coef_.astype(np.float64), model.intercept_))[0].item()
 
     for engine in ("scikit-learn", "torch"):
         on(monkeypatch, engine)

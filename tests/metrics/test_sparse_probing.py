@@ -135,6 +135,39 @@ def test_a_perfect_latent_is_enough_and_silent_ones_do_not_matter():
     assert wide["sparse_probing_auc", "k=32"] == pytest.approx(wide["sparse_probing_auc", "k=2"])
 
 
+@pytest.mark.parametrize("ranking", ["joint", "per_class"])
+def test_large_probes_have_the_scores_of_small_ones(ranking, monkeypatch):
+    codes, labels = pooled_codes()
+    found = []
+    for small in (1 << 30, 0):
+        monkeypatch.setattr(probes, "SMALL", small)
+        found.append(values(sparse_probing(codes, labels, budgets=(1, 4, 16), ranking=ranking)))
+    assert found[0].keys() == found[1].keys()
+    for key in found[0]:
+        assert found[1][key] == pytest.approx(found[0][key], abs=3e-3), key
+
+
+@pytest.mark.parametrize("ranking", ["joint", "per_class"])
+def test_an_interrupted_call_goes_on_with_the_next_budget(ranking, tmp_path, monkeypatch):
+    codes, labels = pooled_codes()
+    expected = sparse_probing(codes, labels, budgets=(1, 4, 16), ranking=ranking)
+    kept, fit, seen = tmp_path / "kept.json", probes.fit, []
+
+    def watched(x, *args, **kwargs):
+        seen.append(x.shape[1])
+        if x.shape[1] == 16 and kept.is_file() and len(seen) < 12:
+            raise KeyboardInterrupt
+        return fit(x, *args, **kwargs)
+
+    monkeypatch.setattr(probes, "fit", watched)
+    with pytest.raises(KeyboardInterrupt):
+        sparse_probing(codes, labels, budgets=(1, 4, 16), ranking=ranking, kept=kept)
+    assert set(seen) == {1, 4, 16}
+    seen[:] = [0] * 12
+    assert sparse_probing(codes, labels, budgets=(1, 4, 16), ranking=ranking, kept=kept) == expected
+    assert set(seen[12:]) == {16}
+
+
 def test_probes_that_stopped_early_are_counted():
     codes, labels = pooled_codes()
     found = values(sparse_probing(codes, labels, budgets=(32,), max_iter=1))
