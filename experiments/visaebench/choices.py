@@ -96,10 +96,10 @@ def probe_choices(run: Job) -> Iterator[tuple[str, str, float]]:
             yield "M7 absorption", "β 0.3 instead of 0.5", find(tasks.scores, "absorption", "alpha=0.8,beta=0.3")
             some = np.array([t.f1_1 < 0.8 for t in tasks.tasks if t.f1_4 > 0.5])
             yield "M7 absorption", "of tasks with F1(4) > β alone", float(some.mean()) if len(some) else 0.0
-    yield "retrieval R@1, codes", "", image_recall(images.codes, y)[1]
+    yield "retrieval R@1, codes", "", image_recall(images.codes, y)[1].mean()
     binary = images.codes.copy()
     binary.data[:] = 1
-    yield "retrieval R@1, codes", "codes as 0 or 1", image_recall(binary, y)[1]
+    yield "retrieval R@1, codes", "codes as 0 or 1", image_recall(binary, y)[1].mean()
 
 
 def monosemanticity_choices(run: Job) -> Iterator[tuple[str, str, float]]:

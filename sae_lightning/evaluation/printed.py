@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from omegaconf import DictConfig
 
 from sae_lightning.metrics.core import SHOWN
 from sae_lightning.metrics.part import CORE, Column, headlines, parts_of
-from sae_lightning.rendering.table import Head, Table, Unknown
+from sae_lightning.rendering.table import Head, Table
 from sae_lightning.runs.run import Run
 from sae_lightning.runs.scores import read_rows
 
@@ -35,10 +34,8 @@ def core_table(title: str, runs: Sequence[Path], split: str, data: str) -> Table
     rows = []
     for run in map(Run, runs):
         found = [row for row in read_rows(run.folder, data=data) if row["split"] == split and row["part"] == CORE]
-        made, metrics = run.cfg, {row["metric"]: row["value"] for row in found} if data else run.scores["metrics"]
-        k = "–" if made["k"] is None else f"{made['k']:g}"
-        values = (metrics.get(column.metric) for column in SHOWN)
-        rows.append([run.name, made["backbone"], f"{k} of {made['d_in']}", *values])
+        made, k = run.cfg, "–" if run.cfg["k"] is None else f"{run.cfg['k']:g}"
+        rows.append([run.name, made["backbone"], f"{k} of {made['d_in']}", *(column.cell(found) for column in SHOWN)])
     heads = [Head("run"), Head("backbone", drop=1), Head("k of d_in", drop=1), *(c.head for c in SHOWN)]
     return Table(CORE, title, heads, rows)
 
@@ -49,9 +46,6 @@ def score_table(title: str, columns: Sequence[Column], runs: Sequence[Path], spl
     for run in map(Run, runs):
         scores = [row for row in read_rows(run.folder, strict=True, data=data) if row["split"] == split]
         cells: list[object] = [run.name, run.cfg["backbone"]]
-        for column in columns:
-            value = column.of(scores)
-            cells.append(value if math.isfinite(value) else Unknown(column.why(scores)))
-        rows.append(cells)
+        rows.append([*cells, *(column.cell(scores) for column in columns)])
     heads = [Head("run"), Head("backbone", drop=1), *(column.head for column in columns)]
     return Table("scores", title, heads, rows)

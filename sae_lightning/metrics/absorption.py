@@ -12,6 +12,7 @@ from torch import Tensor
 from sae_lightning.files import write_json
 from sae_lightning.metrics import probes
 from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.intervals import averaged
 from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, register
 from sae_lightning.metrics.probes import Matrix
 from sae_lightning.metrics.sparse_probing import class_sums, f_statistics_of, ranked
@@ -71,20 +72,16 @@ def absorption(
 def summary(tasks: Sequence[Task], alphas: Sequence[float], betas: Sequence[float]) -> list[Score]:
     """The scores that follow from the ``tasks``."""
     one, few = np.array([task.f1_1 for task in tasks]), np.array([task.f1_4 for task in tasks])
-
-    def mean(x: np.ndarray) -> float:
-        return float(x.mean()) if len(x) else float("nan")
-
     return [
         *(
-            Score("absorption", mean((one < alpha) & (few > beta)), f"alpha={alpha:g},beta={beta:g}")
+            averaged("absorption", (one < alpha) & (few > beta), f"alpha={alpha:g},beta={beta:g}", unit="tasks")
             for alpha in alphas
             for beta in betas
         ),
-        Score("absorption_f1", mean(one), f"k={ONE}"),
-        Score("absorption_f1", mean(few), f"k={FEW}"),
+        averaged("absorption_f1", one, f"k={ONE}", unit="tasks"),
+        averaged("absorption_f1", few, f"k={FEW}", unit="tasks"),
         Score("absorption_tasks", float(len(tasks))),
-        Score("absorption_converged", mean(np.array([task.converged for task in tasks]))),
+        averaged("absorption_converged", [task.converged for task in tasks], unit="tasks"),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -37,6 +37,10 @@ class SumMetric(Metric):
         if center.shape != (d_in,):
             raise ValueError(f"Expected a center of shape [{d_in}]; got {list(center.shape)}.")
         self.register_buffer("center", center.double(), persistent=False)
+
+    def sure(self) -> dict[str, Score]:
+        """The figures of ``compute`` that have an interval, with it."""
+        return {}
 
     def of_latents(self) -> dict[str, Tensor]:
         """What it says of each latent, [d_sae] by name, to be kept in latents.safetensors."""
@@ -82,15 +86,15 @@ def require_samples(count: Tensor, metric: Metric) -> None:
 class Score(NamedTuple):
     """One figure: the ``metric``'s ``value`` in a ``setting``, such as ``k=128``; several are joined by commas.
 
-    A value that could not be computed is NaN, and ``why`` says the reason.
+    A value that could not be computed is NaN, and ``why`` says the reason. ``low`` to ``high`` is the 95 % interval of
+    one that is of ``n`` of a ``unit``, such as pictures; see ``intervals.py``.
     """
 
     metric: str
     value: float
     setting: str = ""
     why: str = ""
-
-
-def named(found: Mapping[str, Any]) -> list[Score]:
-    """Named figures as scores."""
-    return [Score(name, float(value)) for name, value in found.items()]
+    n: int | None = None
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None

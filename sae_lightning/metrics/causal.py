@@ -19,6 +19,7 @@ from sae_lightning.backbones.backbone import BackboneError
 from sae_lightning.backbones.natural import Natural, Report, Tally
 from sae_lightning.backbones.splice import beside, fanned, masked
 from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.intervals import averaged
 from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, register
 from sae_lightning.metrics.readout import Sample, Study, Unknown, outputs, spans, study
 from sae_lightning.saes.sae import SAE
@@ -172,26 +173,6 @@ def look(
 
 
 # --- scores -------------------------------------------------------------------------------------------------
-class Bootstrap:
-    """Scores with their 95 % interval, ``<metric>_low`` and ``<metric>_high``, over ``n`` pictures drawn anew."""
-
-    def __init__(self, n: int, draws: int, seed: int) -> None:
-        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)
-        self.weights = np.concatenate([np.ones((1, n)), drawn])
-
-    def scores(self, metric: str, setting: str, top: np.ndarray, of: np.ndarray, why: str = "") -> list[Score]:
-        """The sum of ``top`` [n] over that of ``of`` [n]; NaN where there is a reason ``why``."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            value, *drawn = (self.weights @ top) / (self.weights @ of)
-        low, high = np.nanpercentile(drawn, (2.5, 97.5)) if np.isfinite(drawn).any() else (math.nan, math.nan)
-        figures = {metric: value, f"{metric}_low": low, f"{metric}_high": high}
-        return [Score(name, math.nan if why else float(x), setting, why) for name, x in figures.items()]
-
-    def positive(self, values: np.ndarray) -> bool:
-        """Whether the sum of ``values`` [n] is, beyond its interval."""
-        return bool(np.percentile(self.weights @ values, 2.5) > 0)
-
-
 def refusal(report: Report, options: Options, fvu: float | None = None) -> str:
     """Why effects of a splice with this ``report`` are not to be told; nothing where they are."""
     try:
@@ -210,7 +191,8 @@ def scores_of(
     layer: int, options: Options,
 ) -> list[Score]:  # fmt: skip
     """All rows of what ``look`` has found of pictures of classes ``labels`` [n] behind ``layer``."""
-    n, boot, rows = len(labels), Bootstrap(len(labels), options["draws"], options["seed"]), _places(changes)
+    n, rows = len(labels), _places(changes)
+    drawn = {"draws": options["draws"], "seed": options["seed"]}
     pictures = np.array([change.picture for change in changes])
     of, clean = torch.from_numpy(labels[pictures])[:, None], logits[rows["features=kept"]][pictures]
     before, after = clean.log_softmax(1), logits.log_softmax(1)
@@ -230,18 +212,19 @@ def scores_of(
     for against in ("mean", "zero"):
         won, lost = entropy[against] - entropy["sae"], entropy[against] - entropy["kept"]
         why = refusal(reports["features=sae"], options, math.inf)  # the score itself tells how much an SAE loses
-        if not boot.positive(lost):
+        if not averaged("", lost, **drawn).low > 0:
             why = f"features={against} cost no cross-entropy beyond chance, so that there is nothing to recover"
-        scores += boot.scores("causal_recovered", f"against={against}", won, lost, why)
+        scores.append(averaged("causal_recovered", won, f"against={against}", lost, n=n, why=why, **drawn))
     for setting, at in rows.items():
         what, counts = setting.split("=")[0], np.bincount(pictures[at], minlength=n)
         why = "" if what == "features" else refusal(reports[setting], options)
         for name in FIGURES[what]:
-            scores += boot.scores(f"causal_{name}", setting, total(figures[name], setting), counts, why)
+            scores.append(averaged(f"causal_{name}", total(figures[name], setting), setting, counts, why=why, **drawn))
         if what == "ablated":
             scores.append(Score("causal_pairs", len(at), setting))
             for i, values in enumerate(relative.T, start=layer):
-                scores += boot.scores("causal_change", f"{setting},layer={i}", total(values, setting), counts, why)
+                by_layer = f"{setting},layer={i}"
+                scores.append(averaged("causal_change", total(values, setting), by_layer, counts, why=why, **drawn))
     for setting, report in reports.items():
         scores += [Score(f"causal_{name}", getattr(report, name), setting) for name in ("distance", "unnatural")]
     return [*scores, Score("causal_fvu", reports["features=sae"].fvu)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sae_lightning.metrics.base import Score, SumMetric, named
+from sae_lightning.metrics.base import Score, SumMetric
+from sae_lightning.metrics.intervals import named
 from sae_lightning.metrics.monoscore import MonoScore
 from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, Streamed, register
 from sae_lightning.metrics.purity import Purity
@@ -33,8 +34,8 @@ def streams(about: Streamed, options: Options) -> dict[str, SumMetric]:
     """The sums of all of them; of purity where the images have classes."""
     sae, store = about.sae, about.store
     found: dict[str, SumMetric] = {
-        "reconstruction": Reconstruction(sae.d_in, center=store.mean), "l0": L0(), "firing": Firing(sae.d_sae),
-        "mono": MonoScore(sae.d_sae, about.width),
+        "reconstruction": Reconstruction(sae.d_in, store.mean, store.n_patches), "l0": L0(),
+        "firing": Firing(sae.d_sae), "mono": MonoScore(sae.d_sae, about.width),
     }  # fmt: skip
     return found | ({"purity": Purity(sae.d_sae, len(store.class_names))} if store.labelled else {})
 
@@ -45,7 +46,9 @@ def core(run: ScoredRun, options: Options) -> list[Score]:
     found = {**scores["metrics"], "l0_share": scores["metrics"]["l0"] / run.sae.d_sae}
     found["dead"] = run.sae.d_sae - scores["metrics"]["alive"]
     found["n_images"], found["n_tokens"] = scores["n_images"], scores["n_tokens"]
-    return named(found | {"similarity_baseline": scores["similarity"]["baseline"]})
+    sure = {name: each for of in NAMES if of != "purity" or run.labelled
+            for name, each in run.metric(of, SumMetric).sure().items()}  # fmt: skip
+    return named(found | {"similarity_baseline": scores["similarity"]["baseline"]}, sure)
 
 
 PART = register(Part(

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from sae_lightning.metrics import probes
 from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.intervals import averaged
 from sae_lightning.metrics.part import INPUTS, Column, ImageFeatures, Options, Part, ScoredRun, Task, register
-from sae_lightning.metrics.probes import Matrix, ratio
+from sae_lightning.metrics.probes import Matrix
 from sae_lightning.metrics.sparse_probing import read_out
 
 
 class Own(NamedTuple):
-    """The held-out accuracy of a representation's own probe, and whether its solver converged."""
+    """Which held-out images a representation's own probe gets ``right`` [N], and whether its solver converged."""
 
-    accuracy: float
+    right: np.ndarray
     converged: bool
 
 
@@ -30,7 +31,7 @@ def own_accuracy(
     Test images of classes without a train image count as wrong.
     """
     model = probes.fit(train, train_labels, C, max_iter, device)
-    return Own(probes.accuracy(model, test, test_labels, device), model.converged_)
+    return Own(probes.right(model, test, test_labels, device), model.converged_)
 
 
 def cross_domain(
@@ -49,20 +50,20 @@ def cross_domain(
     y, held = probes.as_labels(train.labels), probes.as_labels(test.labels)
     reconstruction = own_accuracy(train.reconstruction, y, test.reconstruction, held, C, max_iter, device)
     converged: list[float] = [raw.converged, reconstruction.converged]
-    values = {
-        "preservation": ratio(reconstruction.accuracy, raw.accuracy),
-        "accuracy_raw": raw.accuracy,
-        "accuracy_reconstruction": reconstruction.accuracy,
+    n, one = len(held), np.ones(len(held))
+    figures = {
+        "preservation": (reconstruction.right, raw.right),
+        "accuracy_raw": (raw.right, one),
+        "accuracy_reconstruction": (reconstruction.right, one),
     }
     if codes:
         whole = own_accuracy(train.codes, y, test.codes, held, C, max_iter, device)
         converged.append(whole.converged)
-        values |= {"codes_lift": ratio(whole.accuracy, raw.accuracy), "accuracy_codes": whole.accuracy}
-    scores = [Score(f"cross_domain_{metric}", value, f"data={name}") for metric, value in values.items()]
+        figures |= {"codes_lift": (whole.right, raw.right), "accuracy_codes": (whole.right, one)}
+    scores = [averaged(f"cross_domain_{metric}", top, f"data={name}", of, n=n) for metric, (top, of) in figures.items()]
     if k <= train.codes.shape[1]:
         found = read_out(train.codes, y, test.codes, held, [k], C, max_iter, device)[0]
-        scores.append(Score("cross_domain_sparse_probing_auc", found.auc, f"data={name},k={k}"))
-        scores.append(Score("cross_domain_sparse_probing_accuracy", found.accuracy, f"data={name},k={k}"))
+        scores += found.scores("cross_domain_sparse_probing", f"data={name},k={k}")
         converged.append(found.converged)
     return [*scores, Score("cross_domain_converged", float(np.mean(converged)), f"data={name}")]
 

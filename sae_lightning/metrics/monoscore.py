@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sae_lightning.kernels import native, portable
-from sae_lightning.metrics.base import SumMetric, require_samples
+from sae_lightning.metrics.base import Score, SumMetric, require_samples
+from sae_lightning.metrics.intervals import averaged
 from sae_lightning.saes.codes import DenseCodes, SparseCodes
 
 
@@ -143,6 +144,11 @@ class MonoScore(SumMetric):
 
     def of_latents(self) -> dict[str, Tensor]:
         return {"monoscore": self.scores(), "scored": self.scored()}
+
+    def sure(self) -> dict[str, Score]:
+        scores, scored = self.scores(), self.scored()
+        each = {"monoscore": scores, "monoscore_scored": scores[scored], "scored_share": scored}
+        return {name: averaged(name, values.cpu(), unit="latents") for name, values in each.items()}
 
     def baseline(self) -> Tensor:
         """Mean cosine of all pairs of images, a float64 scalar; NaN for fewer than two."""

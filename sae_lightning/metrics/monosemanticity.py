@@ -13,7 +13,8 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from sae_lightning.metrics.base import Score, SumMetric, named
+from sae_lightning.metrics.base import Score, SumMetric
+from sae_lightning.metrics.intervals import averaged, named
 from sae_lightning.metrics.monoscore import MonoScore
 from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, Streamed, register
 
@@ -165,7 +166,10 @@ def scores(run: ScoredRun, options: Options) -> list[Score]:
         "monosemanticity": unknown.index_put((latents,), found.score),
         "monosemanticity_within_mass": unknown.index_put((latents,), found.within_mass),
     })  # fmt: skip
-    return named(summarize(found, floor))
+    each = {"": found.score, "_plain": found.plain[~found.score.isnan()]}
+    sure = {f"monosemanticity{kind}": averaged("", (values.cpu() - floor) / (1 - floor), unit="latents")
+            for kind, values in each.items()}  # fmt: skip
+    return named(summarize(found, floor), sure)
 
 
 def encoder(config: DictConfig, options: Options) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sae_lightning.kernels import native, sparse_decode
 from sae_lightning.kernels.portable import by_latent, offsets_of
-from sae_lightning.metrics.base import Score, SumMetric, named, of_one_rank
+from sae_lightning.metrics.base import Score, SumMetric, of_one_rank
+from sae_lightning.metrics.intervals import averaged, named
 from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, Streamed, on_patches, register
 from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import SparseCodes
@@ -168,6 +169,9 @@ class Moran(SumMetric):
             "low Moran": order[:tail][drawn],
         }  # fmt: skip
 
+    def sure(self) -> dict[str, Score]:
+        return {"moran": averaged("moran", self.scores().cpu(), unit="latents")}
+
     def compute(self) -> dict[str, Tensor]:
         scores = self.scores()
         known = scores[~scores.isnan()]
@@ -233,6 +237,9 @@ class ChannelMoran(Moran):
         self.total += i.nansum(0)
         self.squares += i.square().nansum(0)
 
+    def sure(self) -> dict[str, Score]:
+        return {"channel_moran": averaged("channel_moran", self.scores().cpu(), unit="channels")}
+
     def compute(self) -> dict[str, Tensor]:
         return {f"channel_{name}": value for name, value in super().compute().items()}
 
@@ -242,7 +249,8 @@ def moran(run: ScoredRun, options: Options) -> list[Score]:
     if not run.store().spatial:
         return []
     run.summary()
-    return named(run.metric("moran", Moran).compute())
+    metric = run.metric("moran", Moran)
+    return named(metric.compute(), metric.sure())
 
 
 def raw_moran(run: ScoredRun, options: Options) -> list[Score]:
@@ -253,7 +261,7 @@ def raw_moran(run: ScoredRun, options: Options) -> list[Score]:
         metric = of_one_rank(ChannelMoran(store.d_in, store.grid, **options))
         for read in run.batches("Moran's I of the features"):
             metric.update(run.frame.normalize(read[:, store.prefix :]))
-        return named(metric.compute())
+        return named(metric.compute(), metric.sure())
 
     return run.shared("raw_moran", make)
 

@@ -20,7 +20,7 @@ from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.metrics.base import Score, SumMetric
 from sae_lightning.registry import Registry, discover, import_plugins
-from sae_lightning.rendering.table import Head
+from sae_lightning.rendering.table import Cell, Head, Measured, Unknown
 from sae_lightning.saes.sae import SAE, Normalizer
 
 if TYPE_CHECKING:
@@ -70,13 +70,25 @@ class Column:
 
     def of(self, rows: Iterable[Mapping[str, Any]]) -> float:
         """Its value among a run's ``rows`` of one split, without that of ``per``; NaN where there is none."""
-        found = [r["value"] for r in rows if r["metric"] == self.metric and fits(r["setting"], self.setting)]
+        found = [r["value"] for r in self._rows(rows)]
         return float(np.mean(found)) if found else float("nan")
 
     def why(self, rows: Iterable[Mapping[str, Any]]) -> str:
         """Why its value is NaN; nothing where there is no such row."""
-        same = (r for r in rows if r["metric"] == self.metric and fits(r["setting"], self.setting))
-        return next((r.get("why") or "" for r in same if not math.isfinite(r["value"])), "")
+        return next((r.get("why") or "" for r in self._rows(rows) if not math.isfinite(r["value"])), "")
+
+    def cell(self, rows: Sequence[Mapping[str, Any]], value: float | None = None) -> Cell:
+        """Its ``value``, by default ``of`` the rows, as tables show it: with its interval, or why there is none."""
+        value, same = self.of(rows) if value is None else value, self._rows(rows)
+        if not math.isfinite(value):
+            return Unknown(self.why(rows) if same else "not scored, or not of such features")
+        sure = same[0] if len(same) == 1 and not self.per else {}
+        if sure.get("low") is None:
+            return value
+        return Measured(value, sure["low"], sure["high"], sure["n"], sure["unit"])
+
+    def _rows(self, rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        return [r for r in rows if r["metric"] == self.metric and fits(r["setting"], self.setting)]
 
 
 def fits(setting: str, wanted: str) -> bool:

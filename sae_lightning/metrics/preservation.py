@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_lightning.metrics import probes
 from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.intervals import averaged
 from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, register
 from sae_lightning.metrics.probes import Matrix
 
@@ -17,14 +18,14 @@ from sae_lightning.metrics.probes import Matrix
 class RawProbe(NamedTuple):
     """The classifier φ of a backbone's raw features, fitted once for all of its SAEs.
 
-    ``train`` and ``test`` are positions of images (int64); ``accuracy`` and ``logits`` [n_test, n_classes] (or [n_test]
-    for two classes) are those of φ on the raw features held out.
+    ``train`` and ``test`` are positions of images (int64); ``right`` [n_test] (of which images φ tells the class) and
+    ``logits`` [n_test, n_classes] (or [n_test] for two classes) are those of φ on the raw features held out.
     """
 
     model: LogisticRegression
     train: np.ndarray
     test: np.ndarray
-    accuracy: float
+    right: np.ndarray
     logits: np.ndarray
 
 
@@ -40,7 +41,7 @@ def fit_raw(
     probes.check_rows(labels, raw=raw)
     train, test = probes.split(labels) if split is None else split
     model = probes.fit(raw[train], labels[train], C, max_iter, device)
-    right = probes.accuracy(model, raw[test], labels[test], device)
+    right = probes.right(model, raw[test], labels[test], device)
     return RawProbe(model, train, test, right, probes.logits(model, raw[test], device))
 
 
@@ -65,20 +66,20 @@ def preservation(
         )
     z = probes.logits(probe.model, x[probe.test], device)
     p, q = probes.log_probabilities(probe.logits), probes.log_probabilities(z)
-    right = float((probe.model.classes_[q.argmax(1)] == labels[probe.test]).mean())
+    right = probe.model.classes_[q.argmax(1)] == labels[probe.test]
     scores = [
-        Score("preservation", probes.ratio(right, probe.accuracy)),
-        Score("accuracy_raw", probe.accuracy),
-        Score("accuracy_reconstruction", right),
-        Score("lp_kl", float((np.exp(p) * (p - q)).sum(1).mean())),
-        Score("lp_accuracy", float((p.argmax(1) == q.argmax(1)).mean())),
+        averaged("preservation", right, of=probe.right, n=len(right)),
+        averaged("accuracy_raw", probe.right),
+        averaged("accuracy_reconstruction", right),
+        averaged("lp_kl", (np.exp(p) * (p - q)).sum(1)),
+        averaged("lp_accuracy", p.argmax(1) == q.argmax(1)),
     ]
     converged = [probe.model.converged_]
 
     def own(name: str, features: Matrix, lift: str) -> None:
         model = probes.fit(features[probe.train], labels[probe.train], C, max_iter, device)
-        found = probes.accuracy(model, features[probe.test], labels[probe.test], device)
-        scores.extend([Score(name, found), Score(lift, probes.ratio(found, probe.accuracy))])
+        found = probes.right(model, features[probe.test], labels[probe.test], device)
+        scores.extend([averaged(name, found), averaged(lift, found, of=probe.right, n=len(found))])
         converged.append(model.converged_)
 
     if codes is not None:

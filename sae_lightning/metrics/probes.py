@@ -273,9 +273,14 @@ def predict(model: LogisticRegression, x: Matrix, device: str = "cpu") -> np.nda
 
 def accuracy(model: LogisticRegression, x: Matrix, y: np.ndarray | Tensor, device: str = "cpu") -> float:
     """Share of the images that the probe puts in their class; images of classes it was not fitted on count as wrong."""
+    return float(right(model, x, y, device).mean())
+
+
+def right(model: LogisticRegression, x: Matrix, y: np.ndarray | Tensor, device: str = "cpu") -> np.ndarray:
+    """Which images the probe puts in their class, [N] bool."""
     x, y = as_matrix(x), as_labels(y)
     check_rows(y, features=x)
-    return float((predict(model, x, device) == y).mean())
+    return predict(model, x, device) == y
 
 
 def ratio(value: float, whole: float) -> float:
@@ -296,14 +301,13 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float(wins / (p * n))
 
 
-def mean_auc(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> float:
-    """Mean over classes of the one-vs-rest AUC of ``scores`` [N, n_classes], column c for ``classes[c]``.
+def aucs(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """The one-vs-rest AUC of each class, of ``scores`` [N, n_classes], column c for ``classes[c]``.
 
-    Classes without a positive or without a negative among ``labels`` [N] are left out; NaN when none is left.
+    Classes without a positive or without a negative among ``labels`` [N] are left out.
     """
-    found = [auc(scores[:, c], labels == name) for c, name in enumerate(classes)]
-    found = [each for each in found if not np.isnan(each)]
-    return float(np.mean(found)) if found else float("nan")
+    found = np.array([auc(scores[:, c], labels == name) for c, name in enumerate(classes)])
+    return found[~np.isnan(found)]
 
 
 # --- what the parts that probe share ----------------------------------------------------------------------

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_lightning.metrics.base import SumMetric
+from sae_lightning.metrics.base import Score, SumMetric
+from sae_lightning.metrics.intervals import averaged
 from sae_lightning.saes.codes import SparseCodes
 
 
@@ -79,6 +80,11 @@ class Purity(SumMetric):
     def of_latents(self) -> dict[str, Tensor]:
         found = self.per_latent()
         return {"purity": found.purity, "weighted_purity": found.weighted_purity, "dominant_class": found.dominant}
+
+    def sure(self) -> dict[str, Score]:
+        found = self.per_latent()
+        each = {"purity": found.purity, "weighted_purity": found.weighted_purity}
+        return {name: averaged(name, x[found.images > 0].cpu(), unit="latents") for name, x in each.items()}
 
     def compute(self) -> dict[str, Tensor]:
         found = self.per_latent()

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from sae_lightning.kernels import native
-from sae_lightning.metrics.base import SumMetric, require_pair, require_samples
+from sae_lightning.metrics.base import Score, SumMetric, require_pair, require_samples
+from sae_lightning.metrics.intervals import averaged
+
+GROUPS = 64  # of images, each counted by its place, over which intervals are drawn
 
 CONSTANT = 1e-12  # a variance below this share of the mean square about the center is rounding
 
@@ -25,6 +28,7 @@ class Reconstruction(SumMetric):
     y = x - c, the same for every c; one near the mean, such as the store's, keeps them free of cancellation. Without it
     their relative error is about 1e-16 · x̄² / Var(x), harmless up to means a million times the deviation.
 
+    ``patches`` rows are an image, if all come whole: FVU's and the cosine's intervals are over images.
     ``compute`` gives float64 scalars. ValueError for shapes that do not fit, or when no sample was seen.
     """
 
@@ -35,34 +39,51 @@ class Reconstruction(SumMetric):
     squares: Tensor
     cosines: Tensor
     center: Tensor
+    groups: Tensor
 
-    def __init__(self, d_in: int, center: Tensor | None = None) -> None:
+    def __init__(self, d_in: int, center: Tensor | None = None, patches: int = 1) -> None:
         super().__init__()
-        self.d_in = d_in
+        self.d_in, self.patches = d_in, patches
         self.add_center(d_in, center)
         self.add_sum("count", dtype=torch.long)
         self.add_sum("cosines")
         for name in ("residual", "total", "squares"):
             self.add_sum(name, d_in)
+        self.add_sum("groups", 4, GROUPS)  # of images: ‖x - x̂‖², ‖x - c‖², cosines, rows
 
     @torch.no_grad()
     def update(self, features: Tensor, reconstruction: Tensor) -> None:
         """Add features and their reconstruction, both [N, d_in], any float type."""
         require_pair(features, reconstruction, self.d_in)
+        rows = torch.arange(len(features), device=features.device) + self.count
+        group = rows.div(self.patches, rounding_mode="floor") % GROUPS
         self.count += len(features)
         if native.available(features, reconstruction):
             sums = (self.residual, self.total, self.squares)
             x, y = features.contiguous(), reconstruction.contiguous()
-            self.cosines += native.reconstruction_sums(x, y, self.center, sums).sum()
+            self._add(group, x, y, native.reconstruction_sums(x, y, self.center, sums))
             return
         exact = features.double()
         self.residual += (exact - reconstruction).square_().sum(0)
         exact = exact - self.center
         rebuilt = reconstruction.double() - self.center
         norms = exact.norm(dim=1) * rebuilt.norm(dim=1)
-        self.cosines += torch.where(norms > 0, (exact * rebuilt).sum(1) / norms, 0.0).sum()
+        self._add(group, features, reconstruction, torch.where(norms > 0, (exact * rebuilt).sum(1) / norms, 0.0))
         self.total += exact.sum(0)
         self.squares += exact.square_().sum(0)
+
+    def _add(self, group: Tensor, features: Tensor, reconstruction: Tensor, cosines: Tensor) -> None:
+        self.cosines += cosines.sum()
+        residual = torch.linalg.vector_norm(features - reconstruction, dim=1).square()
+        spread = torch.linalg.vector_norm(features - self.center.to(features), dim=1).square()
+        self.groups.index_add_(1, group, torch.stack([residual, spread, cosines, torch.ones_like(cosines)]).double())
+
+    def sure(self) -> dict[str, Score]:
+        residual, spread, cosines, rows = self.groups.cpu().numpy()
+        images, filled = int(self.count) // self.patches, rows > 0
+        figures = {"fvu": (residual, spread), "explained_variance": (spread - residual, spread),
+                   "cosine": (cosines, rows)}  # fmt: skip
+        return {name: averaged(name, top[filled], of=of[filled], n=images) for name, (top, of) in figures.items()}
 
     def compute(self) -> dict[str, Tensor]:
         require_samples(self.count, self)

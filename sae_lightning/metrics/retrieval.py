@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from sae_lightning.metrics import probes
 from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.intervals import averaged
 from sae_lightning.metrics.part import INPUTS, Column, Options, Part, ScoredRun, Task, register
-from sae_lightning.metrics.probes import Matrix, ratio
+from sae_lightning.metrics.probes import Matrix
 
 BLOCK = 1 << 25  # similarities held at once
 
-Recall = dict[int, float]  # share of the queries with a hit among their k nearest, by k
+Recall = dict[int, np.ndarray]  # which queries have a hit among their k nearest, [N] bool by k
 
 
 def nearest(queries: Matrix, gallery: Matrix | None = None, k: int = 5, device: str = "cpu") -> np.ndarray:
@@ -90,19 +91,19 @@ def _largest(values: Tensor, k: int) -> Tensor:
 
 
 def recall(found: np.ndarray, query_ids: np.ndarray, gallery_ids: np.ndarray, ks: Sequence[int]) -> Recall:
-    """R@k for each of ``ks``: how many queries have a row of their own id among the first k of ``found`` [N, K]."""
+    """Which queries have a row of their own id among the first k of ``found`` [N, K], for each of ``ks``."""
     hits = (gallery_ids[found] == query_ids[:, None]) & (found >= 0)
-    return {k: float(hits[:, :k].any(1).mean()) if len(hits) else float("nan") for k in ks}
+    return {k: hits[:, :k].any(1) for k in ks}
 
 
 def image_recall(
     features: Matrix, labels: np.ndarray | Tensor, gallery: Matrix | None = None,
     gallery_labels: np.ndarray | Tensor | None = None, ks: Sequence[int] = (1, 5), device: str = "cpu",
 ) -> Recall:  # fmt: skip
-    """Share of images with one of their class among the k nearest [ViSAEBench §4.5, H3].
+    """Which images have one of their class among the k nearest [ViSAEBench §4.5, H3].
 
     ``features`` [N, d] and ``labels`` [N] are queried against the ``gallery``, by default each image against all
-    others. Queries of a class that the gallery lacks cannot hit and are left out; NaN when none is left.
+    others. Queries of a class that the gallery lacks cannot hit and are left out.
     """
     labels = probes.as_labels(labels)
     probes.check_rows(labels, features=features)
@@ -143,12 +144,12 @@ def text_recall(
     )
 
 
-def lifts(metric: str, raw: Mapping[int, float], codes: Mapping[int, float]) -> list[Score]:
-    """Recall of the raw features and of the codes and ``metric_lift`` = codes / raw [ViSAEBench App. O], at each k."""
+def recalls(metric: str, unit: str, raw: Recall, reconstruction: Recall, codes: Recall) -> list[Score]:
+    """R@k of all, and ``metric_lift`` = codes / raw [ViSAEBench App. O], at each k, over queries of a ``unit``."""
+    given = {"raw": raw, "reconstruction": reconstruction, "codes": codes}
     return [
-        Score(f"{metric}_{name}", value, f"k={k}")
-        for k in codes
-        for name, value in (("raw", raw[k]), ("codes", codes[k]), ("lift", ratio(codes[k], raw[k])))
+        *(averaged(f"{metric}_{name}", given[name][k], f"k={k}", unit=unit) for name in given for k in given[name]),
+        *(averaged(f"{metric}_lift", codes[k], f"k={k}", raw[k], unit, len(raw[k])) for k in codes),
     ]
 
 
@@ -160,10 +161,7 @@ def retrieval(run: ScoredRun, options: Options) -> list[Score]:
         return image_recall(features, images.labels, ks=at, device=run.device)
 
     raw = run.shared(f"retrieval {at}", lambda: found(images.raw))
-    return [
-        *(Score("retrieval_reconstruction", value, f"k={k}") for k, value in found(images.reconstruction).items()),
-        *lifts("retrieval", raw, found(images.codes)),
-    ]
+    return recalls("retrieval", "pictures", raw, found(images.reconstruction), found(images.codes))
 
 
 def image_text(run: ScoredRun, options: Options) -> list[Score]:
@@ -177,8 +175,8 @@ def image_text(run: ScoredRun, options: Options) -> list[Score]:
         for kind in INPUTS
     )
     for direction in raw:
-        scores += [Score(f"{direction}_reconstruction", value, f"k={k}") for k, value in rebuilt[direction].items()]
-        scores += lifts(direction, raw[direction], codes[direction])
+        unit = direction.partition("_")[0].replace("image", "picture") + "s"
+        scores += recalls(direction, unit, raw[direction], rebuilt[direction], codes[direction])
     return scores
 
 

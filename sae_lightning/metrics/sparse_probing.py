@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from sae_lightning.files import read_json, write_json
 from sae_lightning.metrics import probes
 from sae_lightning.metrics.base import Score
+from sae_lightning.metrics.intervals import averaged
 from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, register
 from sae_lightning.metrics.probes import Matrix
 from sae_lightning.registry import one_of
@@ -84,12 +85,20 @@ def ranked(f: np.ndarray) -> np.ndarray:
 
 
 class Readout(NamedTuple):
-    """The held-out score of the probe of ``k`` latents; of several probes the mean, and the share that converged."""
+    """What the probe of ``k`` latents does on held-out images: which are ``right``, and the ``aucs`` of classes.
+
+    Of several probes the share that ``converged``, and of no image whether it is right.
+    """
 
     k: int
-    accuracy: float
-    auc: float
+    right: list[bool]
+    aucs: list[float]
     converged: float
+
+    def scores(self, prefix: str, setting: str) -> list[Score]:
+        """Mean AUC and accuracy."""
+        return [averaged(f"{prefix}_auc", self.aucs, setting, unit="classes"),
+                averaged(f"{prefix}_accuracy", self.right, setting)]  # fmt: skip
 
 
 def read_out(
@@ -113,8 +122,9 @@ def read_out(
         nonlocal model
         model = probes.fit(x[:, :k], train_labels, C, max_iter, device, start=model)
         p = probes.log_probabilities(probes.logits(model, held[:, :k], device))
-        right = float((model.classes_[p.argmax(1)] == test_labels).mean())
-        return Readout(k, right, probes.mean_auc(p, test_labels, model.classes_), model.converged_)
+        right = model.classes_[p.argmax(1)] == test_labels
+        areas = probes.aucs(p, test_labels, model.classes_)
+        return Readout(k, right.tolist(), areas.tolist(), model.converged_)
 
     return _each_budget(budgets, at, kept)
 
@@ -161,11 +171,10 @@ def sparse_probing(
     if ranking == "per_class":
         return _per_class(codes[train], labels[train], codes[test], labels[test], budgets, C, max_iter, device, kept)
     found = read_out(codes[train], labels[train], codes[test], labels[test], budgets, C, max_iter, device, kept)
-    return [
-        Score(f"sparse_probing_{name}", value, f"k={each.k}")
-        for each in found
-        for name, value in (("auc", each.auc), ("accuracy", each.accuracy), ("converged", float(each.converged)))
-    ]
+    return [score for each in found for score in (
+        *each.scores("sparse_probing", f"k={each.k}"),
+        Score("sparse_probing_converged", float(each.converged), f"k={each.k}"),
+    )]  # fmt: skip
 
 
 def _per_class(
@@ -190,15 +199,12 @@ def _per_class(
         areas = [probes.auc(probes.logits(m, test[:, b[:k]]), held[c])
                  for m, b, c in zip(models, best, told, strict=True)]  # fmt: skip
         converged = [m.converged_ for m in models if m is not None]
-        return (
-            Readout(k, np.nan, float(np.mean(areas)), float(np.mean(converged))) if told else Readout(k, *[np.nan] * 3)
-        )
+        return Readout(k, [], areas, float(np.mean(converged)) if told else np.nan)
 
-    return [
-        Score(f"sparse_probing_{name}", value, f"k={each.k},ranking=per_class")
-        for each in _each_budget(budgets, at, kept)
-        for name, value in (("auc", each.auc), ("converged", float(each.converged)))
-    ]
+    return [score for each in _each_budget(budgets, at, kept) for score in (
+        each.scores("sparse_probing", f"k={each.k},ranking=per_class")[0],
+        Score("sparse_probing_converged", float(each.converged), f"k={each.k},ranking=per_class"),
+    )]  # fmt: skip
 
 
 def scores(run: ScoredRun, options: Options) -> list[Score]:

@@ -20,7 +20,9 @@ def number(value: float, form: str = ".3f") -> str:
     return format(value, form).replace("%", " %") if math.isfinite(value) else NOTHING
 
 
-Cell = Any  # str, a number, Spread, Unknown, Keyed or None
+Cell = Any  # str, a number, Spread, Measured, Unknown, Keyed or None
+
+MARKED = "The best value of a column is marked, with those within its 95 % interval; none where all are."
 
 P = "p"  # the form of p-values, of which small ones read <0.001
 
@@ -32,6 +34,21 @@ class Spread(NamedTuple):
 
     mean: float
     std: float | None
+
+
+class Measured(NamedTuple):
+    """A number with its 95 % interval, over ``n`` of a ``unit``, such as pictures."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str
+
+    @property
+    def of(self) -> str:
+        """What it is over, such as 1,000 pictures."""
+        return f"{self.n:,} {self.unit}"
 
 
 class Unknown(NamedTuple):
@@ -132,7 +149,7 @@ class Table:
 
     def best(self, rows: range | None = None) -> set[tuple[int, int]]:
         """Places (row, column) of the best numbers of columns, or of rows where better is ``across``; all that read
-        the same as the best, none where all numbers do. Of some ``rows`` alone where given.
+        the same as the best or lie within its interval, none where all numbers do. Of some ``rows`` alone where given.
         """
         found: set[tuple[int, int]] = set()
         of = range(len(self.rows)) if rows is None else rows
@@ -155,7 +172,8 @@ class Table:
     def view(self) -> dict[str, Any]:
         """What the pages' template shows: heads, and groups of lines of cells.
 
-        A cell's ``mark`` is ``best``, or ``own`` for the best of a group among several; ``why`` says why it is –.
+        A cell's ``mark`` is ``best``, or ``own`` for the best of a group among several; ``why`` says why it is –, or
+        its interval.
         """
         best, texts, own, start = self.best(), self.texts(), set(), 0
         for group in self.groups if len(self.groups) > 1 else ():
@@ -163,7 +181,7 @@ class Table:
             start += group.size
         lines = [
             [{"text": text, "mark": "best" if (r, c) in best else "own" if (r, c) in own else "",
-              "words": _words(cell), "why": cell.why if isinstance(cell, Unknown) else "",
+              "words": _words(cell), "why": _about(cell, self.heads[c]),
               "colour": cell.colour if isinstance(cell, Keyed) else ""}
              for c, (text, cell) in enumerate(zip(texts[r], row, strict=True))]
             for r, row in enumerate(self.rows)
@@ -177,7 +195,7 @@ class Table:
         }  # fmt: skip
 
     def csv(self) -> str:
-        """Unrounded numbers, a column more for each standard deviation; an empty cell where there is none."""
+        """Unrounded numbers, more columns for standard deviations and intervals; an empty cell where there is none."""
         import pandas as pd
 
         table, columns = self.flat(), []
@@ -187,6 +205,9 @@ class Table:
             if any(isinstance(cell, Spread) for cell in cells):
                 deviations = [_unrounded(cell.std) if isinstance(cell, Spread) else "" for cell in cells]
                 columns.append((f"{head.whole} (std)", deviations))
+            for name in Measured._fields[1:] if any(isinstance(cell, Measured) for cell in cells) else ():
+                ends = [_raw(getattr(cell, name)) if isinstance(cell, Measured) else "" for cell in cells]
+                columns.append((f"{head.whole} ({name})", ends))
         rows = list(zip(*(cells for _, cells in columns), strict=True))
         frame = pd.DataFrame(rows, columns=[title for title, _ in columns], dtype=object)
         return str(frame.to_csv(index=False, lineterminator="\n"))
@@ -251,7 +272,8 @@ class Table:
         left = [head.whole for c, head in enumerate(table.heads) if c not in shown]
         whys = {f"{NOTHING} {table.heads[c].whole}: {cell.why}.": None for row in table.rows
                 for c, cell in enumerate(row) if c in shown and isinstance(cell, Unknown) and cell.why}  # fmt: skip
-        for said in (table.note, *whys, f"The terminal is too narrow for: {', '.join(left)}." if left else ""):
+        narrow = f"The terminal is too narrow for: {', '.join(left)}." if left else ""
+        for said in (table.note, *whys, _widest(table, shown), narrow):
             if said:
                 console.print(Text(said, "dim"), soft_wrap=True)
 
@@ -276,8 +298,8 @@ def _fitting(heads: Sequence[Head], widths: Sequence[int], room: int) -> list[in
 
 def plain(cell: Cell) -> float:
     """The number of a cell; NaN for text or nothing."""
-    if isinstance(cell, Spread):
-        return float(cell.mean)
+    if isinstance(cell, Spread | Measured):
+        return float(cell[0])
     return math.nan if cell is None or isinstance(cell, str | Keyed | Unknown) else float(cell)
 
 
@@ -286,8 +308,31 @@ def _best(places: Iterable[tuple[int, int]], table: Table, better: bool) -> set[
     shown = {(r, c): table.heads[c].text(table.rows[r][c]).partition(" ±")[0] for r, c in known}
     if len(set(shown.values())) < 2:
         return set()
-    first = shown[(max if better else min)(known, key=lambda place: known[place])]
-    return {place for place, text in shown.items() if text == first}
+    r, c = (max if better else min)(known, key=lambda place: known[place])
+    first = table.rows[r][c]
+    low, high = first[1:3] if isinstance(first, Measured) else (known[r, c],) * 2
+    found = {place for place, text in shown.items() if text == shown[r, c] or low <= known[place] <= high}
+    return found if len(found) < len(known) else set()
+
+
+def _about(cell: Cell, head: Head) -> str:
+    """What hovering over a cell says: why it is –, or its interval."""
+    if isinstance(cell, Measured):
+        low, high = (number(end, head.form) for end in cell[1:3])
+        return f"95 %: {low} to {high}, of {cell.of}"
+    return cell.why if isinstance(cell, Unknown) else ""
+
+
+def _widest(table: Table, columns: Iterable[int]) -> str:
+    """The widest interval of each of the ``columns`` that have some."""
+    said = []
+    for c in columns:
+        cells = [row[c] for row in table.rows if isinstance(row[c], Measured)]
+        if cells:
+            widest = max(cells, key=lambda cell: cell.high - cell.low)
+            half = number((widest.high - widest.low) / 2, table.heads[c].form)
+            said.append(f"{table.heads[c].whole} ± {half} ({widest.of})")
+    return f"95 % intervals, the widest: {', '.join(said)}." if said else ""
 
 
 def _words(cell: Cell) -> str:

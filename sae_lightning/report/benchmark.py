@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from sae_lightning.metrics.part import CORE, Column, all_parts, headlines, spelled_out
-from sae_lightning.rendering.table import NOTHING, Group, Head, Table, Unknown, number
+from sae_lightning.rendering.table import NOTHING, Group, Head, Table, number
 from sae_lightning.runs.scores import read_rows
 
 NAN = float("nan")
@@ -97,14 +97,9 @@ def by_backbone(saes: Sequence[Scored]) -> dict[str, list[Scored]]:
 
 def table(saes: Sequence[Scored], columns: Sequence[Column], colours: Mapping[str, str], notes: bool = False) -> Table:
     """A line an SAE, grouped by backbone, with what each one's features give where ``notes`` are asked for."""
-
-    def cell(sae: Scored, column: Column) -> Any:
-        value = sae.of(column)
-        return value if math.isfinite(value) else Unknown(column.why(sae.rows))
-
     groups = [Group(title, len(members), colours.get(title, ""), raw_note(members) if notes else "")
               for title, members in by_backbone(saes).items()]  # fmt: skip
-    rows = [[sae.label, *(cell(sae, column) for column in columns)] for sae in saes]
+    rows = [[sae.label, *(column.cell(sae.rows, sae.of(column)) for column in columns)] for sae in saes]
     return Table("", "", [Head("SAE"), *(column.head for column in columns)], rows, groups=groups, of="features")
 
 
@@ -132,7 +127,8 @@ def scores_csv(saes: Sequence[Scored]) -> str:
     rows = [
         {"run": sae.run["name"], **{name: sae.run["cfg"].get(name) for name in IDENTITY}, "monoloss": sae.run["weight"],
          **{name: row[name] for name in ("part", "split", "metric", "setting")},
-         "value": row["value"] if math.isfinite(row["value"]) else None}
+         "value": row["value"] if math.isfinite(row["value"]) else None,
+         **{name: row[name] for name in ("n", "unit", "low", "high")}}
         for sae in saes for row in sae.rows
     ]  # fmt: skip
     return str(pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n"))

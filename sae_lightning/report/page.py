@@ -15,7 +15,7 @@ from sae_lightning.files import write_text
 from sae_lightning.metrics.core import SHOWN
 from sae_lightning.rendering.figures import COLOURS
 from sae_lightning.rendering.page import Beside, Block, Fold, Heading, Note, Picture, Section, headlines, page, plural
-from sae_lightning.rendering.table import Head, Keyed, Table
+from sae_lightning.rendering.table import MARKED, Head, Keyed, Table
 from sae_lightning.report import figures
 from sae_lightning.report.benchmark import Scored, main_columns, scored_runs, scores_csv, table, topics
 from sae_lightning.report.grid import analyses, grid_of, tables_folder, write_tables
@@ -24,6 +24,7 @@ from sae_lightning.report.monoloss import as_csv, as_markdown, first_of_settings
 from sae_lightning.runs.identity import monoloss_of
 from sae_lightning.runs.results import PAGE, RECORD, read_result
 from sae_lightning.runs.run import FILES, SCORES, TOP_IMAGES, Run
+from sae_lightning.runs.scores import read_rows
 from sae_lightning.saes.artefact import ArtefactError, tensor_names
 
 Runs = Sequence[Mapping[str, Any]]
@@ -61,8 +62,10 @@ def runs_table(runs: Runs) -> Table:
     rows = [
         [Keyed(f"{run['cfg']['backbone']} {run['features']}", run["colour"]),
          run["cfg"]["variant"] + (f" + MonoLoss {run['weight']:g}" if run["weight"] else ""), run["cfg"]["expansion"],
-         run["cfg"]["d_sae"], run["k"], *(run["metrics"].get(column.metric) for column in SHOWN), run["seconds"]]
+         run["cfg"]["d_sae"], run["k"],
+         *(column.cell(rows, run["metrics"].get(column.metric)) for column in SHOWN), run["seconds"]]
         for run in runs
+        for rows in [[row for row in read_rows(run["folder"]) if row["split"] == run["split"]]]
     ]  # fmt: skip
     return Table("", "", heads, rows)
 
@@ -100,7 +103,7 @@ def benchmark(saes: Sequence[Scored], n_runs: int, latents: bool) -> Section | N
         "Seven measures of an SAE, M1 to M7, which do not agree and are not summed up. An arrow shows the better "
         f"direction; hover over a heading for what it says.{some}",
         main,
-        Note(f"Shaded: the best of all SAEs{between if len(main.groups) > 1 else ''}. All figures, with every setting, "
+        Note(f"{MARKED} Shaded: of all SAEs{between if len(main.groups) > 1 else ''}. All figures, with every setting, "
              "are in visaebench.csv beside this page; this table is in visaebench.md."),
         key,
         moran and Picture(moran, "Spatial coherence, M1",
@@ -212,7 +215,7 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
             "wide; the published ViT-B are 768 wide."))  # fmt: skip
     used = applications(folders, out)
     sections: list[Section | None] = [
-        Section("Runs", runs_table(runs), Note("A click on a heading sorts. The best value of a column is marked.")),
+        Section("Runs", runs_table(runs), Note(f"A click on a heading sorts. {MARKED}")),
         Section("Training", Picture(figures.training_curves(runs), wide=True), keys(runs)),
         lifted(folders, first["split"]), reconstruction(runs), monosemanticity(runs, groups, grids),
         benchmark(saes, len(runs), detailed > 0),

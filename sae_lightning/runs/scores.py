@@ -21,9 +21,12 @@ SCHEMA = pa.schema(
     [
         ("run", pa.string()), ("metric", pa.string()), ("setting", pa.string()), ("value", pa.float64()),
         ("part", pa.string()), ("split", pa.string()), ("key", pa.string()), ("why", pa.string()),
-        ("data", pa.string()),
+        ("data", pa.string()), ("n", pa.int64()), ("unit", pa.string()), ("low", pa.float64()), ("high", pa.float64()),
     ]
 )  # fmt: skip
+
+BEFORE = {"data": "", "n": None, "unit": "", "low": None, "high": None}  # of tables without these columns
+KNOWN = (SCHEMA.names, SCHEMA.names[:-4], SCHEMA.names[:-5])
 
 
 def read_rows(run: Path, strict: bool = False, data: str | None = "") -> list[dict[str, Any]]:
@@ -35,9 +38,9 @@ def read_rows(run: Path, strict: bool = False, data: str | None = "") -> list[di
     """
     try:
         table = pq.read_table(run / TABLE)
-        if table.schema.names not in (SCHEMA.names, SCHEMA.names[:-1]):  # before, a run had scores on its own data only
+        if table.schema.names not in KNOWN:
             raise pa.ArrowInvalid("it has other columns")
-        rows = [{"data": ""} | row for row in table.to_pylist()]
+        rows = [BEFORE | row for row in table.to_pylist()]
         return [row for row in rows if data in (None, row["data"])]
     except FileNotFoundError:
         return []
@@ -55,7 +58,7 @@ def scores_of(run: Path, part: str, split: str, key: str, data: str = "") -> lis
     found = [r for r in read_rows(run, data=data) if (r["part"], r["split"], r["key"]) == (part, split, key)]
     from sae_lightning.metrics.base import Score  # with torchmetrics, which takes seconds
 
-    return [Score(r["metric"], r["value"], r["setting"], r["why"]) for r in found] or None
+    return [Score(*(r[name] for name in Score._fields)) for r in found] or None
 
 
 def put_scores(run: Path, part: str, split: str, key: str, scores: Iterable[Score], data: str = "") -> None:
@@ -65,8 +68,8 @@ def put_scores(run: Path, part: str, split: str, key: str, scores: Iterable[Scor
     """
     rows = [r for r in read_rows(run, data=None) if (r["part"], r["split"], r["data"]) != (part, split, data)]
     made = [
-        {"run": run.name, "metric": s.metric, "setting": s.setting, "value": float(s.value), "part": part,
-         "split": split, "key": key, "why": s.why, "data": data}
+        {**s._asdict(), "run": run.name, "value": float(s.value), "part": part, "split": split, "key": key,
+         "data": data}
         for s in scores
     ]  # fmt: skip
     names = [(r["metric"], r["setting"], r["split"], r["data"]) for r in (*rows, *made)]

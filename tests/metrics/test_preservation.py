@@ -83,14 +83,14 @@ def test_the_raw_probe_may_be_kept_and_its_split_given():
     probe = fit_raw(x, y, split)
     assert isinstance(probe, RawProbe)
     assert probe.test.tolist() == split.test.tolist()
-    assert probe.accuracy == probes.accuracy(probe.model, x[split.test], y[split.test])
+    assert probe.right.mean() == probes.accuracy(probe.model, x[split.test], y[split.test])
     assert preservation(probe, blurred(x), y) == preservation(probe, blurred(x), y)
 
 
 def test_a_probe_that_is_never_right_has_no_ratio():
     x, y = clusters(200, classes=2)
     probe = fit_raw(x, y)
-    found = values(preservation(probe._replace(accuracy=0.0), x, y, sparse.csr_array(np.abs(x))))
+    found = values(preservation(probe._replace(right=np.zeros_like(probe.right)), x, y, sparse.csr_array(np.abs(x))))
     assert np.isnan(found["preservation"])
     assert np.isnan(found["codes_lift"])
 

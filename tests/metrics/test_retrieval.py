@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from sae_lightning.metrics import retrieval
-from sae_lightning.metrics.retrieval import image_recall, lifts, nearest, text_recall
+from sae_lightning.metrics.retrieval import Recall, image_recall, nearest, recalls, text_recall
+
+
+def rates(found: Recall) -> dict[int, float]:
+    return {k: float(hits.mean()) if len(hits) else np.nan for k, hits in found.items()}
 
 
 def by_loops(queries: np.ndarray, gallery: np.ndarray, k: int, alone: bool) -> list[list[int]]:
@@ -73,10 +77,10 @@ def test_image_recall_by_hand(form):
     x = np.array([[4, 0, 0, 0], [4, 1, 0, 0], [2, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]], dtype=np.float32)
     labels = np.array([0, 0, 1, 1, 2])
     assert nearest(form(x), k=3).tolist() == [[1, 2, 4], [2, 0, 4], [1, 0, 4], [-1, -1, -1], [0, 1, 2]]
-    assert image_recall(form(x), labels, ks=(1, 3)) == {1: 1 / 4, 3: 2 / 4}
+    assert rates(image_recall(form(x), labels, ks=(1, 3))) == {1: 1 / 4, 3: 2 / 4}
     gallery, of_gallery = form(np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 5, 0]], dtype=np.float32)), [1, 0, 2]
     found = image_recall(form(x), labels, gallery, np.array(of_gallery), ks=(1, 2))
-    assert found == {1: 3 / 5, 2: 4 / 5}
+    assert rates(found) == {1: 3 / 5, 2: 4 / 5}
 
 
 def test_scales_do_not_matter_and_a_copy_is_the_nearest():
@@ -84,14 +88,14 @@ def test_scales_do_not_matter_and_a_copy_is_the_nearest():
     x = rng.normal(size=(40, 5)).astype(np.float32)
     twice = np.concatenate([x, 100 * x])
     assert nearest(twice, k=1)[:, 0].tolist() == [*range(40, 80), *range(40)]
-    assert image_recall(twice, np.tile(np.arange(40), 2), ks=(1,)) == {1: 1.0}
-    assert image_recall(x, np.arange(40), x, np.arange(40), ks=(1,)) == {1: 1.0}
-    assert np.isnan(image_recall(x, np.arange(40))[1])
+    assert rates(image_recall(twice, np.tile(np.arange(40), 2), ks=(1,))) == {1: 1.0}
+    assert rates(image_recall(x, np.arange(40), x, np.arange(40), ks=(1,))) == {1: 1.0}
+    assert not len(image_recall(x, np.arange(40))[1])
 
 
 def test_recall_grows_with_k_and_is_chance_for_noise():
     rng = np.random.default_rng(0)
-    found = image_recall(rng.normal(size=(1000, 20)), rng.integers(0, 10, 1000), ks=(1, 5, 10))
+    found = rates(image_recall(rng.normal(size=(1000, 20)), rng.integers(0, 10, 1000), ks=(1, 5, 10)))
     assert found[1] == pytest.approx(0.1, abs=0.03)
     assert found[5] == pytest.approx(1 - 0.9**5, abs=0.05)
     assert found[1] < found[5] < found[10]
@@ -102,10 +106,10 @@ def test_images_find_texts_and_texts_images():
     texts = np.array([[1.0, 0.1, 0], [0, 0.9, 1], [0.3, 0.2, 1]], dtype=np.float32)
     found = text_recall(images, texts, ks=(1, 2))
     # image 2 is nearer to text 2 (cos 0.94) than to text 1 (0.74); text 1 is nearer to image 1, text 2 to image 2
-    assert found.image_to_text == {1: 1, 2: 1}
-    assert found.text_to_image == {1: 1, 2: 1}
+    assert rates(found.image_to_text) == {1: 1, 2: 1}
+    assert rates(found.text_to_image) == {1: 1, 2: 1}
     swapped = text_recall(images, texts[[0, 2, 1]], ks=(1, 2))
-    assert swapped.image_to_text == {1: pytest.approx(1 / 3), 2: 1}
+    assert rates(swapped.image_to_text) == {1: pytest.approx(1 / 3), 2: 1}
 
 
 @pytest.mark.parametrize("form", [np.asarray, sparse.csr_array])
@@ -114,19 +118,26 @@ def test_equal_texts_count_once(form):
     texts = form(np.array([[1, 0.1], [1, 0.1], [0, 1], [0.4, 1]], dtype=np.float32))
     found = text_recall(images, texts, same=np.array([5, 5, 2, 9]), ks=(1, 2))
     # the texts in question are those of images 0, 2 and 3; image 2 is nearest to text 3, and image 3 to text 2
-    assert found.image_to_text == {1: 0.5, 2: 1}
-    assert found.text_to_image == {1: pytest.approx(1 / 3), 2: 1}
+    assert rates(found.image_to_text) == {1: 0.5, 2: 1}
+    assert rates(found.text_to_image) == {1: pytest.approx(1 / 3), 2: 1}
     apart = text_recall(images, texts, ks=(1,))
-    assert apart.image_to_text == {1: 0.25}
+    assert rates(apart.image_to_text) == {1: 0.25}
 
 
 def test_lifts():
-    scores = lifts("retrieval", {1: 0.5, 5: 0.0}, {1: 0.6, 5: 0.2})
-    assert [(s.metric, s.setting) for s in scores] == [
-        (f"retrieval_{name}", f"k={k}") for k in (1, 5) for name in ("raw", "codes", "lift")
-    ]
-    assert [s.value for s in scores][:5] == pytest.approx([0.5, 0.6, 1.2, 0.0, 0.2])
-    assert np.isnan(scores[-1].value)
+    def first(n: int) -> np.ndarray:
+        return np.arange(10) < n
+
+    raw, codes = {1: first(5), 5: first(0)}, {1: first(6), 5: first(2)}
+    scores = recalls("retrieval", "pictures", raw, raw, codes)
+    found = {(s.metric, s.setting): s for s in scores}
+    assert len(found) == len(scores) == 8
+    values = [found["retrieval_" + name, f"k={k}"].value for k in (1, 5) for name in ("raw", "codes", "lift")]
+    assert values[:5] == pytest.approx([0.5, 0.6, 1.2, 0.0, 0.2])
+    assert np.isnan(values[5])
+    lift = found["retrieval_lift", "k=1"]
+    assert lift.low < 1.2 < lift.high
+    assert lift.n == 10
 
 
 def test_refuses_what_does_not_fit():

@@ -25,7 +25,7 @@ def test_a_cell_reads_dash_with_the_reason(tmp_path):
     cells = {column.metric: cell for column, cell in zip(main_columns(), line[1:], strict=True)}
     assert (cells["moran"]["text"], cells["moran"]["why"]) == ("–", WHY)
     assert (cells["fvu"]["text"], cells["fvu"]["why"]) == ("0.250", "")
-    assert (cells["preservation"]["text"], cells["preservation"]["why"]) == ("–", "")  # was not asked for
+    assert (cells["preservation"]["text"], cells["preservation"]["why"]) == ("–", "not scored, or not of such features")
     html = page("t", [], [Section("s", shown_table)])
     assert f'<td title="{WHY}">–</td>' in html
     assert "<td>0.250</td>" in html

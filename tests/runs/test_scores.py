@@ -27,7 +27,7 @@ def test_parts_replace_themselves_and_leave_others(tmp_path):
     assert value_of(rows, "x", split="val") == 5
     assert math.isnan(value_of(rows, "nothing"))
     assert pq.read_table(tmp_path / TABLE).column_names == [
-        "run", "metric", "setting", "value", "part", "split", "key", "why", "data"
+        "run", "metric", "setting", "value", "part", "split", "key", "why", "data", "n", "unit", "low", "high"
     ]  # fmt: skip
 
 
