@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 
 from sae_lightning.data.contents import Contents
 from sae_lightning.data.errors import DataError, NotGivenError, tell
-from sae_lightning.data.images import ImageData, Texts, data_source
+from sae_lightning.data.images import WNID, ImageData, Texts, data_source, in_words
 from sae_lightning.data.splits import (
     SPLITS,
     UNLABELLED,
@@ -301,9 +300,6 @@ def from_scan(name: str, split: str, found: Scan, labels: np.ndarray, names: Seq
     )  # fmt: skip
 
 
-WNID = re.compile(r"n\d{8}")
-
-
 @data_source("imagenet")
 def load_imagenet(cfg: dict[str, Any], split: str) -> ImageData:
     """ImageNet-1K as ``path/train/<wnid>/…`` and ``path/val/<wnid>/…``.
@@ -311,8 +307,6 @@ def load_imagenet(cfg: dict[str, Any], split: str) -> ImageData:
     The official val split is our test; our val is a stratified share of train, left out of train. Labels
     index the wnids of train in sorted order. Raises DataError when folders are missing or not named by wnid.
     """
-    from timm.data import ImageNetInfo
-
     root = existing_folder(cfg["path"])
     wnids = wnid_folders(root, "train")
     folder = "val" if split == "test" else "train"
@@ -321,9 +315,7 @@ def load_imagenet(cfg: dict[str, Any], split: str) -> ImageData:
         raise DataError(f"{root / folder} has a folder {unknown[0]} that {root / 'train'} lacks.")
     found = scan(root, folder)
     labels = labels_of(found, wnids, folder)
-    info = ImageNetInfo()
-    words = {wnid: info.label_name_to_description(wnid, detailed=False) for wnid in info.label_names()}
-    images = from_scan("imagenet", split, found, labels, [words.get(w, w) for w in wnids])
+    images = from_scan("imagenet", split, found, labels, in_words(wnids, synonyms=True))
     if split == "test":
         return images
     return images.take(cut(labels, {"val": cfg["val_share"]}, split, cfg["seed"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import repeat
@@ -57,9 +58,9 @@ def take_texts(texts: Iterable[str] | None, index: np.ndarray) -> Sequence[str] 
 class ImageData(Dataset):
     """Labelled images of one split; ``data[i]`` is an RGB PIL image, decoded as ``to_rgb`` says.
 
-    ``labels`` [n] int64 index ``class_names``; ``image_ids`` are unique and stable; ``captions`` holds one sentence an
-    image or is None; ``sibling_groups`` maps a group's name to its class names; ``reading``, which may be set later,
-    says how channels and depths are read. ``read(i)`` returns image i undecoded; ``content`` is something that changes
+    ``labels`` [n] int64 index ``class_names``, words where wnids of ImageNet are given; ``image_ids`` are unique and
+    stable; ``captions`` holds one sentence an image or is None; ``sibling_groups`` maps a group's name to its class
+    names; ``reading``, which may be set later, says how channels and depths are read. ``read(i)`` returns image i undecoded; ``content`` is something that changes
     when the images do, for the fingerprint: bytes for all of them, a function that gives those of image i, or the
     files' contents. ``read`` is picklable, so that DataLoader workers can be forked or spawned. Raises DataError when
     labels, ids and classes disagree.
@@ -78,7 +79,7 @@ class ImageData(Dataset):
         sibling_groups: dict[str, list[str]] | None = None,
     ) -> None:
         self.name, self.split = name, split
-        self.class_names = list(class_names)
+        self._names, self.class_names = list(class_names), in_words(class_names)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.image_ids = list(image_ids)
         self.captions = captions
@@ -140,7 +141,7 @@ class ImageData(Dataset):
     def fingerprint(self) -> str:
         """Hex digest of split, classes, and ids, labels and contents in their order: not of what the data are called,
         nor of where they lie."""
-        digest = hashlib.sha256(f"{self.split}/{self.class_names}".encode())
+        digest = hashlib.sha256(f"{self.split}/{self._names}".encode())
         digest.update(self.labels.tobytes())
         if self.reading != AS_FILED:
             digest.update(repr(self.reading).encode())
@@ -155,6 +156,21 @@ class ImageData(Dataset):
             digest.update(image_id.encode())
             digest.update(content)
         return digest.hexdigest()
+
+
+WNID = re.compile(r"n\d{8}")
+
+
+def in_words(class_names: Sequence[str], synonyms: bool = False) -> list[str]:
+    """Class names, those that are wnids of ImageNet-1K as words: ``tench`` for ``n01440764``, or with all synonyms."""
+    if not any(WNID.fullmatch(name) for name in class_names):
+        return list(class_names)
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    words = {wnid: info.label_name_to_description(wnid, detailed=False) for wnid in info.label_names()}
+    words = words if synonyms else {wnid: text.split(",")[0] for wnid, text in words.items()}
+    return [words.get(name, name) for name in class_names]
 
 
 data_source: Registry[Any] = Registry(

@@ -259,6 +259,17 @@ def test_imagenet_layout_names_classes_and_holds_out_val(tmp_path):
     assert "goldfish" in " ".join(train.class_names)
 
 
+def test_classes_named_by_wnid_read_as_words_under_the_same_fingerprint(tmp_path, monkeypatch):
+    wnids = ("cats", "n01440764")
+    write_pictures(tmp_path, *(f"{s}/{w}/{i}.png" for s in ("train", "val") for w in wnids for i in "ab"))
+    found = load_images(folder_cfg(tmp_path), "train")
+    assert found.class_names == ["cats", "tench"]
+    monkeypatch.setattr("sae_lightning.data.images.in_words", list)
+    plain = load_images(folder_cfg(tmp_path), "train")
+    assert plain.class_names == list(wnids)
+    assert found.fingerprint == plain.fingerprint
+
+
 @pytest.mark.parametrize(
     ("paths", "sentence"),
     [
