@@ -60,10 +60,10 @@ class ImageData(Dataset):
 
     ``labels`` [n] int64 index ``class_names``, words where wnids of ImageNet are given; ``image_ids`` are unique and
     stable; ``captions`` holds one sentence an image or is None; ``sibling_groups`` maps a group's name to its class
-    names; ``reading``, which may be set later, says how channels and depths are read. ``read(i)`` returns image i undecoded; ``content`` is something that changes
-    when the images do, for the fingerprint: bytes for all of them, a function that gives those of image i, or the
-    files' contents. ``read`` is picklable, so that DataLoader workers can be forked or spawned. Raises DataError when
-    labels, ids and classes disagree.
+    names; ``reading``, which may be set later, says how channels and depths are read. ``read(i)`` returns
+    image i undecoded; ``content`` is something that changes when the images do, for the fingerprint: bytes for all of
+    them, a function that gives those of image i, or the files' contents. ``read`` is picklable, so that DataLoader
+    workers can be forked or spawned. Raises DataError when labels, ids and classes disagree.
     """
 
     def __init__(
