@@ -212,7 +212,7 @@ def scores_of(
     for against in ("mean", "zero"):
         won, lost = entropy[against] - entropy["sae"], entropy[against] - entropy["kept"]
         why = refusal(reports["features=sae"], options, math.inf)  # the score itself tells how much an SAE loses
-        if not averaged("", lost, **drawn).low > 0:
+        if (averaged("", lost, **drawn).low or 0) <= 0:
             why = f"features={against} cost no cross-entropy beyond chance, so that there is nothing to recover"
         scores.append(averaged("causal_recovered", won, f"against={against}", lost, n=n, why=why, **drawn))
     for setting, at in rows.items():

@@ -47,7 +47,7 @@ def core(run: ScoredRun, options: Options) -> list[Score]:
     found["dead"] = run.sae.d_sae - scores["metrics"]["alive"]
     found["n_images"], found["n_tokens"] = scores["n_images"], scores["n_tokens"]
     sure = {name: each for of in NAMES if of != "purity" or run.labelled
-            for name, each in run.metric(of, SumMetric).sure().items()}  # fmt: skip
+            for name, each in run.metric(of, SumMetric).sure().items()}  # type: ignore[type-abstract]  # fmt: skip
     return named(found | {"similarity_baseline": scores["similarity"]["baseline"]}, sure)
 
 
