@@ -29,7 +29,7 @@ LANES = 8  # of which a batch is a multiple: ``stream.lanes``
 
 
 def fit(
-    features: Any, sae: str = "batchtopk", *, k: float = 32, expansion: int = 8, d_sae: int | None = None,
+    features: Any, sae: str | type[SAE] = "batchtopk", *, k: float = 32, expansion: int = 8, d_sae: int | None = None,
     epochs: int | None = None, batch_size: int | None = None, lr: float | None = None, val: Any = 0.05,
     labels: Any = None, seed: int = 42, precision: str = "32-true", devices: int = 1, accelerator: str = "auto",
     loss: Mapping[str, float] | None = None, callbacks: Sequence[Any] = (), grid: tuple[int, int] | None = None,
@@ -43,6 +43,7 @@ def fit(
     in about 1 GB beside the SAE; ``grid`` makes images of rows that are single patches. ``val`` is a share of the
     images or other features of the kind; ``labels`` [N] are kept for purity.
 
+    ``sae`` is a choice of ``conf/sae`` or a subclass of ``SAE`` that is defined in a module which can be imported.
     ``loss`` weighs terms (``{"aux": 0.03}``); ``callbacks`` are Lightning's or ours (``MonoLoss(0.3)``) that keep their
     arguments under their names, or mappings with ``_target_``; ``settings`` are any others of ``train.py`` by their
     dotted names. Without ``epochs`` about 2,000 steps are made. With ``out`` the store and the run's folder stay in
@@ -66,8 +67,9 @@ def fit(
         batch_size = batch_size or max(LANES, min(4096, tokens // LANES // LANES * LANES))
         epochs = epochs or min(MOST_EPOCHS, math.ceil(STEPS * batch_size / tokens))
         cfg = _config(
-            "config", {"data": "features", "sae": sae, "backbone": "features"},
+            "config", {"data": "features", "sae": sae if isinstance(sae, str) else "batchtopk"},
             {
+                **({} if isinstance(sae, str) else _variant(sae, k)),
                 "data.train": str(store.folder), "features": store.kind, "k": k, "expansion": expansion, "d_sae": d_sae,
                 "batch_size": batch_size, "seed": seed, "trainer.max_epochs": epochs, "trainer.precision": precision,
                 "trainer.devices": devices, "trainer.accelerator": accelerator,
@@ -232,6 +234,12 @@ def compare(first: str | Path, second: str | Path, folder: str | Path = "runs") 
     return pd.DataFrame.from_dict(told, orient="index", columns=[path.name for path in paths])
 
 
+def _variant(kind: type[SAE], k: float) -> dict[str, Any]:
+    """The settings of a variant of the caller's own: its name, and k if it takes one."""
+    takes_k = "k" in inspect.signature(kind).parameters
+    return {"sae.name": kind.variant, "sae.settings": {"k": k} if takes_k else {}, "loss.aux": 0.0}
+
+
 def _check_columns(store: FeatureStore) -> None:
     """ValueError where no dimension varies; a warning where some do not."""
     constant = (store.deviation <= 1e-6 * store.deviation.max().clamp_min(1e-12)).nonzero().flatten().tolist()
@@ -316,6 +324,6 @@ def _config(name: str, groups: Mapping[str, str], values: Mapping[str, Any]) -> 
         raise ValueError(sentence_of(error, command)) from None
     with open_dict(cfg):
         for key, value in values.items():
-            OmegaConf.update(cfg, key, value, force_add=True)
+            OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     check_settings(command, cfg)
     return cfg

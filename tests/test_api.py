@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,9 @@ from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.backbones.taps import Tap
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.runs.run import Run, find_runs
+from sae_lightning.saes import VARIANTS
+from sae_lightning.saes.topk import TopK
+from sae_lightning.training.module import SAEModule
 from tests.configs import composed
 
 WORLD = np.random.default_rng(0)
@@ -97,6 +101,26 @@ def test_tokens_of_images(tmp_path):
     sae_lightning.fit(FEATURES.reshape(125, 16, 16), out=tmp_path, **SMALL)
     store = Run(find_runs("*", tmp_path / "runs")[0]).store("val")
     assert (store.kind, store.n_patches, store.manifest.grid) == ("patch", 16, (4, 4))
+
+
+def test_a_variant_of_ones_own(tmp_path):
+    class Largest(TopK):
+        """TopK with half of k."""
+
+        variant = "largest"
+
+        def __init__(self, d_in: int, d_sae: int, k: int, **options) -> None:
+            super().__init__(d_in, d_sae, max(1, int(k) // 2), **options)
+
+        def settings(self) -> dict[str, object]:
+            return super().settings() | {"k": 2 * self.k}
+
+    try:
+        sae = sae_lightning.fit(FEATURES, Largest, **SMALL)
+        assert type(sae) is Largest
+        assert sae.encode(torch.from_numpy(FEATURES)).counts().max() == 2
+    finally:
+        del VARIANTS["largest"]
 
 
 def test_without_a_folder_nothing_stays(tmp_path, monkeypatch):
@@ -217,3 +241,19 @@ def test_importing_the_package_loads_nothing():
     with pytest.raises(AttributeError, match="no attribute 'fits'"):
         _ = sae_lightning.fits
     assert "fit" in dir(sae_lightning)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_module_in_a_trainer_of_ones_own(labelled):
+    x = torch.from_numpy(FEATURES)
+    data = TensorDataset(x, torch.from_numpy(LABELS)) if labelled else TensorDataset(x)
+    sae = TopK(16, 32, 4, seed=0)
+    module = SAEModule(sae, {"reconstruction": 1.0}, optimizer={"name": "adam", "lr": 1e-2})
+    trainer = L.Trainer(max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                        enable_model_summary=False, accelerator="cpu")  # fmt: skip
+    before = explained(sae, FEATURES)
+    trainer.fit(module, DataLoader(data, batch_size=100), DataLoader(data, batch_size=500))
+    assert explained(sae.eval(), FEATURES) > before + 0.2
+    assert trainer.callback_metrics["val/l0"] == pytest.approx(4, abs=0.1)
+    with pytest.raises(TypeError, match=r"takes batches of features, or of \(features, labels\); got dict"):
+        module.training_step({"x": x}, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -89,8 +89,23 @@ Term = Callable[[ForwardOutput, Tensor], Tensor]
 Weight = Callable[[int, int], float]
 
 
+Batch = Tensor | Sequence[Tensor]  # of features, or as a DataLoader of a TensorDataset gives them, with labels or not
+
+
+def features_of(batch: Batch) -> Tensor:
+    """The features in a batch: itself, or the first of several tensors; TypeError for a batch of something else."""
+    found = batch if isinstance(batch, Tensor) else batch[0] if isinstance(batch, list | tuple) and batch else None
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"An SAEModule takes batches of features, or of (features, labels); got {type(batch).__name__}."
+        )
+    return found
+
+
 class SAEModule(L.LightningModule):
     """Trains ``sae`` on batches of raw features [B, d_in] or [n, P, d_in] with a weighted sum of named loss terms.
+
+    Batches are tensors or sequences whose first entry are the features, from any DataLoader.
 
     ``loss`` maps a term's name to its weight, ``loss_options`` to its keyword arguments; ``optimizer``
     holds ``name``, ``lr`` and further arguments; ``schedule`` the fields of ``Schedule``. With ``target_l0``
@@ -147,7 +162,8 @@ class SAEModule(L.LightningModule):
         self.added[name] = (term, weight)
 
     # --- steps ------------------------------------------------------------------------------------
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        batch = features_of(batch)
         features = batch.flatten(0, -2)  # batches of images [n, P, d_in] are batches of their tokens
         step, steps = self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
         if self.sae.k is not None:
@@ -209,7 +225,8 @@ class SAEModule(L.LightningModule):
         bar = {"ev": means["train/explained_variance"], "l0": torch.tensor(record["train/l0"], dtype=torch.float32)}
         self.log_dict(bar, prog_bar=True, logger=False)
 
-    def validation_step(self, features: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        features = features_of(batch).flatten(0, -2)
         codes = self.sae.encode(features)
         rebuilt = self.sae.decode(codes)
         self.scores["reconstruction"].update(features.float(), rebuilt)
