@@ -14,6 +14,8 @@ from sae_lightning.saes.sae import SAE
 
 DIRECTIONS = 64  # principal directions whose variance is measured each; the rest share one
 
+FLOOR = 1e-3  # of the mean variance, which no direction's is below: what has rank to spare is not all unnatural
+
 FAR = 0.99  # natural tokens' quantile of the distance beyond which a token counts as unnatural
 
 
@@ -43,8 +45,9 @@ class Natural:
         self.mean = x.mean(0)
         variances, directions = torch.linalg.eigh((x - self.mean).T @ (x - self.mean) / len(x))
         top = min(DIRECTIONS, sae.d_in, max(1, len(x) // 4))
-        self.directions, self.variances = directions[:, -top:], variances[-top:].clamp_min(1e-12)
-        self.rest = float(variances[:-top].mean().clamp_min(1e-12)) if top < sae.d_in else 1.0
+        least = float(FLOOR * variances.mean().clamp_min(1e-12))
+        self.directions, self.variances = directions[:, -top:], variances[-top:].clamp_min(least)
+        self.rest = max(least, float(variances[:-top].mean())) if top < sae.d_in else 1.0
         self.far = float(torch.quantile(self.distance(rows[: 1 << 20]), FAR))
 
     def distance(self, x: Tensor) -> Tensor:

@@ -182,6 +182,15 @@ def test_the_report_is_r2_and_mahalanobis_distance(vit, sae, images, features):
     assert float((natural.distance(features) > natural.far).double().mean()) == pytest.approx(0.01, abs=0.005)
 
 
+def test_rounding_beside_features_of_low_rank_is_not_far(sae):
+    draw = torch.Generator().manual_seed(0)
+    features = (torch.randn(400, 4, generator=draw) @ torch.randn(4, 64, generator=draw)).view(100, 4, 64)
+    natural = Natural(sae, features)
+    rounded = features + 1e-3 * torch.randn(features.shape, generator=draw)
+    assert float((natural.distance(rounded) > natural.far).double().mean()) < 0.03
+    assert bool((natural.distance(features + 3 * torch.randn(features.shape, generator=draw)) > natural.far).all())
+
+
 def test_a_splice_far_from_natural_features_is_refused(vit, sae, images, features):
     natural = Natural(sae, features)
     with spliced(vit, sae, "steer", [3], amount=1000.0, natural=natural) as splice:
