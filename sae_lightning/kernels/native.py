@@ -176,7 +176,7 @@ def _call(name: str, *arguments: Any) -> None:
 def decode(latents: Tensor, values: Tensor, offsets: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     """[N, d]: ``bias`` plus the sum of ``values[e] * W[latents[e]]`` over each row's entries."""
     out = empty((len(offsets) - 1, W.shape[1]), W)
-    _call("decode_rows", latents, values, offsets, W, bias, out, W.shape[1], len(out))
+    _call("decode_rows", latents, values, offsets, W, bias, out, W.shape[1], len(out), len(W))
     return out
 
 

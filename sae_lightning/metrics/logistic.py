@@ -34,22 +34,17 @@ TRIES = 20  # lengths of one step
 
 
 class Matrix:
-    """``x`` [n, d], dense or compressed, on ``device``, as both products of a gradient want it."""
+    """``xs`` along a diagonal, [n, d] each, one dense or all compressed, on ``device``, as both products want them."""
 
-    def __init__(self, x: np.ndarray | sparse.sparray, device: str) -> None:
+    def __init__(self, device: str, *xs: np.ndarray | sparse.sparray) -> None:
         self.dense: Tensor | None = None
-        if not sparse.issparse(x):
-            self.dense = torch.from_numpy(np.require(x, requirements="W")).to(device)
+        if not sparse.issparse(xs[0]):
+            self.dense = torch.from_numpy(np.require(xs[0], requirements="W")).to(device)
             return
-        halves = sparse.csr_array(x), sparse.csr_array(x.T)
-        self.density = halves[0].nnz / max(1, np.prod(x.shape))
-        self.rows, self.columns = (
-            [
-                torch.from_numpy(part).to(device)
-                for part in (h.indices.astype(np.int64), h.data, h.indptr.astype(np.int64))
-            ]
-            for h in halves
-        )
+        n, d = xs[0].shape
+        self.rows = [part.to(device) for part in _lists([sparse.csr_array(x) for x in xs], d)]
+        self.columns = [part.to(device) for part in _lists([sparse.csc_array(x) for x in xs], n)]
+        self.density = len(self.rows[1]) / max(1, n * d * len(xs) ** 2)
 
     def times(self, w: Tensor) -> Tensor:
         """``x`` · ``w``, of [d, c] [n, c]."""
@@ -62,6 +57,15 @@ class Matrix:
     def _product(self, entries: Sequence[Tensor], w: Tensor) -> Tensor:
         indices, values, offsets = entries
         return choose(values, w, density=self.density).decode(indices, values, offsets, w.contiguous(), None)
+
+
+def _lists(xs: Sequence[sparse.csr_array | sparse.csc_array], width: int) -> list[Tensor]:
+    """Indices, values and offsets of all, the indices of each ``width`` above those of the one before."""
+    ends = np.cumsum([0, *(x.nnz for x in xs)])
+    offsets = [x.indptr[:-1] + end for x, end in zip(xs, ends, strict=False)]
+    indices = np.concatenate([x.indices + np.int64(i * width) for i, x in enumerate(xs)])
+    parts = indices, np.concatenate([x.data for x in xs]), np.concatenate([*offsets, ends[-1:]])
+    return [torch.from_numpy(part) for part in parts]
 
 
 class Multinomial:
@@ -79,7 +83,7 @@ class Multinomial:
         self.tiles = -(-n_classes // TILE) if tiled else 1
         self.each = -(-n_classes // self.tiles)
         starts = range(0, self.n, max(1, BLOCK // n_classes))
-        self.blocks = [Matrix(x[i : i + starts.step], device) for i in starts]
+        self.blocks = [Matrix(device, x[i : i + starts.step]) for i in starts]
         self.targets = torch.from_numpy(target).to(device)[:, None].split(starts.step)
 
     def __call__(self, flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +135,7 @@ class Binary:
     def __init__(
         self, xs: Sequence[np.ndarray | sparse.sparray], positive: np.ndarray, decay: float, device: str
     ) -> None:
-        self.x, self.decay = Matrix(xs[0] if len(xs) == 1 else sparse.block_diag(xs, format="csr"), device), decay
+        self.x, self.decay = Matrix(device, *xs), decay
         dtype = torch.from_numpy(np.zeros(0, xs[0].dtype)).dtype
         self.y = torch.from_numpy(positive).to(device, dtype)
 

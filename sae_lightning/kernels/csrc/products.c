@@ -4,37 +4,55 @@
 #include <omp.h>
 #endif
 
-/* ---- decode: out[i] = bias + sum of values[e] * W[latents[e]] over row i's entries --------------------------- */
-void decode_rows(const i64 *latents, const float *values, const i64 *offsets, const float *W, const float *bias,
-                 float *out, i64 d, i64 n) {
-    const i64 last = offsets[n];
-#pragma omp parallel for schedule(dynamic, 32) if (offsets[n] * d > FEW)
-    for (i64 i = 0; i < n; i++) {
-        float *o = out + i * d;
-        if (bias) memcpy(o, bias, d * sizeof(float));
-        else memset(o, 0, d * sizeof(float));
-        i64 e = offsets[i];
-        for (; e + 4 <= offsets[i + 1]; e += 4) {
-            const float v0 = values[e], v1 = values[e + 1], v2 = values[e + 2], v3 = values[e + 3];
-            const float *w0 = W + latents[e] * d, *w1 = W + latents[e + 1] * d;
-            const float *w2 = W + latents[e + 2] * d, *w3 = W + latents[e + 3] * d;
-            for (i64 t = e + 4; t < e + 8 && t < last; t++) {
-                const float *next = W + latents[t] * d;
-                PREFETCH(next);
-                PREFETCH(next + 16);
-                PREFETCH(next + 32);
-                PREFETCH(next + 48);
-            }
-#pragma omp simd
-            for (i64 j = 0; j < d; j++) o[j] += v0 * w0[j] + v1 * w1[j] + v2 * w2[j] + v3 * w3[j];
+/* ---- decode: out[i] = bias + sum of values[e] * W[latents[e]] over row i's entries ---------------------------
+ * W has m rows. Where each is read often and they are long, it is gone through in columns, WIDTH of all rows packed.
+ */
+enum { WIDTH = 384, PACKED = 16 }; /* entries of a latent that are worth a copy of its row */
+
+static void decode_row(const i64 *latents, const float *values, i64 e, i64 end, i64 last, const float *W, float *o,
+                       i64 d) {
+    for (; e + 4 <= end; e += 4) {
+        const float v0 = values[e], v1 = values[e + 1], v2 = values[e + 2], v3 = values[e + 3];
+        const float *w0 = W + latents[e] * d, *w1 = W + latents[e + 1] * d;
+        const float *w2 = W + latents[e + 2] * d, *w3 = W + latents[e + 3] * d;
+        for (i64 t = e + 4; t < e + 8 && t < last; t++) {
+            const float *next = W + latents[t] * d;
+            PREFETCH(next);
+            PREFETCH(next + 16);
+            PREFETCH(next + 32);
+            PREFETCH(next + 48);
         }
-        for (; e < offsets[i + 1]; e++) {
-            const float v = values[e];
-            const float *w = W + latents[e] * d;
 #pragma omp simd
-            for (i64 j = 0; j < d; j++) o[j] += v * w[j];
+        for (i64 j = 0; j < d; j++) o[j] += v0 * w0[j] + v1 * w1[j] + v2 * w2[j] + v3 * w3[j];
+    }
+    for (; e < end; e++) {
+        const float v = values[e];
+        const float *w = W + latents[e] * d;
+#pragma omp simd
+        for (i64 j = 0; j < d; j++) o[j] += v * w[j];
+    }
+}
+
+void decode_rows(const i64 *latents, const float *values, const i64 *offsets, const float *W, const float *bias,
+                 float *out, i64 d, i64 n, i64 m) {
+    const i64 most = d > WIDTH && offsets[n] >= PACKED * m ? WIDTH : d;
+    float *packed = most < d ? malloc(m * most * sizeof(float)) : NULL;
+#pragma omp parallel if (offsets[n] * d > FEW)
+    for (i64 c = 0; c < d; c += most) {
+        const i64 width = d - c < most ? d - c : most;
+        if (packed) {
+#pragma omp for schedule(static)
+            for (i64 l = 0; l < m; l++) memcpy(packed + l * width, W + l * d + c, width * sizeof(float));
+        }
+#pragma omp for schedule(dynamic, 32)
+        for (i64 i = 0; i < n; i++) {
+            float *o = out + i * d + c;
+            if (bias) memcpy(o, bias + c, width * sizeof(float));
+            else memset(o, 0, width * sizeof(float));
+            decode_row(latents, values, offsets[i], offsets[i + 1], offsets[n], packed ? packed : W, o, width);
         }
     }
+    free(packed);
 }
 
 /* ---- exact pre-activations of n listed latents of one row: values[c] = <x, W[latents[c]]> + bias --------------- */
