@@ -143,7 +143,7 @@ def streamed(task: Task, folder: Path, saes: int = 1) -> list[ScoringPass]:
     passes = []
     for i in range(saes):
         metrics = core_metrics(sae, store, judge) | {"moran": Moran(sae.d_sae, GRID, **MORAN, row_standardized=True)}
-        passes.append(ScoringPass(task.run, store, judge, folder / str(i), metrics, True, span))
+        passes.append(ScoringPass(task.run, store, judge, folder / str(i), metrics, ["max"], span))
     stream(passes)
     return passes
 
@@ -158,7 +158,7 @@ def scored(task: Task, done: ScoringPass) -> Found:
     computed |= m5.summarize(m5.monosemanticity(*top, judge), m5.baseline(judge))
     names = ("moran", "moran_evaluable", "fvu", "l0", "dead_share", "monosemanticity")
     done.close()
-    raw, rebuilt = (done.pools[name].mapped() for name in ("features", "reconstruction"))
+    raw, rebuilt = (done.pools[name, "max"].mapped() for name in ("features", "reconstruction"))
     return Found({name: float(computed[name]) for name in names}, raw, rebuilt, done.codes.matrix)
 
 

@@ -2,8 +2,9 @@
 
     python -m experiments.visaebench.choices [--runs runs/benchmark] [--out FILE.md]
 
-For scored runs on patch tokens (``make benchmark``). One row a choice: the mean over runs both ways, the largest
-difference, and Spearman's rank correlation over runs, which says whether the choice would order the SAEs differently.
+For runs on patch tokens that are scored under both protocols (``make benchmark``). One row a choice: the mean over runs
+both ways, the largest difference, and Spearman's rank correlation over runs, which says whether the choice would order
+the SAEs differently.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from sae_lightning.metrics import MonoScore, Moran, absorption, decoder_cosine, 
 from sae_lightning.metrics import monosemanticity as m5
 from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.cknna import cknna
-from sae_lightning.metrics.part import MAIN
+from sae_lightning.metrics.part import MAIN, headlines
+from sae_lightning.metrics.protocols import CHOICES, RELEASED
 from sae_lightning.metrics.retrieval import image_recall
 from sae_lightning.metrics.segmentation import Probing, Sets, segmentation
 from sae_lightning.metrics.sparse_probing import sparse_probing
 from sae_lightning.runs.run import find_runs
+from sae_lightning.runs.scores import read_rows
 from sae_lightning.saes import SparseCodes
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -46,11 +49,11 @@ def moran_choices(run: Job) -> Iterator[tuple[str, str, float]]:
     """M1: weights, contiguity and the least number of active patches; FVU by sample."""
     store, sae = run.store(MAIN), run.sae
     changes: dict[str, dict[str, Any]] = {
-        "": {}, "weights 1 (eq. 2), not row-standardised": {"row_standardized": False}, "rook": {"contiguity": "rook"},
+        "": {}, "row-standardised weights": {"row_standardized": True}, "rook": {"contiguity": "rook"},
         "1 active patch": {"min_active": 1}, "20 active patches": {"min_active": 20},
+        "at most 90 % of patches active (released)": {"max_share": 0.9},
     }  # fmt: skip
-    default = {"row_standardized": True}
-    metrics = {name: Moran(sae.d_sae, store.grid, **(default | change)) for name, change in changes.items()}
+    metrics = {name: Moran(sae.d_sae, store.grid, **change) for name, change in changes.items()}
     ratios = []
     for _, read in batches(store, 0, len(store), max(1, 8192 // store.n_patches)):
         features = read.reshape(-1, sae.d_in).float()
@@ -72,19 +75,30 @@ def probe_choices(run: Job) -> Iterator[tuple[str, str, float]]:
     m3 = preservation.preservation(raw, images.reconstruction, y, retrain=True)
     yield "M3 preservation", "", find(m3, "preservation")
     yield "M3 preservation", "a probe of its own for the reconstruction", find(m3, "preservation_retrained")
+    means = run.images(MAIN, "mean")
+    of_means = preservation.preservation(
+        preservation.fit_raw(means.raw, y, ours), means.reconstruction, y, retrain=True
+    )
+    yield "M3 preservation", "mean-pooled (released)", find(of_means, "preservation")
+    yield "M3 preservation", "mean-pooled, a probe of its own", find(of_means, "preservation_retrained")
     other = preservation.fit_raw(images.raw, y, probes.split(y, seed=0))
     yield (
         "M3 preservation",
         "another split (seed 0)",
         find(preservation.preservation(other, images.reconstruction, y), "preservation"),
     )
-    m4 = sparse_probing(images.codes, y, ours, [128])
-    yield "M4 sparse probing", "", find(m4, "sparse_probing_auc", "k=128")
-    yield "M4 sparse probing", "accuracy instead of AUC", find(m4, "sparse_probing_accuracy", "k=128")
+    m4 = sparse_probing(images.codes, y, ours, [1, 2, 4, 8, 16, 32, 64, 128])
+    yield "M4 sparse probing", "", find(m4, "sparse_probing_area", "k=128")
+    yield "M4 sparse probing", "ROC AUC of the probe of 128", find(m4, "sparse_probing_auc", "k=128")
+    yield "M4 sparse probing", "accuracy of the probe of 128", find(m4, "sparse_probing_accuracy", "k=128")
+    theirs = CHOICES[RELEASED]["sparse_probing"]["budgets"]
+    for on, how in (("train", "budgets 1 to 100 (released)"), ("all", "the same, ranked on all images (released)")):
+        found = sparse_probing(images.codes, y, ours, theirs, ranked_on=on)
+        yield "M4 sparse probing", how, find(found, "sparse_probing_area")
     each = sparse_probing(images.codes, y, ours, [128], "per_class")
     yield (
         "M4 sparse probing",
-        "ranked for each class (§4.3)",
+        "ROC AUC, ranked for each class (§4.3)",
         find(each, "sparse_probing_auc", "k=128,ranking=per_class"),
     )
     groups, names = run.sibling_groups(), images.class_names
@@ -113,10 +127,14 @@ def monosemanticity_choices(run: Job) -> Iterator[tuple[str, str, float]]:
         found = m5.monosemanticity(images, strength, least[chosen], e, store.labels)
         return m5.summarize(found, m5.baseline(e, size=n))
 
+    judge = next(part for part in run.parts if part.name == "monosemanticity@released")
+    patches = run.embeddings(judge.name)
     ours = score(embeddings)
     yield "M5 monosemanticity", "", ours["monosemanticity"]
     yield "M5 monosemanticity", "mean over all pairs, without weights", ours["monosemanticity_plain"]
-    yield "M5 monosemanticity", "raw, floor not subtracted", ours["monosemanticity_raw"]
+    yield "M5 monosemanticity", "raw, floor not subtracted (released)", ours["monosemanticity_raw"]
+    yield "M5 monosemanticity", "the judge's mean patch tokens (released)", score(patches)["monosemanticity"]
+    yield "M5 monosemanticity", "1,000 latents (released)", score(embeddings, latents=1000)["monosemanticity"]
     for n in (8, 32):
         yield "M5 monosemanticity", f"top {n} images", score(embeddings, n)["monosemanticity"]
     yield "M5 monosemanticity", "512 latents", score(embeddings, latents=512)["monosemanticity"]
@@ -155,8 +173,16 @@ def segmentation_choices(run: Job) -> Iterator[tuple[str, str, float]]:
         yield "segmentation mIoU, codes", how, find(found, "segmentation_miou", setting)
 
 
-CHOICES: tuple[Callable[[Job], Iterator[tuple[str, str, float]]], ...] = (
-    moran_choices, probe_choices, monosemanticity_choices, alignment_choices, segmentation_choices,
+def protocol_choices(run: Job) -> Iterator[tuple[str, str, float]]:
+    """The headlines as they are scored under both protocols."""
+    rows = read_rows(run.folder, protocol=None)
+    for ours, theirs in zip(headlines(), headlines(RELEASED), strict=True):
+        yield ours.headline, "", ours.of(rows)
+        yield ours.headline, "the released package", theirs.of(rows)
+
+
+MEASURES: tuple[Callable[[Job], Iterator[tuple[str, str, float]]], ...] = (
+    protocol_choices, moran_choices, probe_choices, monosemanticity_choices, alignment_choices, segmentation_choices,
 )  # fmt: skip
 
 
@@ -167,7 +193,7 @@ def measure(run: Path, settings: Settings) -> Found:
     try:
         stream([passed], title=run.name)
         job.passes = {MAIN: passed}
-        found = {(metric, how): value for choice in CHOICES for metric, how, value in choice(job)}
+        found = {(metric, how): value for choice in MEASURES for metric, how, value in choice(job)}
         found["M2 FVU", ""] = float(passed.metrics["reconstruction"].compute()["fvu"])
         return found
     finally:
@@ -196,7 +222,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = Settings(compose("evaluate", ["metrics=visaebench"]).metrics)
+        settings = Settings(compose("evaluate", ["metrics=visaebench", "metrics.protocol=[paper,released]"]).metrics)
     table = as_markdown([measure(run, settings) for run in tqdm(find_runs("*", args.runs), unit="run")])
     print(table)
     if args.out:

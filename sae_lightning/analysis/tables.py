@@ -9,6 +9,7 @@ import pandas as pd
 
 from sae_lightning.analysis.grid import Grid, section, tasks
 from sae_lightning.analysis.paper import PAPER, Paper, spelled
+from sae_lightning.analysis.variance import PARTS, SHARES, variance
 from sae_lightning.rendering.figures import HEADLINE_K, NULL, budget_axis, limits_of, panels
 from sae_lightning.rendering.page import EVALUATE, Block, Picture, lacking
 from sae_lightning.rendering.table import Head, Spread, Table
@@ -37,8 +38,8 @@ def _curves(frames: Mapping[str, pd.DataFrame], of: Mapping[str, str], ylabel: s
 
 @section("Sparse-probing curves")
 def probing(grid: Grid, paper: Paper) -> Block:
-    """Sparse-probing AUC over budgets, by expansion and by k [App. I, Fig. 6]."""
-    rows = grid.curves("sparse_probing_auc")
+    """Accuracy of sparse probes over budgets, by expansion and by k [App. I, Fig. 6]."""
+    rows = grid.curves("sparse_probing_accuracy")
     rows = rows[rows["setting"].str.fullmatch(r"k=\d+")].dropna(subset=["value"])
     if rows.empty:
         return lacking(f"No run has sparse probing; `{EVALUATE}` makes it.")
@@ -49,12 +50,12 @@ def probing(grid: Grid, paper: Paper) -> Block:
         frames = {f"{sign}{level:g}": own for level, own in rows.groupby(name)}
         if frames:
             text = f"By the SAE’s {name}: mean over its {over}, the band from the least to the most."
-            pictures.append(Picture(_curves(frames, grid.colours, "AUC", limits), caption=text))
+            pictures.append(Picture(_curves(frames, grid.colours, "accuracy", limits), caption=text))
     means = rows.groupby(["title", "budget"])["value"].mean().unstack("budget").loc[grid.titles]
-    heads = [Head("backbone"), *(Head(f"{budget}", ".3f", True, "mean AUC at k latents") for budget in means)]
-    table = Table("probing", "Sparse-probing AUC by the number of latents, mean over settings", heads,
+    heads = [Head("backbone"), *(Head(f"{budget}", ".3f", True, "accuracy at k latents") for budget in means)]
+    table = Table("probing", "Sparse-probing accuracy by the number of latents, mean over settings", heads,
                   [[t, *means.loc[t]] for t in means.index])  # fmt: skip
-    about = "Mean AUC over classes of probes that see k latents; dotted: k = 128, which is M4. [ViSAEBench Fig. 6]"
+    about = "Accuracy of probes that see k latents; M4 is the area under it up to k = 128, dotted. [ViSAEBench Fig. 6]"
     return [about, pictures, grid.key, table]
 
 
@@ -140,10 +141,23 @@ def cross_domain(grid: Grid, paper: Paper) -> Block:
     ]  # fmt: skip
     return [
         "Preservation is the accuracy of probes of reconstructions over that of probes of raw features; M6 is "
-        "its mean over data sets. [ViSAEBench App. M, Table 6]",
+        "that on iNaturalist, or where it is not there the mean over data sets. [ViSAEBench App. M, Table 6]",
         Table("cross-domain", "Accuracy of probes on other data sets, mean ± standard deviation over settings",
-              heads, rows), _printed(paper),
+              heads, rows), _by_set(grid, frame, sets), _printed(paper),
     ]  # fmt: skip
+
+
+def _by_set(grid: Grid, frame: pd.DataFrame, sets: list[str]) -> Table:
+    """Shares of variance of preservation, and the ranking of backbones, on each data set and in the mean."""
+    columns = {name: f"{name}/kept" for name in sets} | {"mean": "mean/kept"}
+    frame = frame.assign(**{"mean/kept": frame[[columns[name] for name in sets]].mean(axis=1)})
+    shares, means = variance(frame, of=list(columns.values())), grid.means(list(columns.values()), frame)
+    heads = [Head("data set"), *(Head(title, over="η²") for title, _ in SHARES.values()), Head("backbones, best first")]
+    rows = [
+        [name, *(row[f"eta_{part}"] for part in PARTS), ", ".join(means[column].dropna().sort_values()[::-1].index)]
+        for (name, column), (_, row) in zip(columns.items(), shares.iterrows(), strict=True)
+    ]
+    return Table("cross-domain-sets", "Preservation on each data set: shares of variance, and backbones", heads, rows)
 
 
 def _printed(paper: Paper) -> list[Table]:

@@ -65,6 +65,8 @@ def identity(cfg: Mapping[str, Any]) -> str:
     parts = [wanted.library, wanted.model, str(wanted.image_size)]
     if wanted.weights is not None:
         parts.append(digest(wanted.weights))
+    if wanted.resize is not None:
+        parts.append(f"resize {wanted.resize}")
     if not wanted.pretrained:
         parts += ["random", *([json.dumps(wanted.architecture, sort_keys=True)] if wanted.architecture else [])]
     return ":".join(parts)

@@ -31,8 +31,9 @@ class Published:
 
     ``weights`` is a local safetensors file (timm) or model folder (both libraries) instead of the hub, or for timm the
     file that a Python package brings (``package:NAME``); ``pretrained=False`` draws random weights. ``architecture`` is
-    transformers' config for these, spelled out; weights from the hub or a folder bring their own. None stands for the
-    model's own value.
+    transformers' config for these, spelled out; weights from the hub or a folder bring their own. ``resize`` is the
+    shorter edge of a picture before ``image_size`` is cut from its middle, of timm. None stands for the model's own
+    value.
     """
 
     library: str
@@ -42,6 +43,7 @@ class Published:
     pretrained: bool
     weights: Path | None
     architecture: Mapping[str, Any] | None
+    resize: int | None
 
 
 def check_size(size: str) -> str:
@@ -73,6 +75,12 @@ def published(cfg: Mapping[str, Any]) -> Published:
     if size is not None and (type(size) is not int or size < 1):
         raise BackboneError(f"backbone.published.image_size={size} is no number of pixels; give one, or null.")
     pretrained, weights = section.get("pretrained", True), section.get("weights")
+    resize = section.get("resize")
+    if resize is not None and (type(resize) is not int or size is None or resize < size or library != "timm"):
+        raise BackboneError(
+            f"backbone.published.resize={resize} is no edge of pictures from which image_size={size} could be cut; "
+            "give a number of pixels from image_size on, with library=timm, or leave it out."
+        )
     if weights is not None and not pretrained:
         raise BackboneError(
             f"backbone.published.weights={weights} and pretrained=false contradict each other; leave one out."
@@ -95,6 +103,7 @@ def published(cfg: Mapping[str, Any]) -> Published:
         pretrained=pretrained,
         weights=None if weights is None else _local(str(weights), library),
         architecture=section.get("architecture") if library == "transformers" else None,  # timm knows its models
+        resize=resize,
     )
 
 

@@ -37,6 +37,7 @@ def load_timm(cfg: Mapping[str, Any]) -> Backbone:
     anatomy = timm_anatomy(wanted.model, wanted.image_size)
     model = _build(wanted, anatomy)
     data = resolve_model_data_config(model) | {"input_size": (3, anatomy.image_size, anatomy.image_size)}
+    data |= {} if wanted.resize is None else {"crop_pct": anatomy.image_size / wanted.resize, "crop_mode": "center"}
     return Backbone(
         model,
         partial(read_timm, model),

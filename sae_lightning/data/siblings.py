@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -86,6 +87,31 @@ def imagenet_wnids(class_names: Sequence[str]) -> list[str | None]:
         found.append(free[0] if free else None)
         taken.update(free[:1])
     return found
+
+
+def released_groups(class_names: Sequence[str]) -> Groups:
+    """The groups of the package ``visaebench``, by label; none unless 95 % of ``class_names`` are ImageNet-1K's.
+
+    They are read from its files, where it is installed. A class that is not there is in its group by wnid. DataError
+    where the package, or its list, is not there.
+    """
+    wnids = imagenet_wnids(class_names)
+    if not wnids or sum(wnid is not None for wnid in wnids) < KNOWN * len(wnids):
+        return {}
+    found = importlib.util.find_spec("visaebench")  # does not import it
+    path = Path(str(found.origin)).parent / "data" / "wordnet_pairs.json" if found else None
+    if path is None or not path.is_file():
+        raise DataError(
+            "The sibling groups of metrics.protocol=released are those of the package visaebench, which is not "
+            "installed; pip install 'visaebench>=0.1', or leave the part out with metrics.absorption=null."
+        )
+    groups = json.loads(path.read_text(encoding="utf-8"))["sibling_groups"]
+    label_of = {wnid: label for label, wnid in enumerate(wnids) if wnid is not None}
+    order = sorted(_shipped()["names"])  # of ImageNet's numbers
+    return {
+        name: [label_of.get(order[number], order[number]) for number in group["class_indices"]]
+        for name, group in groups.items()
+    }
 
 
 @cache

@@ -20,7 +20,7 @@ from sae_lightning.backbones.backbone import BackboneError
 from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.data import DataError, ImageData
 from sae_lightning.data.masks import Masks, load_masks
-from sae_lightning.data.siblings import Groups, sibling_groups
+from sae_lightning.data.siblings import Groups, released_groups, sibling_groups
 from sae_lightning.evaluation.core import core_metrics, stored_scores, write_summary
 from sae_lightning.evaluation.scoring_pass import JOINT, ScoringPass, batches, check_store
 from sae_lightning.evaluation.similarity import ImageEmbeddings, SimilarityEncoder
@@ -57,7 +57,7 @@ OWN = SimilarityEncoder()
 
 NEEDED = ("data", "backbone")  # sections of the config that a run was trained with
 
-VERSION = 2  # of all parts; a change of one's figures raises it
+VERSION = 3  # of all parts; a change of one's figures raises it
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Job:
         self.passes: dict[str, ScoringPass] = {}
         self.kept: dict[str, Any] = {}  # what all runs of its store share
         self.others: list[Job] = []  # runs that differ by seed
-        self._images: dict[str, ImageFeatures] = {}
+        self._images: dict[tuple[str, str], ImageFeatures] = {}
         self._summary: dict[str, Any] | None = None
         for name in ("sae", "frame", "dictionary"):
             self.__dict__.pop(name, None)
@@ -166,7 +166,7 @@ class Job:
         try:
             yield self._with_data(of), split
         except DataError as error:
-            group = next(part.name.split("/")[0] for part in self.settings.parts if part.data == of)
+            group = next(part.base.split("/")[0] for part in self.settings.parts if part.data == of)
             raise type(error)(
                 f"The data set {of} of metrics.{group}: {error} Change metrics.{group}.sets.{of}, or leave it out with "
                 f"'~metrics.{group}.sets.{of}'."
@@ -229,7 +229,8 @@ class Job:
         rewritten = any(p.name == CORE for p in parts) and stored_scores(self.folder, split, [], out=self.out) is None
         left = []
         for part in parts:  # core comes first
-            found = scores_of(self.folder, part.name, split, self.key(part), self.on) is not None
+            made = scores_of(self.folder, part.base, split, self.key(part), self.on, part.protocol)
+            found = made is not None
             if part.name == CORE:
                 rewritten = rewritten or not found
             if not found or not held.issuperset(part.leaves) or (rewritten and (part.leaves or part.name == CORE)):
@@ -252,13 +253,13 @@ class Job:
             streamed = Streamed(sae, store, judge.d)
             for wanted in parts:
                 metrics = {**wanted.streams(streamed, wanted.options), **metrics}
-        images = any("images" in part.needs for part in parts)
-        gathered = [images, *sorted((part.name, _digest(part.keyed)) for part in parts)]
+        pools = [pool for pool, need in (("max", "images"), ("mean", "means")) if any(need in p.needs for p in parts)]
+        gathered = [*pools, *sorted((part.name, _digest(part.keyed)) for part in parts)]
         digest = _digest([VERSION, gathered, self.sae_digest, store.fingerprint, judge.key])
         folder = self.out / PARTIAL / f"{name.replace('/', '-')}-{self.settings.split}-{digest[:8]}" / part
         device = self.settings.device
         return ScoringPass(
-            self.folder, store, judge, folder, metrics, images, span, device, self.load(), self.out
+            self.folder, store, judge, folder, metrics, pools, span, device, self.load(), self.out
         )  # fmt: skip
 
     # --- after its passes: what parts ask for ------------------------------------------------------
@@ -297,16 +298,18 @@ class Job:
         """The ``n`` strongest images of each latent."""
         return self.passes[MAIN].top(n)
 
-    def images(self, name: str = MAIN) -> ImageFeatures:
+    def images(self, name: str = MAIN, pool: str = "max") -> ImageFeatures:
         """What the pass ``name`` gathered of whole images."""
-        if name not in self._images:
+        if (name, pool) not in self._images:
             done = self.passes[name]
             raw, reconstruction = (
-                self.frame.normalize(torch.from_numpy(np.array(pool.mapped()))).numpy() for pool in done.pools.values()
-            )
+                self.frame.normalize(torch.from_numpy(np.array(file.mapped()))).numpy()
+                for (_, how), file in done.pools.items() if how == pool
+            )  # fmt: skip
             labels, classes = done.store.labels.numpy(), done.store.class_names
-            self._images[name] = ImageFeatures(raw, reconstruction, done.codes.matrix(), labels, classes)
-        return self._images[name]
+            codes = done.codes.matrix() if pool == "max" else self.images(name).codes
+            self._images[name, pool] = ImageFeatures(raw, reconstruction, codes, labels, classes)
+        return self._images[name, pool]
 
     def texts(self) -> ImageFeatures | None:
         """The captions of the images, in their order, through the text tower and the SAE; None without captions.
@@ -363,8 +366,10 @@ class Job:
         store = self.store()
         return (read for _, read in batches(store, 0, len(store), max(1, 16384 // store.n_patches), title))
 
-    def sibling_groups(self) -> Groups:
+    def sibling_groups(self, released: bool = False) -> Groups:
         """Groups of classes that are siblings: those of the data set, or ImageNet's where the classes are its own."""
+        if released and (groups := released_groups(self.store().class_names)):
+            return groups
         images = None if self.source.given else self.source.images(self.settings.split)
         if isinstance(images, ImageData):
             return images.sibling_groups

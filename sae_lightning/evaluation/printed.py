@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from sae_lightning.metrics.core import SHOWN
 from sae_lightning.metrics.part import CORE, Column, headlines, parts_of
+from sae_lightning.metrics.protocols import PAPER, protocols_of
 from sae_lightning.rendering.table import Head, Table
 from sae_lightning.runs.run import Run
 from sae_lightning.runs.scores import read_rows
@@ -18,9 +19,11 @@ def print_scores(runs: Sequence[Path], cfg: DictConfig, data: str = "") -> None:
     """The tables of ``runs`` on their own data, or ``data``, and the baselines of who judged how alike images are."""
     parts, on = parts_of(cfg.metrics), f"on the {cfg.split} split" + (f" of {data}" if data else "")
     core_table(f"Scores {on}", runs, cfg.split, data).show()
-    beside = [column for part in parts if part.name != CORE for column in part.columns]
+    beside = [column for part in parts if part.base != CORE for column in part.columns]
     if any(column.headline for column in beside):
-        score_table(f"ViSAEBench {on}", headlines(), runs, cfg.split, data).show()
+        for protocol in protocols_of(cfg.metrics):
+            by = "" if protocol == PAPER else f" by the {protocol} protocol"
+            score_table(f"ViSAEBench {on}{by}", headlines(protocol), runs, cfg.split, data).show()
     elif beside:
         plain = [column for column in beside if "{" not in column.setting]
         score_table(f"{', '.join(cfg.metrics)} {on}", plain, runs, cfg.split, data).show()
@@ -44,7 +47,8 @@ def score_table(title: str, columns: Sequence[Column], runs: Sequence[Path], spl
     """The ``columns`` of each run, with why one has no number."""
     rows = []
     for run in map(Run, runs):
-        scores = [row for row in read_rows(run.folder, strict=True, data=data) if row["split"] == split]
+        found = read_rows(run.folder, strict=True, data=data, protocol=None)
+        scores = [row for row in found if row["split"] == split]
         cells: list[object] = [run.name, run.cfg["backbone"]]
         rows.append([*cells, *(column.cell(scores) for column in columns)])
     heads = [Head("run"), Head("backbone", drop=1), *(column.head for column in columns)]

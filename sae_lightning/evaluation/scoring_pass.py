@@ -36,15 +36,15 @@ TOP = 16  # strongest images of a latent that are looked for at once
 class ScoringPass:
     """The SAE of ``run`` over the images ``span`` of ``store``, kept in ``folder`` so that another process goes on.
 
-    It feeds ``metrics`` with the inputs that each names, keeps the codes of whole images, and with ``images`` the
-    maximum over an image's patches of its features and of their reconstruction. ``judge`` gives embeddings. ``sae`` is
-    that of the run by default, ``out`` where its summary is written the run's folder.
+    It feeds ``metrics`` with the inputs that each names, keeps the codes of whole images, and for each of ``pools``
+    ("max", "mean") that of an image's features and of their reconstruction over its patches. ``judge`` gives
+    embeddings. ``sae`` is that of the run by default, ``out`` where its summary is written the run's folder.
     Raises StoreError when the store is of another backbone, layer or width than the SAE.
     """
 
     def __init__(
         self, run: Path, store: FeatureStore, judge: ImageEmbeddings, folder: Path, metrics: Mapping[str, SumMetric],
-        images: bool = False, span: range | None = None, device: str = "cpu", sae: SAE | None = None,
+        pools: Sequence[str] = (), span: range | None = None, device: str = "cpu", sae: SAE | None = None,
         out: Path | None = None,
     ) -> None:  # fmt: skip
         check_store(run, store)
@@ -54,13 +54,13 @@ class ScoringPass:
         self.sae = (SAE.load(run) if sae is None else sae).to(device)
         self.metrics = {name: of_one_rank(metric).to(device) for name, metric in metrics.items()}
         self._inputs = {one_of(i, STREAMED, "inputs") for metric in metrics.values() for i in metric.inputs}
-        self._inputs |= {"reconstruction"} if images else set()
+        self._inputs |= {"reconstruction"} if pools else set()
         self.done = self._load()  # images of the span
         self.codes = ImageCodes(self.sae.d_sae, folder, self.done)
         self.pools = {
-            name: RowFile(folder / f"{name}.f32", np.float32, self.sae.d_in, self.done)
-            for name in (("features", "reconstruction") if images else ())
-        }
+            (name, pool): RowFile(folder / f"{name}-{pool}.f32", np.float32, self.sae.d_in, self.done)
+            for pool in pools for name in ("features", "reconstruction")
+        }  # fmt: skip
         self._top: TopImages | None = None
 
     def top(self, n: int) -> TopImages:
@@ -113,8 +113,9 @@ class ScoringPass:
         for metric in self.metrics.values():
             metric.update(*(given[name] for name in metric.inputs))
         self.codes.append(pooled)
-        for name, pool in self.pools.items():
-            pool.append(given[name].unflatten(0, (-1, self.store.n_patches)).amax(1).cpu().numpy())
+        for (name, pool), file in self.pools.items():
+            images_of = given[name].unflatten(0, (-1, self.store.n_patches))
+            file.append((images_of.amax(1) if pool == "max" else images_of.mean(1)).cpu().numpy())
         self.done += len(read)
 
     # --- on disk --------------------------------------------------------------------------------------
@@ -146,8 +147,8 @@ class ScoringPass:
             metric.merge_state(states(other.metrics[name]))
             metric._update_count = 1
         self.codes.extend(other.codes)
-        for name, pool in self.pools.items():
-            pool.append(other.pools[name].mapped())
+        for key, file in self.pools.items():
+            file.append(other.pools[key].mapped())
         self.span = range(self.span.start, other.span.stop)
         self.done += other.done
 

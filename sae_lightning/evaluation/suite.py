@@ -125,7 +125,9 @@ def _without(jobs: Sequence[Job]) -> list[str]:
         for part, error in job.without.items():
             reasons.setdefault(str(error), (part, error))
             failed += [] if isinstance(error, NotGivenError) else [f"{part} of {job.name}"]
-    absent = dict.fromkeys(part for part, error in reasons.values() if isinstance(error, NotGivenError))
+    absent = dict.fromkeys(
+        part.partition("@")[0] for part, error in reasons.values() if isinstance(error, NotGivenError)
+    )
     if absent:
         group, _, name = next(iter(absent)).partition("/")
         said = (
@@ -133,7 +135,7 @@ def _without(jobs: Sequence[Job]) -> list[str]:
         )
         tqdm.write(said, file=sys.stderr)
     for part, error in reasons.values():
-        if part not in absent:
+        if not isinstance(error, NotGivenError):
             tqdm.write(f"{part} is left out. {error}", file=sys.stderr)
     return failed
 
@@ -237,7 +239,7 @@ def _score_part(job: Job, part: Part, key: str) -> list[str]:
     except ValueError as error:
         tqdm.write(f"{job.name}: {part.name} cannot be computed. {error}")
         return [f"{part.name} of {job.name}"]
-    put_scores(job.folder, part.name, job.settings.split, key, scores, job.on)
+    put_scores(job.folder, part.base, job.settings.split, key, scores, job.on, part.protocol)
     for why, names in undefined(scores).items():
         tqdm.write(f"{job.name}: {part.name}: {', '.join(names)} cannot be computed: {why}.")
     return []
@@ -255,7 +257,7 @@ def _score_siblings(jobs: Sequence[Job]) -> list[str]:
             job.others = [other for other in members if other is not job]
             key = short_hash({"run": job.sae_digest, "others": sorted(other.sae_digest for other in job.others)})
             for part in (part for part in job.parts if "siblings" in part.needs):
-                if job.settings.again or scores_of(job.folder, part.name, job.settings.split, key) is None:
+                if job.settings.again or scores_of(job.folder, part.base, job.settings.split, key) is None:
                     failed += _score_part(job, part, key)
         for job in members:
             job.release()

@@ -15,6 +15,7 @@ from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.intervals import averaged
 from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, register
 from sae_lightning.metrics.probes import Matrix
+from sae_lightning.metrics.protocols import RELEASED
 from sae_lightning.metrics.sparse_probing import class_sums, f_statistics_of, ranked
 
 Groups = Mapping[str, Sequence[str | int]]
@@ -94,9 +95,9 @@ def members_of(
         places.setdefault(each, []).append(label)
     present = set(np.unique(labels).tolist())
     found = {}
-    for group, named in groups.items():
+    for group, names in groups.items():
         members: list[int] = []
-        for name in dict.fromkeys(named):
+        for name in dict.fromkeys(names):
             at = places.get(name, [])
             if len(at) > 1:
                 raise ValueError(
@@ -129,6 +130,42 @@ def _group_tasks(
     return found
 
 
+def released(run: ScoredRun, options: Options) -> list[Score]:
+    """M7 as the released package has it, with its groups where the classes are ImageNet's.
+
+    Probes are scored where they were fitted, on all images of a group. A class is absorbed where F1(4) − F1(1) is above
+    ``gap``, or the Jaccard index of its ``top`` latents by mean activation and its group's is above ``overlap``.
+    """
+    images, fit = run.images(), probes.solver(options)
+    codes, labels, classes = probes.as_codes(images.codes), images.labels, np.arange(len(images.class_names))
+    listed = {name: of for name, of in run.sibling_groups(released=True).items() if len(of) >= options["min_group"]}
+    f1s, overlaps = [], []
+    for members in members_of(listed, images.class_names, classes, 1).values():
+        rows = np.isin(labels, members)
+        group, own = codes[rows], labels[rows]
+        counts = {label: int((own == label).sum()) for label in members}
+        few = options["min_class"]
+        tested = [label for label, n in counts.items() if few <= n <= len(own) - few]
+        if len(own) < options["min_images"] or not tested:
+            continue
+        shared = strongest(group, options["top"])
+        for label, *both, _ in _group_tasks(group, own, group, own, tested, **fit):
+            mine = strongest(group[own == label], options["top"])
+            f1s.append(both)
+            overlaps.append(len(mine & shared) / len(mine | shared))
+    (one, four), overlap = np.array(f1s).reshape(-1, 2).T, np.array(overlaps)
+    absorbed = (four - one > options["gap"]) | (overlap > options["overlap"])
+    figures = (("absorption", absorbed, ""), ("absorption_overlap", overlap, ""), ("absorption_f1", one, f"k={ONE}"),
+               ("absorption_f1", four, f"k={FEW}"))  # fmt: skip
+    found = [averaged(metric, values, setting, unit="tasks") for metric, values, setting in figures]
+    return [*found, Score("absorption_tasks", float(len(overlap)))]
+
+
+def strongest(codes: sparse.csr_array, top: int) -> set[int]:
+    """The ``top`` latents of the largest mean of ``codes`` [n, d_sae]; of equal ones the higher."""
+    return set(np.argsort(codes.sum(0, dtype=np.float64), kind="stable")[-top:].tolist())
+
+
 def f1(predicted: np.ndarray, actual: np.ndarray) -> float:
     """F1 = 2 TP / (2 TP + FP + FN) of boolean arrays; 0 when nothing is predicted nor actual."""
     both = int(predicted.sum() + actual.sum())
@@ -153,7 +190,10 @@ PART = register(Part(
     "absorption", scores, needs=("images", "labels"), title="M7: absorption",
     about="Share of the tasks with F1(k = 1) < α and F1(k = 4) > β.",
     undefined="no group of sibling classes has {min_group} of them among the images that probes see",
+    otherwise={"compute": released},
     columns=(
+        Column("M7 absorption", "absorption", better=False, headline="M7", protocol=RELEASED, about="share of classes "
+               "that four latents tell better than one, or that share their strongest latents with their siblings"),
         Column("M7 absorption", "absorption", "alpha=0.8,beta=0.5", better=False, headline="M7", about="share of "
                "tasks, a class against its siblings, that one latent does not solve and four do"),
         Column("β = {beta}", "absorption", "alpha={alpha},beta={beta}", better=False, over="α = {alpha}"),

@@ -6,8 +6,9 @@ from sae_lightning.metrics.base import Score, SumMetric
 from sae_lightning.metrics.intervals import named
 from sae_lightning.metrics.monoscore import MonoScore
 from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, Streamed, register
+from sae_lightning.metrics.protocols import RELEASED
 from sae_lightning.metrics.purity import Purity
-from sae_lightning.metrics.reconstruction import Reconstruction
+from sae_lightning.metrics.reconstruction import Reconstruction, WholeFVU
 from sae_lightning.metrics.sparsity import L0, Firing
 
 MSAE = "Metrics of MSAE"
@@ -51,12 +52,25 @@ def core(run: ScoredRun, options: Options) -> list[Score]:
     return named(found | {"similarity_baseline": scores["similarity"]["baseline"]}, sure)
 
 
+def whole_streams(about: Streamed, options: Options) -> dict[str, SumMetric]:
+    """The sums of the released package's M2."""
+    return {"whole_fvu": WholeFVU(about.sae.d_in, center=about.store.mean)}
+
+
+def whole(run: ScoredRun, options: Options) -> list[Score]:
+    """M2 as the released package has it."""
+    return named(run.metric("whole_fvu", WholeFVU).compute())
+
+
 PART = register(Part(
     "core", core, streams, needs=("core",), title=MSAE,
     about="EVR is 1 − FVU; CKNNA whether images have the same neighbours as by features; DO the mean cosine of pairs "
     "of decoder rows.",
     undefined="no latent fires on enough images, or the features do not vary",
+    otherwise={"compute": whole, "streams": whole_streams, "needs": ()},
     columns=(
+        Column("M2 FVU", "fvu", better=False, headline="M2", protocol=RELEASED,
+               about="variance of all numbers of the residual over that of the features'"),
         Column("M2 FVU", "fvu", better=False, headline="M2",
                about="share of the features' variance that the reconstruction misses"),
         Column("L0", "l0", form=".1f", about="active latents a token", always=True),

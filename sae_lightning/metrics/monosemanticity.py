@@ -17,6 +17,7 @@ from sae_lightning.metrics.base import Score, SumMetric
 from sae_lightning.metrics.intervals import averaged, named
 from sae_lightning.metrics.monoscore import MonoScore
 from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, Streamed, register
+from sae_lightning.metrics.protocols import RELEASED
 
 BLOCK = 1 << 22  # numbers of embeddings gathered at once
 
@@ -172,6 +173,22 @@ def scores(run: ScoredRun, options: Options) -> list[Score]:
     return named(summarize(found, floor), sure)
 
 
+def released(run: ScoredRun, options: Options) -> list[Score]:
+    """M5 as the released package has it: the mean cosine itself, of latents drawn by its own generator."""
+    embeddings = run.shared(f"embeddings {RELEASED}", lambda: run.embeddings(f"monosemanticity@{RELEASED}"))
+    top = run.top(options["images"])
+    live = np.flatnonzero((top.values[:, 0] > 0).numpy())
+    if len(live) > options["latents"]:
+        live = np.random.RandomState(options["seed"]).choice(live, options["latents"], replace=False)
+    latents = torch.from_numpy(live)
+    least = run.metric("mono", MonoScore).minimum().cpu()[latents]
+    score = monosemanticity(top.images[latents], top.values[latents], least, embeddings).score
+    known = score[~score.isnan()].cpu().numpy()
+    median = float(np.median(known)) if len(known) else float("nan")
+    return [averaged("monosemanticity", known, unit="latents"), Score("monosemanticity_median", median),
+            Score("monosemanticity_scored", len(known))]  # fmt: skip
+
+
 def encoder(config: DictConfig, options: Options) -> dict[str, Any]:
     """The similarity encoder of a run's backbone [ViSAEBench Table 5]; ValueError for one that is not given."""
     if options["store"] is not None:
@@ -196,7 +213,10 @@ PART = register(Part(
     about="Mean cosine of pairs of a latent's top images to another encoder, weighted by their activations; M5 counts "
     "from that of random images.",
     undefined="no latent has two images to compare, or the images have no classes",
+    otherwise={"compute": released, "leaves": ()},
     columns=(
+        Column("M5 monosemanticity", "monosemanticity", better=True, headline="M5", protocol=RELEASED, about="mean "
+               "cosine of a latent's top images to another encoder's patch tokens"),
         Column("M5 monosemanticity", "monosemanticity", better=True, headline="M5", about="likeness of a latent's top "
                "images to another encoder: 0 as random images, 1 identical"),
         Column("M5", "monosemanticity", better=True), Column("cosine", "monosemanticity_raw"),

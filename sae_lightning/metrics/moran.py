@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,8 @@ from sae_lightning.kernels import native, sparse_decode
 from sae_lightning.kernels.portable import by_latent, offsets_of
 from sae_lightning.metrics.base import Score, SumMetric, of_one_rank
 from sae_lightning.metrics.intervals import averaged, named
-from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, Streamed, on_patches, register
+from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, Streamed, nothing, on_patches, register
+from sae_lightning.metrics.protocols import RELEASED
 from sae_lightning.registry import one_of
 from sae_lightning.saes.codes import SparseCodes
 
@@ -58,13 +60,14 @@ def grid_weights(grid: tuple[int, int], contiguity: str = "queen", row_standardi
 
 
 def morans_i(
-    codes: SparseCodes, weights: Weights, min_active: int = 5, min_variance: float = 1e-8
+    codes: SparseCodes, weights: Weights, min_active: int = 5, min_variance: float = 1e-8, max_share: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Moran's I of every latent on every image that it fires on [ViSAEBench §4.1, eq. 2].
 
     ``codes`` hold P patches an image, in the grid's order. Returns latents [m], images [m] int64 and I [m] float64, NaN
-    where fewer than ``min_active`` patches are active or their variance over all P is at most ``min_variance``. Exact:
-    silent patches enter through sums, so that the cost is that of the active ones and their neighbours.
+    where fewer than ``min_active`` patches are active or a share above ``max_share``, or the variance over all P is at
+    most ``min_variance``. Exact: silent patches enter through sums, so that the cost is that of the active ones and
+    their neighbours.
     """
     patches = len(weights.start) - 1
     if codes.n_samples % patches:
@@ -76,6 +79,9 @@ def morans_i(
         found = native.moran(place, values.contiguous(), codes.offsets, len(pooled), weights, min_active, min_variance)
     else:
         found = _morans_i(place, values.double(), codes.offsets, len(pooled), weights, min_active, min_variance)
+    if max_share < 1:
+        active = torch.bincount(place, minlength=len(pooled))
+        found = torch.where(active <= int(max_share * patches), found, torch.nan)
     return pooled, images, found
 
 
@@ -110,12 +116,12 @@ def _morans_i(
 class Moran(SumMetric):
     """Spatial coherence of each latent: the mean of Moran's I over the images on which it is evaluable.
 
-    A latent is evaluable on an image with ``min_active`` active patches or more and a variance above
-    ``min_variance``, and in aggregate on ``min_images`` such images. ``compute`` gives float64 scalars over the latents
-    evaluable in aggregate: ``moran`` (their mean, the M1 score), ``moran_median``, ``moran_q25`` and ``moran_q75``,
-    ``moran_evaluable`` (their share of all latents), ``moran_null`` = -1 / (P - 1), the expectation without spatial
-    order, and ``moran_z``, how many standard errors over latents the mean lies above it. NaN where no latent is
-    evaluable. States are sums of I and I² and counts, [d_sae].
+    A latent is evaluable on an image with ``min_active`` active patches or more, a share of them up to ``max_share``,
+    and a variance above ``min_variance``, and in aggregate on ``min_images`` such images. ``compute`` gives float64
+    scalars over the latents evaluable in aggregate: ``moran`` (their mean, the M1 score), ``moran_median``,
+    ``moran_q25`` and ``moran_q75``, ``moran_evaluable`` (their share of all latents), ``moran_null`` = -1 / (P - 1),
+    the expectation without spatial order, and ``moran_z``, how many standard errors over latents the mean lies above
+    it. NaN where no latent is evaluable. States are sums of I and I² and counts, [d_sae].
     """
 
     inputs = ("patch_codes",)
@@ -125,10 +131,10 @@ class Moran(SumMetric):
 
     def __init__(
         self, d_sae: int, grid: tuple[int, int], contiguity: str = "queen", row_standardized: bool = False,
-        min_active: int = 5, min_variance: float = 1e-8, min_images: int = 50,
+        min_active: int = 5, min_variance: float = 1e-8, min_images: int = 50, max_share: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.weights = grid_weights(grid, contiguity, row_standardized)
+        self.weights, self.max_share = grid_weights(grid, contiguity, row_standardized), max_share
         self.d_sae, self.min_active, self.min_variance, self.min_images = d_sae, min_active, min_variance, min_images
         self.add_sum("images", d_sae, dtype=torch.long)
         self.add_sum("total", d_sae)
@@ -139,7 +145,7 @@ class Moran(SumMetric):
         """Add the codes of whole images, P patch tokens each."""
         if codes.d_sae != self.d_sae:
             raise ValueError(f"Expected codes of {self.d_sae} latents; got {codes.d_sae}.")
-        latents, _, i = morans_i(codes, self.weights, self.min_active, self.min_variance)
+        latents, _, i = morans_i(codes, self.weights, self.min_active, self.min_variance, self.max_share)
         latents, i = latents[~i.isnan()], i[~i.isnan()]
         self.images += torch.bincount(latents, minlength=self.d_sae)
         self.total.index_add_(0, latents, i)
@@ -205,7 +211,7 @@ def channel_morans_i(features: Tensor, weights: Weights, min_variance: float = 1
     images = max(1, BLOCK // max(1, patches * features.shape[2]))
     for part, out in zip(features.split(images), found.split(images), strict=True):
         maps = part.transpose(0, 1).to(dtype).reshape(patches, -1)  # [P, n * d_in]
-        maps = maps - maps.mean(0)
+        maps = (maps - maps.mean(0)).contiguous()
         around = sparse_decode(near, weight.to(dtype), start, maps)
         spread = maps.square().sum(0).double()
         i = patches / weights.whole * (maps * around).sum(0).double() / spread
@@ -253,6 +259,40 @@ def moran(run: ScoredRun, options: Options) -> list[Score]:
     return named(metric.compute(), metric.sure())
 
 
+def released(run: ScoredRun, options: Options) -> list[Score]:
+    """M1 as the released package counts it: of each latent the first images on which it is evaluable, of some latents.
+
+    A latent takes part in no further ``group`` of images, in the store's order, once it has its ``images``; of the
+    evaluable latents ``latents`` are drawn by ``seed``.
+    """
+    store = run.store()
+    if not store.spatial:
+        return []
+    weights = grid_weights(store.grid, options["contiguity"], options["row_standardized"])
+    limits = (options["min_active"], options["min_spread"] / len(weights.reach), options["max_share"])
+    sums, now = np.zeros((2, run.sae.d_sae)), np.zeros((2, run.sae.d_sae))  # counts and sums, and those of a group
+    group = first = 0
+    for read in run.batches("Moran's I of the first images"):
+        with torch.no_grad():
+            codes = run.sae.encode(read[:, store.prefix :].flatten(0, 1))
+        latents, images, i = (found.numpy() for found in morans_i(codes, weights, *limits))
+        groups, first = (first + images) // options["group"], first + len(read)
+        for each in range(group, (first - 1) // options["group"] + 1):
+            if each > group:
+                group, sums, now = each, sums + now * (sums[0] < options["images"]), np.zeros_like(now)
+            here = (groups == each) & ~np.isnan(i)
+            now += np.stack([np.bincount(latents[here], w, now.shape[1]) for w in (None, i[here])])
+    counts, totals = sums + now * (sums[0] < options["images"])
+    known = np.flatnonzero(counts >= options["min_images"])
+    share = len(known) / run.sae.d_sae
+    if len(known) > options["latents"]:
+        known = np.random.RandomState(options["seed"]).choice(known, options["latents"], replace=False)
+    scores = totals[known] / counts[known]
+    median = float(np.median(scores)) if len(known) else float("nan")
+    found = named({"moran_median": median, "moran_evaluable": share, "moran_scored": len(known)})
+    return [averaged("moran", scores, unit="latents"), *found]
+
+
 def raw_moran(run: ScoredRun, options: Options) -> list[Score]:
     """Moran's I of the backbone's own channels, once for all of its SAEs."""
 
@@ -276,7 +316,10 @@ PART = register(Part(
     "moran", moran, _streams, needs=("core",), applies=on_patches, leaves=("moran",), title=TABLE,
     about="Of each evaluable latent the mean over images; quartiles are those of latents.",
     undefined="no latent has {min_images} images with {min_active} active patches and some variance",
+    otherwise={"compute": released, "streams": nothing, "needs": (), "leaves": ()},
     columns=(
+        Column("M1 Moran's I", "moran", better=True, headline="M1", protocol=RELEASED, about="mean Moran's I of 500 of "
+               "the evaluable latents, each on its first images"),
         Column("M1 Moran's I", "moran", better=True, headline="M1", about="mean Moran's I of the evaluable latents: "
                "how connected the regions are on which they fire"),
         Column("mean", "moran", better=True), Column("lower quartile", "moran_q25"), Column("median", "moran_median"),

@@ -19,6 +19,7 @@ from torch import Tensor
 from sae_lightning.features.source import Source
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.metrics.base import Score, SumMetric
+from sae_lightning.metrics.protocols import CHOICES, PAPER, protocols_of
 from sae_lightning.registry import Registry, discover, import_plugins
 from sae_lightning.rendering.table import Cell, Head, Measured, Unknown
 from sae_lightning.saes.sae import SAE, Normalizer
@@ -42,8 +43,9 @@ class Column:
 
     ``better`` says whether more is better (None marks no best value), ``over`` is a heading above several columns,
     ``about`` a tooltip. In a setting ``{k}`` stands for each value found there, as it does in the titles, and
-    ``data=*`` for all data sets, whose values are averaged. ``headline`` is its id among the headlines, such as ``M1``;
-    with ``always`` it stands beside them. ``table`` is the table of details that it is in, by default its part's.
+    ``data=*`` for all data sets, whose values are averaged, unless there is one in the setting ``first``, which then
+    stands alone. ``headline`` is its id among the headlines of its ``protocol``, such as ``M1``; with ``always`` it
+    stands beside them. ``table`` is the table of details that it is in, by default its part's.
     """
 
     title: str
@@ -57,6 +59,8 @@ class Column:
     headline: str = ""
     always: bool = False
     table: str = ""
+    first: str = ""
+    protocol: str = PAPER
 
     def filled(self, key: str, value: str) -> Column:
         """The column at one value of a placeholder."""
@@ -88,7 +92,10 @@ class Column:
         return Measured(value, sure["low"], sure["high"], sure["n"], sure["unit"])
 
     def _rows(self, rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        return [r for r in rows if r["metric"] == self.metric and fits(r["setting"], self.setting)]
+        """Those that it shows: of the ``first`` data set alone where that is among them."""
+        found = [r for r in rows if r["metric"] == self.metric and fits(r["setting"], self.setting)
+                 and r.get("protocol", PAPER) == self.protocol]  # fmt: skip
+        return [r for r in found if r["setting"] == self.first] or found
 
 
 def fits(setting: str, wanted: str) -> bool:
@@ -222,8 +229,8 @@ class ScoredRun(Protocol):
     def top(self, n: int) -> TopImages:
         """The ``n`` strongest images of each latent."""
 
-    def images(self, name: str = MAIN) -> ImageFeatures:
-        """Whole images, of a part that needs ``images``."""
+    def images(self, name: str = MAIN, pool: str = "max") -> ImageFeatures:
+        """Whole images, of a part that needs ``images``; features by their ``mean``, of one that needs ``means``."""
 
     def texts(self) -> ImageFeatures | None:
         """The captions of the images, in their order, through the text tower and the SAE; None without captions."""
@@ -237,8 +244,8 @@ class ScoredRun(Protocol):
     def batches(self, title: str) -> Iterator[Tensor]:
         """The features [n, P, d_in] of all images, some at a time, with a progress bar."""
 
-    def sibling_groups(self) -> Mapping[str, Sequence[str | int]]:
-        """Groups of classes that are siblings."""
+    def sibling_groups(self, released: bool = False) -> Mapping[str, Sequence[str | int]]:
+        """Groups of classes that are siblings; of ImageNet's those of the ``released`` package, if asked for."""
 
     def siblings(self) -> list[Dictionary]:
         """Dictionaries of the runs that differ from this one by their seed alone, for a part that needs them."""
@@ -281,10 +288,14 @@ class Part:
     """``compute(run, options)`` gives scores that are computed and written together, under the name ``metrics.<name>``.
 
     ``streams(about, options)`` makes the metrics that a pass over the run's data feeds, by names that parts share.
-    ``needs`` are of ``images`` (features and codes of whole images), ``labels`` (else a row says that there are none),
-    ``core`` (what ``summary`` is made of), ``siblings`` (runs that differ by seed: it is computed last), and ``sets``:
-    then the options name data sets below ``sets``, for each of which there is a part ``<name>/<set>``, with the set's
-    name in the option ``name``; with ``images`` these are streamed, else read by the part itself.
+    ``needs`` are of ``images`` (features and codes of whole images) and ``means`` (features averaged over patches,
+    too), ``labels`` (else a row says that there are none), ``core`` (what ``summary`` is made of), ``siblings`` (runs
+    that differ by seed: it is computed last), and ``sets``: then the options name data sets below ``sets``, for each of
+    which there is a part ``<name>/<set>``, with the set's name in the option ``name``; with ``images`` these are
+    streamed, else read by the part itself (``train``: their train images alone).
+
+    Under another ``protocol`` it is the part ``<name>@<protocol>`` of that one's options (``metrics.protocols``), with
+    the fields ``otherwise`` in place of its own; a part that has no options there is the same under all of them.
 
     ``applies`` says of which runs (by their config) it is; ``leaves`` names what it writes into latents.safetensors;
     ``encoder`` gives the arguments of its ``SimilarityEncoder``, if any, of which the options ``apart`` are the
@@ -307,16 +318,27 @@ class Part:
     undefined: str = "there is nothing to compute it from"
     options: Options = field(default_factory=dict)
     data: str = ""  # the data set that it is of, where it needs sets
+    protocol: str = PAPER
+    otherwise: Mapping[str, Any] = field(default_factory=dict)
 
-    def asked(self, given: Any) -> list[Part]:
+    def asked(self, given: Any, protocol: str = PAPER) -> list[Part]:
         """The part with the options ``given`` in a config (or ``true``); of each data set, where it needs sets."""
-        options = {} if given is True else plain(given)
+        options = ({} if given is True else plain(given)) | CHOICES[protocol].get(self.name, {})
+        part, end = self, ""
+        if protocol != PAPER:
+            part, end = replace(self, protocol=protocol, **self.otherwise), f"@{protocol}"
         if "sets" not in self.needs:
-            return [replace(self, options=options)]
+            return [replace(part, name=self.name + end, options=options)]
+        sets, without = options.pop("sets", {}), options.pop("without", ())
         return [
-            replace(self, name=f"{self.name}/{name}", options=options | {"data": data}, data=name)
-            for name, data in options.pop("sets", {}).items()
-        ]
+            replace(part, name=f"{self.name}/{name}{end}", options=options | {"data": data}, data=name)
+            for name, data in sets.items() if name not in without
+        ]  # fmt: skip
+
+    @property
+    def base(self) -> str:
+        """Its name without the protocol's."""
+        return self.name.partition("@")[0]
 
     def is_of(self, config: DictConfig) -> bool:
         """Whether it is of a run with this ``config``: on features, and a size of backbone, that it is for."""
@@ -342,16 +364,17 @@ class Part:
 
     @property
     def _sets(self) -> tuple[str, ...]:
-        return f"{self.data}/train", f"{self.data}/test"
+        train = f"{self.data}/train"
+        return (train,) if "train" in self.needs else (train, f"{self.data}/test")
 
     def scores(self, run: ScoredRun) -> list[Score]:
         """The scores of ``run``, those that are NaN with the reason; a row that says so where it has none."""
-        given = Given(self.name, {**self.options, "name": self.data} if self.data else self.options)
+        given = Given(self.base, {**self.options, "name": self.data} if self.data else self.options)
         undefined = self.undefined.format_map(given)
         if "labels" in self.needs and not run.labelled:
-            return [Score(f"{self.name}_left_out", 1, why="the images have no classes")]
+            return [Score(f"{self.base}_left_out", 1, why="the images have no classes")]
         found = self.compute(run, given)
-        found = found or [Score(f"{self.name}_left_out", 1, why=undefined)]
+        found = found or [Score(f"{self.base}_left_out", 1, why=undefined)]
         return [s if s.why or not math.isnan(s.value) else s._replace(why=undefined) for s in found]
 
 
@@ -387,20 +410,29 @@ def all_parts() -> list[Part]:
 
 
 def parts_of(metrics: Mapping[str, Any]) -> list[Part]:
-    """The parts that a config names, in its order but core first; ValueError for one that is unknown."""
+    """The parts that a config names, in its order but core first, under each protocol that it asks for.
+
+    Core, and parts that are the same under all protocols, are there once. ValueError for one that is unknown.
+    """
     known = [part.name for part in all_parts()]
+    protocols, metrics = protocols_of(metrics), {name: metrics[name] for name in metrics if name != "protocol"}
     if any(name not in PARTS for name in metrics):
         import_plugins()
     unknown = [str(name) for name in metrics if name not in PARTS]
     if unknown:
         raise ValueError(f"Unknown metrics.{unknown[0]}; the parts are {', '.join(known)}.")
     wanted = sorted((name for name in metrics if metrics[name] not in (None, False)), key=lambda name: name != CORE)
-    return [part for name in wanted for part in PARTS[name].asked(metrics[name])]
+
+    def under(name: str) -> list[str]:
+        apart = [protocol for protocol in protocols if protocol != PAPER and name in CHOICES[protocol]]
+        return [PAPER, *apart] if PAPER in protocols or name == CORE or not apart else apart
+
+    return [part for name in wanted for protocol in under(name) for part in PARTS[name].asked(metrics[name], protocol)]
 
 
-def headlines() -> list[Column]:
-    """The headlines of all parts by their ids: M1, M2, …; the title begins with the id."""
-    found = [c for part in all_parts() for c in part.columns if c.headline]
+def headlines(protocol: str = PAPER) -> list[Column]:
+    """The headlines of all parts under a protocol by their ids: M1, M2, …; the title begins with the id."""
+    found = [c for part in all_parts() for c in part.columns if c.headline and c.protocol == protocol]
     return sorted(found, key=lambda c: (len(c.headline), c.headline))
 
 

@@ -13,6 +13,7 @@ from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.intervals import averaged
 from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, register
 from sae_lightning.metrics.probes import Matrix
+from sae_lightning.metrics.protocols import RELEASED
 
 
 class RawProbe(NamedTuple):
@@ -93,11 +94,13 @@ def preservation(
 
 def scores(run: ScoredRun, options: Options) -> list[Score]:
     """M3, LP-KL and LP-Acc; the raw probe is fitted once for all SAEs of a backbone."""
-    images, fit = run.images(), probes.solver(options) | {"device": run.device}
+    images, fit = run.images(pool=options.get("pool", "max")), probes.solver(options) | {"device": run.device}
     split = probes.split_of(run, options)
     probe = run.shared(f"raw probe {options}", lambda: fit_raw(images.raw, images.labels, split, **fit))
     codes = images.codes if options["codes"] else None
-    found = preservation(probe, images.reconstruction, images.labels, codes, **fit)
+    found = preservation(probe, images.reconstruction, images.labels, codes, options.get("retrain", False), **fit)
+    most = options.get("most", float("inf"))
+    found = [s._replace(value=min(s.value, most)) if s.metric == "preservation" else s for s in found]
     return [*found, *probes.classes_left_out(run, options, "preservation")]
 
 
@@ -108,7 +111,10 @@ PART = register(Part(
     about="One linear probe, fitted on raw features, reads the reconstructions of images held out; the codes have a "
     "probe of their own. LP-KL is in nats.",
     undefined="the probe of the raw features is never right on the images held out",
+    otherwise={"needs": ("images", "means", "labels")},
     columns=(
+        Column("M3 preservation", "preservation", better=True, headline="M3", protocol=RELEASED, about="the same of "
+               "features and reconstructions averaged over patches"),
         Column("M3 preservation", "preservation", better=True, headline="M3", about="accuracy of the raw features' "
                "linear probe on the reconstruction, over its accuracy on the raw features"),
         Column("raw", "accuracy_raw", form=".1%", over="accuracy"),

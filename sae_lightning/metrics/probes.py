@@ -62,6 +62,17 @@ def split(labels: np.ndarray | Tensor, test_share: float = 0.2, seed: int = 42) 
     )
 
 
+def split_all(labels: np.ndarray | Tensor, test_share: float = 0.2, seed: int = 42) -> Split:
+    """The released package's split of all N images: stratified, unless a label up to the largest has fewer than two.
+
+    ValueError where scikit-learn cannot stratify, as for more classes than images held out.
+    """
+    labels = as_labels(labels)
+    by = labels if np.bincount(labels).min() >= 2 else None
+    parts = train_test_split(np.arange(len(labels)), test_size=test_share, random_state=seed, stratify=by)
+    return Split(*(np.sort(part) for part in parts))
+
+
 def left_out(labels: np.ndarray | Tensor, split: Split) -> np.ndarray:
     """The classes among ``labels`` [N] that have no image in either part of ``split``, ascending."""
     labels = as_labels(labels)
@@ -318,10 +329,12 @@ def solver(options: Options) -> dict[str, Any]:
 
 def split_of(run: ScoredRun, options: Options) -> Split:
     """The one split of the images that all probes share; says once which classes are too small for it."""
-    share, seed = options["test_share"], options["seed"]
+    share, seed, always = options["test_share"], options["seed"], options.get("stratify") != "if_possible"
 
     def make() -> Split:
         images = run.images()
+        if not always:
+            return split_all(images.labels, share, seed)
         found = split(images.labels, share, seed)
         names = [images.class_names[c] for c in left_out(images.labels, found)]
         if names:
@@ -330,7 +343,7 @@ def split_of(run: ScoredRun, options: Options) -> Split:
             tqdm.write(f"{run.store().split}: {say}")
         return found
 
-    return run.shared(f"split {share} {seed}", make)
+    return run.shared(f"split {share} {seed} {always}", make)
 
 
 def classes_left_out(run: ScoredRun, options: Options, part: str) -> list[Score]:

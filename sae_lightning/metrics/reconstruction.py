@@ -94,3 +94,37 @@ class Reconstruction(SumMetric):
         return {
             "fvu": fvu, "explained_variance": 1 - fvu, "r2": r2.nanmean(), "cosine": self.cosines / self.count
         }  # fmt: skip
+
+
+class WholeFVU(SumMetric):
+    """FVU as the released package of ViSAEBench has it, from sums over all numbers of all samples alike.
+
+    (Σ r² / n − (Σ r / n)²) / (Σ y² / n − (Σ y / n)²) of y = x − c and r = x − x̂, where Σ runs over n samples and their
+    dimensions. It is eq. 4 where the means of y and of r vanish. NaN when all numbers are the same.
+    """
+
+    inputs = ("features", "reconstruction")
+    count: Tensor
+    sums: Tensor
+    center: Tensor
+
+    def __init__(self, d_in: int, center: Tensor | None = None) -> None:
+        super().__init__()
+        self.d_in = d_in
+        self.add_center(d_in, center)
+        self.add_sum("count", dtype=torch.long)
+        self.add_sum("sums", 4)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, reconstruction: Tensor) -> None:
+        """Add features and their reconstruction, both [N, d_in], any float type."""
+        require_pair(features, reconstruction, self.d_in)
+        y, r = features.double() - self.center, features.double() - reconstruction
+        self.count += len(features)
+        self.sums += torch.stack([r.square().sum(), r.sum(), y.square().sum(), y.sum()])
+
+    def compute(self) -> dict[str, Tensor]:
+        require_samples(self.count, self)
+        residual, rest, whole, total = self.sums / self.count
+        variance = whole - total.square()
+        return {"fvu": torch.where(variance > 0, (residual - rest.square()) / variance, torch.nan)}

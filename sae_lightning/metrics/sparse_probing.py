@@ -18,6 +18,7 @@ from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.intervals import averaged
 from sae_lightning.metrics.part import Column, Options, Part, ScoredRun, register
 from sae_lightning.metrics.probes import Matrix
+from sae_lightning.metrics.protocols import RELEASED
 from sae_lightning.registry import one_of
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -104,16 +105,17 @@ class Readout(NamedTuple):
 def read_out(
     train: Matrix, train_labels: np.ndarray, test: Matrix, test_labels: np.ndarray,
     budgets: Sequence[int] = BUDGETS, C: float = 1.0, max_iter: int = 500, device: str = "cpu",
-    kept: Path | None = None,
+    kept: Path | None = None, order: np.ndarray | None = None,
 ) -> list[Readout]:  # fmt: skip
-    """One multinomial probe for each budget, of codes ranked once for all classes on the ``train`` images.
+    """One multinomial probe for each budget, of codes ranked once for all classes on the ``train`` images, or given in
+    an ``order``.
 
     Large probes start from the one before. What is found is kept in the file ``kept``; of budgets that are there
     nothing is computed.
     """
     train, test = probes.as_codes(train), probes.as_codes(test)
     budgets = _checked(budgets, train.shape[1])
-    order = ranked(f_statistics(class_sums(train, train_labels)))[: max(budgets)]
+    order = (ranked(f_statistics(class_sums(train, train_labels))) if order is None else order)[: max(budgets)]
     dense = probes.small(len(train_labels), len(order), len(np.unique(train_labels)), device)
     x, held = (part[:, order].toarray() if dense else part[:, order].tocsc() for part in (train, test))
     model: LogisticRegression | None = None
@@ -152,13 +154,16 @@ def _checked(budgets: Sequence[int], d_sae: int) -> list[int]:
 def sparse_probing(
     codes: Matrix, labels: np.ndarray | Tensor, split: probes.Split | None = None, budgets: Sequence[int] = BUDGETS,
     ranking: str = "joint", C: float = 1.0, max_iter: int = 500, device: str = "cpu", kept: Path | None = None,
+    ranked_on: str = "train",
 ) -> list[Score]:  # fmt: skip
     """M4: probes of the ``k`` most discriminative latents, k in ``budgets`` [ViSAEBench §4.3, Table 2, App. I].
 
     ``codes`` [N, d_sae] max-pooled, ``labels`` [N] int64, ``split`` by default ``probes.split(labels)``. Latents are
-    ranked on the train part by F. ``ranking="joint"`` [Table 2] ranks them once by F over all classes, for multinomial
-    probes: ``sparse_probing_auc``, the mean over classes of the one-vs-rest AUC of their probabilities on the held-out
-    images, and ``sparse_probing_accuracy``. ``"per_class"`` [§4.3] ranks them for each class by F against the rest, for
+    ranked on the train part by F, or with ``ranked_on="all"`` on all images. ``ranking="joint"`` [Table 2] ranks them
+    once by F over all classes, for multinomial probes: ``sparse_probing_accuracy`` on the held-out images,
+    ``sparse_probing_area``, the area under it from the smallest budget to k over their distance (M4; without a setting
+    to the largest), and ``sparse_probing_auc``, the mean over classes of the one-vs-rest ROC AUC of the probabilities.
+    ``"per_class"`` [§4.3] ranks them for each class by F against the rest, for
     a binary probe each: the mean of their AUC. Settings are ``k=128`` or ``k=128,ranking=per_class``; budgets above
     d_sae are left out. A constant latent, ranked last, adds nothing. ``sparse_probing_converged`` is the share of
     probes whose solver did. ``kept`` as in ``read_out``. ValueError for an unknown ranking or no possible budget, and
@@ -170,11 +175,23 @@ def sparse_probing(
     train, test = probes.split(labels) if split is None else split
     if ranking == "per_class":
         return _per_class(codes[train], labels[train], codes[test], labels[test], budgets, C, max_iter, device, kept)
-    found = read_out(codes[train], labels[train], codes[test], labels[test], budgets, C, max_iter, device, kept)
-    return [score for each in found for score in (
-        *each.scores("sparse_probing", f"k={each.k}"),
+    order = ranked(f_statistics(class_sums(codes, labels))) if ranked_on == "all" else None
+    parts = (codes[train], labels[train], codes[test], labels[test])
+    found = read_out(*parts, budgets, C, max_iter, device, kept, order)
+    areas = [area(found[: i + 1]) for i in range(len(found))]
+    return [*(score for each, under in zip(found, areas, strict=True) for score in (
+        *each.scores("sparse_probing", f"k={each.k}"), averaged("sparse_probing_area", under, f"k={each.k}"),
         Score("sparse_probing_converged", float(each.converged), f"k={each.k}"),
-    )]  # fmt: skip
+    )), averaged("sparse_probing_area", areas[-1])]  # fmt: skip
+
+
+def area(found: Sequence[Readout]) -> np.ndarray:
+    """Each image's part [N] in the area under the accuracy over budgets, by trapezoids, over their range.
+
+    The mean is the area; of a single budget it is the accuracy.
+    """
+    k, right = [each.k for each in found], np.array([each.right for each in found], dtype=np.float64)
+    return np.asarray(np.trapezoid(right, k, axis=0) / (k[-1] - k[0]) if len(k) > 1 else right[0])
 
 
 def _per_class(
@@ -211,8 +228,8 @@ def scores(run: ScoredRun, options: Options) -> list[Score]:
     """M4 at every budget."""
     images, split = run.images(), probes.split_of(run, options)
     budgets, ranking, fit = options["budgets"], options["ranking"], probes.solver(options)
-    kept = run.unfinished("sparse probing", options)
-    found = sparse_probing(images.codes, images.labels, split, budgets, ranking, **fit, device=run.device, kept=kept)
+    how = {"kept": run.unfinished("sparse probing", options), "ranked_on": options.get("ranked_on", "train")}
+    found = sparse_probing(images.codes, images.labels, split, budgets, ranking, **fit, device=run.device, **how)
     return [*found, *probes.classes_left_out(run, options, "sparse_probing")]
 
 
@@ -220,9 +237,12 @@ PART = register(Part(
     "sparse_probing", scores, needs=("images", "labels"), title="M4: sparse probing",
     about="By the number of latents k that a probe sees.", undefined="the images held out are of one class",
     columns=(
-        Column("M4 probing AUC", "sparse_probing_auc", "k=128", better=True, headline="M4", about="area under the ROC "
-               "curve, mean over classes, of probes that see the 128 latents of the largest F"),
-        Column("{k}", "sparse_probing_auc", "k={k}", better=True, over="AUC at k"),
+        Column("M4 probing", "sparse_probing_area", "k=128", better=True, headline="M4", about="area under the "
+               "accuracy of probes over the number of latents that they see, those of the largest F, up to 128"),
+        Column("M4 probing", "sparse_probing_area", better=True, headline="M4", protocol=RELEASED,
+               about="area under the accuracy of probes over the number of latents, from 1 to 100"),
         Column("{k}", "sparse_probing_accuracy", "k={k}", better=True, over="accuracy at k"),
+        Column("{k}", "sparse_probing_area", "k={k}", better=True, over="area up to k"),
+        Column("{k}", "sparse_probing_auc", "k={k}", better=True, over="ROC AUC at k"),
     ),
 ))  # fmt: skip

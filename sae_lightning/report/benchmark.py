@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from sae_lightning.metrics.part import CORE, Column, all_parts, headlines, spelled_out
+from sae_lightning.metrics.protocols import PAPER, RELEASED
 from sae_lightning.rendering.table import NOTHING, Group, Head, Table, number
 from sae_lightning.runs.scores import read_rows
 
@@ -23,10 +24,12 @@ IDENTITY = ("data", "backbone", "features", "layer", "variant", "expansion", "k"
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A ``run`` of the page with its ``rows``, those of the split that the page shows."""
+    """A ``run`` of the page with its ``rows``, those of the split that the page shows, and beside them those that the
+    ``released`` package's protocol gave."""
 
     run: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
+    released: Sequence[Mapping[str, Any]] = ()
 
     @cached_property
     def values(self) -> dict[tuple[str, str], float]:
@@ -40,6 +43,8 @@ class Scored:
 
     def of(self, column: Column) -> float:
         """What it has in a column; NaN where there is nothing."""
+        if column.protocol == RELEASED:
+            return column.of(self.released)
         if column.setting.endswith("*"):
             return column.of(self.rows)
         whole = self.value(column.per) if column.per else 1.0
@@ -72,14 +77,19 @@ def main_columns() -> list[Column]:
     return [*headlines(), *(column for part in all_parts() for column in part.columns if column.always)]
 
 
+def released_columns() -> list[Column]:
+    """The headlines as the released package has them."""
+    return headlines(RELEASED)
+
+
 def scored_runs(runs: Sequence[Mapping[str, Any]]) -> list[Scored]:
     """The runs that have more than core scores, those of one backbone together, by variant, expansion, k and seed."""
-    tables = [read_rows(run["folder"], strict=True) for run in runs]
-    found = [
-        Scored(run, [row for row in rows if row["split"] == run["split"]])
-        for run, rows in zip(runs, tables, strict=True)
-    ]
-    found = [sae for sae in found if any(row["part"] != CORE for row in sae.rows)]
+
+    def rows(run: Mapping[str, Any], protocol: str) -> list[dict[str, Any]]:
+        return [r for r in read_rows(run["folder"], strict=True, protocol=protocol) if r["split"] == run["split"]]
+
+    found = [Scored(run, rows(run, PAPER), rows(run, RELEASED)) for run in runs]
+    found = [sae for sae in found if sae.released or any(row["part"] != CORE for row in sae.rows)]
     backbones = list(dict.fromkeys(sae.backbone for sae in found))
 
     def place(sae: Scored) -> tuple[Any, ...]:
@@ -99,7 +109,9 @@ def table(saes: Sequence[Scored], columns: Sequence[Column], colours: Mapping[st
     """A line an SAE, grouped by backbone, with what each one's features give where ``notes`` are asked for."""
     groups = [Group(title, len(members), colours.get(title, ""), raw_note(members) if notes else "")
               for title, members in by_backbone(saes).items()]  # fmt: skip
-    rows = [[sae.label, *(column.cell(sae.rows, sae.of(column)) for column in columns)] for sae in saes]
+    rows = [
+        [sae.label, *(column.cell([*sae.rows, *sae.released], sae.of(column)) for column in columns)] for sae in saes
+    ]
     return Table("", "", [Head("SAE"), *(column.head for column in columns)], rows, groups=groups, of="features")
 
 
@@ -126,10 +138,10 @@ def scores_csv(saes: Sequence[Scored]) -> str:
     """All rows of all SAEs with unrounded values; an empty cell where there is no number."""
     rows = [
         {"run": sae.run["name"], **{name: sae.run["cfg"].get(name) for name in IDENTITY}, "monoloss": sae.run["weight"],
-         **{name: row[name] for name in ("part", "split", "metric", "setting")},
+         **{name: row.get(name, PAPER) for name in ("part", "split", "protocol", "metric", "setting")},
          "value": row["value"] if math.isfinite(row["value"]) else None,
-         **{name: row[name] for name in ("n", "unit", "low", "high")}}
-        for sae in saes for row in sae.rows
+         **{name: row.get(name) for name in ("n", "unit", "low", "high")}}
+        for sae in saes for row in (*sae.rows, *sae.released)
     ]  # fmt: skip
     return str(pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n"))
 

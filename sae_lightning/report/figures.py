@@ -147,14 +147,14 @@ BINS = 30
 
 
 def probing(saes: Sequence[Scored], of: Encoding) -> list[str]:
-    """AUC over the number of latents [ViSAEBench Fig. 6]: means of all colours, then each one's SAEs over these."""
-    metric = "sparse_probing_auc"
+    """Accuracy over the number of latents [ViSAEBench Fig. 6]: means of all colours, then each one's SAEs."""
+    metric = "sparse_probing_accuracy"
     saes = [sae for sae in saes if sae.curve(metric)]
     if not saes:
         return []
     groups = of.groups(saes)
     means = {title: _mean([sae.curve(metric) for sae in members]) for title, members in groups.items()}
-    values = [v for sae in saes for _, v in sae.curve(metric) if math.isfinite(v)] or [0.5, 1.0]
+    values = [v for sae in saes for _, v in sae.curve(metric) if math.isfinite(v)] or [0.0, 1.0]
     limits = (min(values) - 0.02, max(values) + 0.02)
 
     drawn = []
@@ -173,7 +173,7 @@ def probing(saes: Sequence[Scored], of: Encoding) -> list[str]:
             budget_axis(axis, [k for k, _ in saes[0].curve(metric)])
             axis.set_ylim(limits)
             axis.set_xlabel("latents k")
-            axis.set_ylabel("AUC")
+            axis.set_ylabel("accuracy")
         drawn.append(drawing.svg)
     return drawn
 

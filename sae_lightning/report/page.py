@@ -17,7 +17,15 @@ from sae_lightning.rendering.figures import COLOURS
 from sae_lightning.rendering.page import Beside, Block, Fold, Heading, Note, Picture, Section, headlines, page, plural
 from sae_lightning.rendering.table import MARKED, Head, Keyed, Table
 from sae_lightning.report import figures
-from sae_lightning.report.benchmark import Scored, main_columns, scored_runs, scores_csv, table, topics
+from sae_lightning.report.benchmark import (
+    Scored,
+    main_columns,
+    released_columns,
+    scored_runs,
+    scores_csv,
+    table,
+    topics,
+)
 from sae_lightning.report.grid import analyses, grid_of, tables_folder, write_tables
 from sae_lightning.report.latents import audit, latent_groups, latents, pictures
 from sae_lightning.report.monoloss import as_csv, as_markdown, first_of_settings, groups_of, keys, monosemanticity
@@ -92,6 +100,8 @@ def benchmark(saes: Sequence[Scored], n_runs: int, latents: bool) -> Section | N
         return None
     of = figures.encoding(saes)
     main = table(saes, main_columns(), of.of_backbones(), notes=True)
+    by_package = [sae for sae in saes if sae.released]
+    other = table(by_package, released_columns(), of.of_backbones()) if by_package else None
     some = f" {len(saes)} of the {n_runs} runs have them." if len(saes) < n_runs else ""
     between = ("; bold: the best on its features. Between backbones, most of M1, M5 and M7 is the backbone's doing, "
                "and FVU does not tell what a probe still reads [ViSAEBench §5.2, §5.7]")  # fmt: skip
@@ -103,6 +113,9 @@ def benchmark(saes: Sequence[Scored], n_runs: int, latents: bool) -> Section | N
         "Seven measures of an SAE, M1 to M7, which do not agree and are not summed up. An arrow shows the better "
         f"direction; hover over a heading for what it says.{some}",
         main,
+        other and [Heading("By the released package", "The same SAEs as visaebench 0.1.0 scores them "
+                           "(metrics.protocol=released). The two differ in what they measure, not only in details; "
+                           "docs/fidelity.md lists how."), other],
         Note(f"{MARKED} Shaded: of all SAEs{between if len(main.groups) > 1 else ''}. All figures, with every setting, "
              "are in visaebench.csv beside this page; this table is in visaebench.md."),
         key,
@@ -119,8 +132,9 @@ def benchmark(saes: Sequence[Scored], n_runs: int, latents: bool) -> Section | N
                  "its mean, and one from the lowest 5 %, on their strongest images. Violet to yellow from the weakest "
                  "to the strongest patch of an image; silent patches are grey. Connected does not mean of one "
                  "meaning."), audited],
-        probing and [Heading("Sparse probing, M4", "AUC by the number of latents that a probe sees; dotted and marked: "
-                             "k = 128, the headline. Grey: means of the others."), list(map(Picture, probing))],
+        probing and [Heading("Sparse probing, M4", "Accuracy by the number of latents that a probe sees; M4 is the "
+                             "area up to k = 128, dotted and marked. Grey: means of the others."),
+                     list(map(Picture, probing))],
         (dissociation or recovery) and [
             Heading("Reconstruction and what it keeps, M2 and M3"),
             [Picture(svg) for svg in (dissociation, *recovery) if svg], key,

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from sae_lightning.metrics.part import CORE, PARTS, headlines
+from sae_lightning.metrics.protocols import RELEASED
 from sae_lightning.report.figures import read_history
 from sae_lightning.report.latents import latent_groups, pictures
 from sae_lightning.report.page import load_run
@@ -31,19 +32,22 @@ GOALS = {  # which way is better, of what runs are compared by
     "val/dead_share": "minimize", "train/loss": "minimize", "loss/*": "minimize",
     **{f"test/{c.metric}": "maximize" if c.better else "minimize" for c in PARTS[CORE].columns if c.better is not None},
     **{f"test/{c.headline}": "maximize" if c.better else "minimize" for c in headlines()},
+    **{f"test/{RELEASED}/{c.headline}": "maximize" if c.better else "minimize" for c in headlines(RELEASED)},
 }  # fmt: skip
 
 
 def scores_of(run: Path) -> dict[str, float]:
-    """``test/fvu`` and the other core metrics of ``scores.json``, and ``test/M1`` … ``test/M7`` where there are some.
+    """``test/fvu`` and the other core metrics of ``scores.json``, and ``test/M1`` … ``test/M7`` where there are some;
+    by the released package ``test/released/M1`` ….
 
     The prefix is the split that was scored.
     """
     scores = Run(run).scores
     split = scores["split"]
     found = {f"{split}/{name}": float(value) for name, value in scores["metrics"].items()}
-    rows = [row for row in read_rows(run) if row["split"] == split]
+    rows = [row for row in read_rows(run, protocol=None) if row["split"] == split]
     found |= {f"{split}/{c.headline}": c.of(rows) for c in headlines()}
+    found |= {f"{split}/{RELEASED}/{c.headline}": c.of(rows) for c in headlines(RELEASED)}
     return {name: value for name, value in found.items() if value == value}
 
 

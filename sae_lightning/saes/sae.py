@@ -281,6 +281,14 @@ class SAE(Artefact):
             x = x * codes.frame[1] + codes.frame[0]
         return self.normalizer.denormalize(x)
 
+    def dense(self, mean: Tensor | None = None, std: float | Tensor | None = None) -> Dense:
+        """The same with codes as matrices, for packages that expect these, such as ``visaebench``.
+
+        It speaks features that have been centred by ``mean`` [d_in] and divided by ``std``: the SAE's own by default.
+        """
+        own = self.normalizer
+        return Dense(self, own.mean if mean is None else mean, own.std if std is None else std)
+
     def forward(self, features: Tensor) -> Tensor:
         """Reconstruction of raw features, same shape [..., d_in], float32."""
         return self.decode(self.encode(features)).reshape(features.shape)
@@ -296,3 +304,32 @@ class SAE(Artefact):
         """Advance the dead-latent counters by ``tokens`` samples; the latents of ``fired`` [d_sae] bool start anew."""
         self.tokens_since_fired += tokens
         self.tokens_since_fired[fired] = 0
+
+
+class Dense:
+    """An SAE whose ``encode`` gives a matrix, which ``decode`` takes; of features less ``mean``, over ``std``."""
+
+    def __init__(self, sae: SAE, mean: Tensor, std: float | Tensor) -> None:
+        self.sae, self.frame = sae, Normalizer(sae.d_in, mean, std).to(sae.W_dec.device)
+        self._norm: Frame | None = None  # of the samples that were encoded last
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes [..., d_sae] of features [..., d_in]."""
+        codes = self.sae.encode(self.frame.denormalize(x))
+        self._norm = codes.frame
+        return codes.to_dense().unflatten(0, x.shape[:-1])
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Reconstruction [..., d_in] of codes [..., d_sae]; with an ``input_norm`` those that were encoded last.
+
+        ValueError for another number of samples, since their norm is not known.
+        """
+        rows = z.reshape(-1, z.shape[-1])
+        if self._norm is not None and len(self._norm[1]) != len(rows):
+            raise ValueError(
+                f"Decode got codes of {len(rows)} samples after {len(self._norm[1])} were encoded, whose norms it "
+                f"gives back (sae.settings.input_norm={self.sae.input_norm}); decode what was encoded last."
+            )
+        return self.frame.normalize(self.sae.decode(DenseCodes(rows, self._norm))).unflatten(0, z.shape[:-1])

@@ -71,6 +71,7 @@ LIBRARY = choice("timm", "transformers", registry="sae_lightning.backbones.backb
 PUBLISHED: Section = {
     "library": LIBRARY, "model": TEXT, "title": Maybe(TEXT), "image_size": Maybe(whole(1)),
     "layer": Maybe(LAYER), "pretrained": FLAG, "weights": Maybe(PATH), "architecture": Maybe(SECTION),
+    "resize": Maybe(whole(1)),
 }  # fmt: skip
 BACKBONE: Section = {  # size null: as the run's own encoder
     "name": NAME, "size": Maybe(choice("tiny", "published")), "layer": Maybe(LAYER),
@@ -214,7 +215,7 @@ MORAN: Section = {
 AT = {"at": list_of(whole(1))}
 PARTS: dict[str, Section] = {
     "core": {"above": list_of(number()), "bands": {"ranks": whole(1), "images": whole(1)}}, "moran": MORAN,
-    "raw_moran": MORAN, "preservation": {**PROBE, "codes": FLAG},
+    "raw_moran": MORAN, "preservation": {**PROBE, "codes": FLAG, "retrain": FLAG},
     "sparse_probing": {**PROBE, "budgets": list_of(whole(1)), "ranking": choice("joint", "per_class")},
     "monosemanticity": {
         "images": whole(2), "latents": whole(1), "groups": whole(1), "seed": SEED, "features": Maybe(FEATURES),
@@ -239,7 +240,9 @@ PARTS: dict[str, Section] = {
     "histograms": {"low": number(), "high": number(), "per_decade": whole(1)}, "stability": {},
     "truth": {"above": SHARE},
 }  # fmt: skip
-METRICS = Plus({name: Maybe(part, flags=True) for name, part in PARTS.items()}, "sae_lightning.metrics.part:PARTS")
+PROTOCOL = choice("paper", "released")
+METRICS = Plus({name: Maybe(part, flags=True) for name, part in PARTS.items()}
+               | {"protocol": either(PROTOCOL, list_of(PROTOCOL))}, "sae_lightning.metrics.part:PARTS")  # fmt: skip
 EVALUATE: Section = {
     "metrics": METRICS, "data": Maybe(DATA), "features": Maybe(FEATURES),
     "similarity": Maybe(BACKBONE), "logger": LOGGER, "runs": PATTERNS, "split": SPLIT,

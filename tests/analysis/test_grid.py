@@ -25,8 +25,8 @@ def write_run(folder, scores=(), split="test", monoloss=None, **changes):
 
 
 SCORES = [
-    ("moran", 0.3), ("fvu", 0.1), ("preservation", 0.9), ("sparse_probing_auc", 0.8, "k=128"),
-    ("sparse_probing_auc", 0.7, "k=64"), ("monosemanticity", 0.2), ("cross_domain_preservation", 0.8, "data=digits"),
+    ("moran", 0.3), ("fvu", 0.1), ("preservation", 0.9), ("sparse_probing_area", 0.8, "k=128"),
+    ("sparse_probing_area", 0.7, "k=64"), ("monosemanticity", 0.2), ("cross_domain_preservation", 0.8, "data=digits"),
     ("cross_domain_preservation", 1.0, "data=dtd"), ("absorption", 0.4, "alpha=0.8,beta=0.5"),
     ("absorption", 0.6, "alpha=0.9,beta=0.5"), ("l0", 15.5), ("dead_share", 0.25),
     ("retrieval_raw", 0.35, "k=1"), ("retrieval_raw", 0.75, "k=5"), ("retrieval_codes", 0.4, "k=1"),

@@ -75,7 +75,7 @@ def write(folder, variant, values):
         "identity": {"sae.name": variant},
     })  # fmt: skip
     rows = [{"run": folder.name, "metric": metric, "setting": "", "value": value, "part": "core", "split": "test",
-             "key": "", "why": "", "data": ""} for metric, value in values.items()]  # fmt: skip
+             "key": "", "why": "", "data": "", "protocol": "paper"} for metric, value in values.items()]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / TABLE)
     return folder
 

@@ -5,9 +5,10 @@ import re
 import pytest
 import timm as library
 import torch
+from torchvision import transforms
 
 from sae_lightning.backbones.backbone import BackboneError, Tap
-from sae_lightning.backbones.registry import load_backbone
+from sae_lightning.backbones.registry import identity, load_backbone
 from tests.backbones.models import backbone, picture, timm
 
 
@@ -103,6 +104,18 @@ def test_image_size_is_the_models_own_or_the_wanted_one():
         assert out[Tap("patch", -1)].shape == (1, grid * grid, ours.d_in)
 
 
+def test_pictures_are_resized_before_the_middle_is_cut_out():
+    ours = load_backbone(timm("test_vit", image_size=224, resize=256))
+    config = library.get_pretrained_cfg("test_vit").to_dict()
+    theirs = transforms.Compose([
+        transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224),
+        transforms.ToTensor(), transforms.Normalize(config["mean"], config["std"]),
+    ])  # fmt: skip
+    torch.testing.assert_close(ours.transform(picture(300, 400)), theirs(picture(300, 400)))
+    assert identity(timm("test_vit", image_size=224, resize=256)) == "timm:test_vit:224:resize 256:random"
+    assert identity(timm("test_vit", image_size=224)) == "timm:test_vit:224:random"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "grid"), [("dinov2", 16), ("mae", 14), ("deit", 14)])
 def test_the_published_backbones_have_twelve_blocks_at_224_pixels(name, grid):
@@ -126,6 +139,8 @@ def test_the_published_backbones_have_twelve_blocks_at_224_pixels(name, grid):
         (timm("test_vit", layer=6), "its layers are 0 to 5"),
         (timm("test_vit", image_size=50), "cannot encode images of 50 x 50 pixels.*Set backbone.published.image_size"),
         (timm("test_resnet", image_size=-3), "is no number of pixels"),
+        (timm("test_vit", image_size=48, resize=40), "resize=40 is no edge of pictures from which image_size=48"),
+        (timm("test_vit", resize=40), "resize=40 is no edge of pictures"),
     ],
 )
 def test_what_cannot_be_had_is_said_in_a_sentence(cfg, sentence):

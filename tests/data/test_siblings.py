@@ -10,7 +10,7 @@ import pytest
 
 from experiments.siblings.make import ancestors, as_text, build, groups, read_nouns
 from sae_lightning.data import DataError, load_images
-from sae_lightning.data.siblings import SHIPPED, imagenet_groups, imagenet_wnids, sibling_groups
+from sae_lightning.data.siblings import SHIPPED, imagenet_groups, imagenet_wnids, released_groups, sibling_groups
 from tests.data.making import class_folders, folder_cfg, write_pictures
 
 ABOUT = json.loads(SHIPPED.read_text())
@@ -189,3 +189,20 @@ def test_folders_of_wnids_have_imagenets_groups(tmp_path, source):
     images = load_images(cfg, "train")
     assert [np.unique(images.labels).size, len(images.sibling_groups)] == [3, 1]
     assert sorted(images.sibling_groups["big cat"]) == sorted(images.class_names)
+
+
+def test_the_released_packages_groups_are_those_of_its_file():
+    package = pytest.importorskip("visaebench.metrics.disentanglement.absorption")
+    wnids = sorted(NAMES)
+    theirs = {name: group["class_indices"] for name, group in package._try_shipped_json(3).items()}
+    assert len(theirs) == 139
+    assert released_groups(wnids) == theirs
+    some = released_groups(wnids[:960])  # a part of ImageNet in another order: absent classes by wnid
+    assert {name: len(of) for name, of in some.items()} == {name: len(of) for name, of in theirs.items()}
+    assert released_groups(["a", "b"]) == {}
+
+
+def test_without_the_package_its_groups_are_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"those of the package visaebench, which is not installed"):
+        released_groups(sorted(NAMES))

@@ -149,7 +149,7 @@ def test_another_width_is_refused(run, tmp_path):
         score(run, data=other)
 
 
-@pytest.mark.parametrize("since", [4, 5])  # columns that came with intervals, and with other data before
+@pytest.mark.parametrize("since", [5, 6])  # columns that came with protocols and intervals, and other data before
 def test_tables_of_before_are_read(run, since):
     values = [row["value"] for row in read_rows(run)]
     old = pq.read_table(run / TABLE).drop_columns(SCHEMA.names[-since:])

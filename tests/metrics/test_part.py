@@ -58,3 +58,29 @@ def test_an_option_that_is_not_given_is_named():
     (part,) = parts_of({"recovery": {"budgets": [1], "images": 2, "samples": 9}})
     with pytest.raises(ValueError, match=r"metrics\.recovery has no seed"):
         part.scores(SimpleNamespace(store=lambda: None, sae=None))
+
+
+def test_a_protocol_has_parts_of_its_own_beside_those_that_all_share():
+    given = {"core": True, "moran": {"min_active": 9}, "retrieval": {"at": [1]}}
+
+    def names(protocol):
+        return [part.name for part in parts_of({"protocol": protocol, **given})]
+
+    assert names("paper") == ["core", "moran", "retrieval"]
+    assert names("released") == ["core", "core@released", "moran@released", "retrieval"]
+    assert names(["released", "paper"]) == ["core", "core@released", "moran", "moran@released", "retrieval"]
+    ours, theirs = parts_of({"protocol": ["paper", "released"], "moran": given["moran"]})
+    assert (ours.options, theirs.options["min_active"], theirs.base) == ({"min_active": 9}, 5, "moran")
+    assert [column.headline for column in headlines("released")] == [f"M{i}" for i in range(1, 8)]
+    with pytest.raises(ValueError, match=r"Unknown metrics\.protocol=other; choose one of paper, released"):
+        names("other")
+
+
+def test_each_protocol_has_its_data_sets():
+    sets = {name: {"backbones": "published"} for name in ("inaturalist", "dtd", "eurosat")}
+    asked = {"protocol": ["paper", "released"], "cross_domain": {"sets": sets}}
+    assert [(part.name, part.reads) for part in parts_of(asked)] == [
+        ("cross_domain/inaturalist", ("inaturalist/train", "inaturalist/test")),
+        ("cross_domain/dtd", ("dtd/train", "dtd/test")),
+        ("cross_domain/dtd@released", ("dtd/train",)), ("cross_domain/eurosat@released", ("eurosat/train",)),
+    ]  # fmt: skip

@@ -83,7 +83,7 @@ def test_joint_probing_equals_the_definition(classes):
     codes, labels = pooled_codes(classes=classes)
     labels = labels * 3 + 1
     found = values(sparse_probing(sparse.csr_matrix(codes), labels, budgets=(1, 2, 8, 32, 64)))
-    assert {setting for _, setting in found} == {"k=1", "k=2", "k=8", "k=32"}  # 40 latents have no 64
+    assert {setting for _, setting in found} == {"", "k=1", "k=2", "k=8", "k=32"}  # 40 latents have no 64
     train, test = train_test_split(np.arange(300), test_size=0.2, random_state=42, stratify=labels)
     order = best(exact_f(codes[train], labels[train]))
     for k in (1, 2, 8, 32):
@@ -95,6 +95,12 @@ def test_joint_probing_equals_the_definition(classes):
         assert found["sparse_probing_accuracy", f"k={k}"] == pytest.approx(model.score(x[test], labels[test]), abs=1e-9)
         assert found["sparse_probing_converged", f"k={k}"] == 1
     assert found["sparse_probing_auc", "k=32"] > found["sparse_probing_auc", "k=1"] + 0.1
+    accuracy = {k: found["sparse_probing_accuracy", f"k={k}"] for k in (1, 2, 8, 32)}
+    assert found["sparse_probing_area", "k=1"] == accuracy[1]
+    area = (accuracy[1] + accuracy[2]) / 2 + 6 * (accuracy[2] + accuracy[8]) / 2
+    assert found["sparse_probing_area", "k=8"] == pytest.approx(area / 7)
+    area += 24 * (accuracy[8] + accuracy[32]) / 2
+    assert found["sparse_probing_area", "k=32"] == found["sparse_probing_area", ""] == pytest.approx(area / 31)
 
 
 def test_per_class_probing_equals_the_definition():

@@ -58,7 +58,8 @@ def write_run(
         Score("moran", m1), Score("fvu", 0.3 - 0.02 * place - 0.003 * k), Score("preservation", 0.9 + 0.01 * place),
         Score("monosemanticity", 0.2 + 0.01 * ((3 * place) % 5)), Score("l0", k + shifts.get("l0", 0.1)),
         Score("dead_share", 0.05), Score("channel_moran", 0.5 + 0.1 * place), Score("channel_moran_null", -0.016),
-        *(Score("sparse_probing_auc", 0.6 + 0.02 * place + 0.01 * b**0.5, f"k={b}") for b in BUDGETS),
+        *(Score(f"sparse_probing_{name}", 0.6 + 0.02 * place + 0.01 * b**0.5, f"k={b}")
+          for name in ("area", "accuracy") for b in BUDGETS),
         *(Score("absorption", 0.1 * abs(place - 3) + alpha / 10 + beta / 100, f"alpha={alpha},beta={beta}")
           for alpha, beta in product((0.7, 0.8, 0.9), (0.3, 0.5, 0.7))),
     ]  # fmt: skip

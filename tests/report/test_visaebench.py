@@ -22,7 +22,16 @@ from sae_lightning.rendering.pictures import GAP, heat
 from sae_lightning.rendering.table import number
 from sae_lightning.report import latents as report_latents
 from sae_lightning.report import page as report_page
-from sae_lightning.report.benchmark import Scored, main_columns, raw_note, scored_runs, scores_csv, table, topics
+from sae_lightning.report.benchmark import (
+    Scored,
+    main_columns,
+    raw_note,
+    released_columns,
+    scored_runs,
+    scores_csv,
+    table,
+    topics,
+)
 from sae_lightning.report.figures import coarse, encoding, histograms, moran, probing, recovery
 from sae_lightning.report.page import benchmark, build, files, load_runs, tell_apart
 from sae_lightning.runs.run import BAND_IMAGES, LATENTS, TOP_IMAGES
@@ -33,7 +42,7 @@ NAN = float("nan")
 BUDGETS = (1, 2, 4, 128, 256)
 D_SAE, GRID, IMAGES = 40, 4, 12
 GROUPS = ("most used", "high Moran", "mean Moran", "low Moran")
-SEVEN = ("moran", "fvu", "preservation", "auc", "monosemanticity", "cross_domain", "absorption")
+SEVEN = ("moran", "fvu", "preservation", "area", "monosemanticity", "cross_domain", "absorption")
 
 
 def scores(values, l0=16.0, dead=0.1, datasets=("digits", "dtd")):
@@ -45,7 +54,8 @@ def scores(values, l0=16.0, dead=0.1, datasets=("digits", "dtd")):
         "moran": [Score("moran", m1), Score("moran_null", -1 / (GRID**2 - 1)), Score("moran_evaluable", 0.25)],
         "raw_moran": [Score("channel_moran", 0.5), Score("channel_moran_null", -1 / (GRID**2 - 1))],
         "preservation": [Score("preservation", m3), Score("accuracy_raw", 0.417)],
-        "sparse_probing": [Score("sparse_probing_auc", m4 - (k != 128) / (10 + k), f"k={k}") for k in BUDGETS],
+        "sparse_probing": [Score(f"sparse_probing_{name}", m4 - (k != 128) / (10 + k), f"k={k}")
+                           for name in ("area", "accuracy") for k in BUDGETS],
         "monosemanticity": [Score("monosemanticity", m5), *(
             Score(f"monosemanticity_{name}", v) for name, v in zip(("baseline", "raw", "within", "between"),
                                                                   (0.3, 0.45, 0.6, 0.4), strict=True))],
@@ -161,8 +171,9 @@ def test_details_have_a_column_for_every_setting_there_is():
     found = {topic.title[:2]: topic for topic in topics([sae(), sae(expansion=16)])}
     m7 = [(column.over, column.title) for column in found["M7"].columns]
     assert m7 == [(f"α = {a}", f"β = {b}") for a in (0.7, 0.8, 0.9) for b in (0.3, 0.5, 0.7)]
-    assert [column.title for column in found["M4"].columns] == [str(k) for k in BUDGETS]
-    assert {column.over for column in found["M6"].columns} == {"digits", "dtd"}
+    m4 = [(column.over, column.title) for column in found["M4"].columns]
+    assert m4 == [(over, str(k)) for over in ("accuracy at k", "area up to k") for k in BUDGETS]
+    assert {column.over for column in found["M6"].columns} == {"digits", "dtd", "mean of all"}
     msae = {column.title: text(column, sae(dead=0.1)) for column in found["Me"].columns}
     assert msae["dead"] == "4"  # of 40 latents
     assert msae["EVR"] == "0.900"
@@ -204,8 +215,26 @@ def test_the_note_on_a_backbone_says_what_its_features_give():
     assert raw_note([sae(parts=["core"])]) == ""
 
 
+def test_what_the_released_package_gives_is_a_table_of_its_own(tmp_path):
+    one, values = sae(folder=tmp_path), [0.11, 0.22, 0.33, 0.44, 0.55, 0.66, 0.77]
+    rows = [
+        {"metric": column.metric, "setting": column.setting.replace("*", "x"), "value": value, "protocol": "released",
+         "part": "p", "split": "test"}
+        for column, value in zip(released_columns(), values, strict=True)
+    ]  # fmt: skip
+    both = Scored(one.run, one.rows, rows)
+    assert texts(table([both], released_columns(), {}))[0] == [f"{value:.3f}" for value in values]
+    assert texts(table([both], main_columns(), {})) == texts(table([one], main_columns(), {}))
+    assert [line["protocol"] for line in csv.DictReader(io.StringIO(scores_csv([both])))][-8:] == [
+        "paper", *["released"] * 7
+    ]  # fmt: skip
+    page = benchmark([both, one], 2, latents=False)
+    tables = [block for block in page.tables if len(block.rows) == 1]
+    assert any("0.110" in row for block in tables for row in block.texts())
+
+
 def test_curves_are_sorted_by_budget_with_all_last():
-    assert [k for k, _ in sae().curve("sparse_probing_auc")] == list(BUDGETS)
+    assert [k for k, _ in sae().curve("sparse_probing_accuracy")] == list(BUDGETS)
     assert sae().curve("recovery_fvu") == [(1, 1), (2, 0.5), (16, 1 / 16), (math.inf, 0.1)]
     assert sae().curve("moran") == []
 

@@ -27,13 +27,14 @@ def test_parts_replace_themselves_and_leave_others(tmp_path):
     assert value_of(rows, "x", split="val") == 5
     assert math.isnan(value_of(rows, "nothing"))
     assert pq.read_table(tmp_path / TABLE).column_names == [
-        "run", "metric", "setting", "value", "part", "split", "key", "why", "data", "n", "unit", "low", "high"
+        "run", "metric", "setting", "value", "part", "split", "key", "why", "data", "n", "unit", "low", "high",
+        "protocol",
     ]  # fmt: skip
 
 
 def test_two_rows_of_one_name_are_refused(tmp_path):
     put_scores(tmp_path, "a", "test", "1", [Score("x", 1)])
-    with pytest.raises(ValueError, match=r"Two scores of .* are called \('x', '', 'test', ''\)"):
+    with pytest.raises(ValueError, match=r"Two scores of .* are called \('x', '', 'test', '', 'paper'\)"):
         put_scores(tmp_path, "b", "test", "1", [Score("x", 1)])
     assert len(read_rows(tmp_path)) == 1
 
@@ -51,12 +52,30 @@ def test_headlines_average_data_sets_and_take_their_own_setting():
     rows = [
         {"metric": "cross_domain_preservation", "setting": "data=a", "value": 0.5},
         {"metric": "cross_domain_preservation", "setting": "data=b", "value": 1.0},
-        {"metric": "sparse_probing_auc", "setting": "k=128", "value": 0.9},
-        {"metric": "sparse_probing_auc", "setting": "k=64", "value": 0.8},
+        {"metric": "sparse_probing_area", "setting": "k=128", "value": 0.9},
+        {"metric": "sparse_probing_area", "setting": "k=64", "value": 0.8},
+        {"metric": "sparse_probing_area", "setting": "", "value": 0.7, "protocol": "released"},
     ]
     found = {column.headline: column.of(rows) for column in headlines()}
     assert (found["M6"], found["M4"]) == (0.75, 0.9)
     assert math.isnan(found["M1"])
+    rows.append({"metric": "cross_domain_preservation", "setting": "data=inaturalist", "value": 0.9})
+    assert {column.headline: column.of(rows) for column in headlines()}["M6"] == 0.9  # where it is there, alone
+    assert {column.headline: column.of(rows) for column in headlines("released")}["M4"] == 0.7
+
+
+def test_protocols_have_rows_of_their_own(tmp_path):
+    put_scores(tmp_path, "a", "test", "1", [Score("x", 1)])
+    put_scores(tmp_path, "a", "test", "1", [Score("x", 2)], protocol="released")
+    assert scores_of(tmp_path, "a", "test", "1") == [Score("x", 1)]
+    assert scores_of(tmp_path, "a", "test", "1", protocol="released") == [Score("x", 2)]
+    assert [row["value"] for row in read_rows(tmp_path)] == [1]
+    assert [row["value"] for row in read_rows(tmp_path, protocol=None)] == [1, 2]
+    whole = pq.read_table(tmp_path / TABLE)
+    intervals = ["n", "unit", "low", "high"]
+    for older in (["protocol"], ["protocol", *intervals], ["protocol", *intervals, "data"]):  # of earlier versions
+        pq.write_table(whole.slice(0, 1).drop_columns(older), tmp_path / TABLE)
+        assert [(r["protocol"], r["data"]) for r in read_rows(tmp_path)] == [("paper", "")]
 
 
 @pytest.mark.parametrize("width", [None, 3])
