@@ -46,7 +46,7 @@ def saved(folder, cfg):
 @pytest.mark.slow
 def test_patch_tokens_get_every_part(config, tmp_path):
     run = saved(tmp_path / "run", config("backbone=deit"))
-    evaluate_runs([run], visaebench())
+    evaluate_runs([run], visaebench("metrics.preservation.retrain=true"))
     rows = read_rows(run)
     assert {row["part"] for row in rows} == {
         "core", "moran", "raw_moran", "histograms", "monosemanticity", "preservation", "sparse_probing", "absorption",
@@ -57,6 +57,7 @@ def test_patch_tokens_get_every_part(config, tmp_path):
     assert value_of(rows, "recovery_fvu", "n=1") > value_of(rows, "recovery_fvu", "n=all")
     assert value_of(rows, "recovery_fvu", "n=all") == pytest.approx(value_of(rows, "fvu"), rel=1e-6)
     assert value_of(rows, "absorption_tasks") == 0  # two classes are no siblings
+    assert value_of(rows, "preservation_retrained") > 0
 
 
 @pytest.mark.slow
