@@ -67,6 +67,8 @@ def test_a_preset_has_the_grid_and_width_of_the_plain_model_and_its_preprocessin
     assert ours.transform(picture(300, 400)).shape == (3, ours.image_size, ours.image_size)
     if section["library"] == "timm":
         wanted = resolve_data_config({"input_size": (3, ours.image_size, ours.image_size)}, model=model)
+        if section.get("resize"):
+            wanted |= {"crop_pct": ours.image_size / section["resize"]}
         assert str(ours.transform) == str(create_transform(**wanted))
         assert section["model"] in timm.list_models(pretrained=True)
     assert (CONF / "backbone" / f"{name}.yaml").read_text().startswith("# ")
