@@ -266,3 +266,18 @@ def test_decode_under_autocast_has_gradients_outside_it(share):
     expected = torch.autograd.grad((dense_of(dense[0], active) @ dense[1]).square().sum(), dense)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0, atol=0.02 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("each", [1, 30], ids=["seldom read", "packed"])
+def test_long_rows_decode_in_columns_as_whole(each):
+    """Rows of 900 numbers, in the native kernel gone through in three parts where each is read often enough."""
+    if not native.available(torch.zeros(1)):
+        pytest.skip("there is no C compiler here")
+    n, latents = 11, torch.arange(11 * each) * 7 % 5
+    values, W, bias = normal(n * each, seed=0), normal(5, 900, seed=1), normal(900, seed=2)
+    offsets = torch.arange(n + 1) * each
+    expected = torch.zeros(n, 900, dtype=torch.float64).index_add_(
+        0, torch.arange(n).repeat_interleave(each), values[:, None] * W[latents]
+    )
+    found = native.decode(latents, values.float(), offsets, W.float(), bias.float())
+    torch.testing.assert_close(found.double(), expected + bias, atol=1e-4, rtol=1e-4)
