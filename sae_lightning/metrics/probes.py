@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy import sparse, special
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -156,8 +157,14 @@ def _fit(
         _fit_by_torch(model, x, y, device, start, columns)
 
 
+@cache
+def _libraries() -> ThreadpoolController:
+    """What computes products here; looking for it takes as long as fitting a small probe."""
+    return ThreadpoolController()
+
+
 def _fit_by_scikit_learn(model: LogisticRegression, x: np.ndarray | sparse.csr_array, y: np.ndarray) -> None:
-    with warnings.catch_warnings(record=True) as caught, threadpool_limits(1, "blas"):
+    with warnings.catch_warnings(record=True) as caught, _libraries().limit(limits=1, user_api="blas"):
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(x, y)
     model.converged_ = True
