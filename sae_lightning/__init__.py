@@ -5,15 +5,19 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-PLACES = dict.fromkeys(("compare", "extract", "fit", "list_runs"), "sae_lightning.api")
-PLACES |= {"MonoLoss": "sae_lightning.training.monoloss"}
+API = ("compare", "extract", "fit", "list_runs")
+PLACES = {name: f"sae_lightning.api.{name}" for name in API} | {
+    "MonoLoss": "sae_lightning.training.monoloss.MonoLoss",
+    "open": "sae_lightning.runs.model.open_model",
+}
 """What can be used from here and where it is; loaded when it is first asked for."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in PLACES:
         raise AttributeError(f"module 'sae_lightning' has no attribute '{name}'")
-    return getattr(import_module(PLACES[name]), name)
+    module, _, attribute = PLACES[name].rpartition(".")
+    return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from keyword import iskeyword
 
 HYDRA = {
     "train": "train sparse autoencoders, one or a sweep (-m)",
@@ -16,6 +17,9 @@ HYDRA = {
 OTHERS = {
     "store": "list, check, describe, merge and import feature stores",
     "runs": "how far runs are; remove, compare and tidy them",
+    "import": "make a run of an SAE that another package has trained",
+    "check": "whether SAEs are used as they were trained",
+    "pretrained": "list public SAEs that can be imported by name",
 }
 COMMANDS = HYDRA | OTHERS
 
@@ -29,17 +33,17 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"There is no command {name}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    work = import_module(f"sae_lightning.commands.{name}").main
+    work = import_module(f"sae_lightning.commands.{name}{'_' * iskeyword(name)}").main
     if name in HYDRA:
         sys.argv = ["sae-lightning", *rest]
         work()
         return 0
     try:
         return work(rest)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         from sae_lightning.commands.sentences import sentence_of
 
-        said = sentence_of(error, name) if isinstance(error, ValueError) else str(error)
+        said = sentence_of(error, "train") or (str(error) if isinstance(error, OSError) else None)
         if said is None:
             raise
         print(said, file=sys.stderr)
@@ -48,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def page() -> str:
     """What ``--help`` shows."""
-    lines = [f"  {name:10}{about}" for name, about in COMMANDS.items()]
+    lines = [f"  {name:11}{about}" for name, about in COMMANDS.items()]
     return "\n".join(
         [
             "Usage: sae-lightning COMMAND …",

@@ -45,6 +45,7 @@ from sae_lightning.runs.identity import (
     clipping,
     short_hash,
 )
+from sae_lightning.runs.record import versions
 from sae_lightning.runs.run import CFG, LOCK, RESULT, is_finished
 from sae_lightning.runs.state import is_a_try
 from sae_lightning.saes.codes import SparseCodes
@@ -58,7 +59,6 @@ from sae_lightning.training.fit import (
     goes_on,
     run_trainer,
     trainer_settings,
-    versions,
 )
 from sae_lightning.training.loggers import write_sweep_options
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,9 @@ from sae_lightning.features.shared import StreamMember
 from sae_lightning.features.source import Source, looking_once, plain
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import held, lend_cache, set_damaged_aside, write_json
-from sae_lightning.runs.identity import callbacks_on, identity, level_of, monoloss_of, run_name, short_hash
+from sae_lightning.runs.identity import callbacks_on, identity, monoloss_of, run_name
+from sae_lightning.runs.record import FIGURES
+from sae_lightning.runs.record import record as recorded
 from sae_lightning.runs.run import HISTORY, LOCK, PRODUCTS, RESULT, is_finished
 from sae_lightning.runs.state import is_a_try, last_checkpoint
 from sae_lightning.saes import SAE, VARIANTS, Normalizer
@@ -185,7 +185,7 @@ def fit(cfg: DictConfig, folder: Path, member: StreamMember | None = None) -> No
     require_finite(folder, "the scores", scores, trainer.global_step)
 
     def write() -> dict[str, Any]:
-        module.sae.save(folder, **made)
+        module.sae.save(folder, **made, figures={name: scores[name] for name in FIGURES if name in scores})
         result = {
             "status": "finished", **({"in_part": part} if part else {}),
             "seconds": throughput.seconds_before + data.clock() - start,
@@ -283,11 +283,6 @@ def finish(cfg: DictConfig, folder: Path, trainer: L.Trainer, write: Callable[[]
         close_loggers(trainer.loggers, cfg, folder, write())
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Python's version and those of ``packages``, for cfg.json."""
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
 def checkpoints(cfg: DictConfig, folder: Path) -> list[L.Callback]:
     """``checkpoints/last.ckpt`` at the end of every epoch, and within it as ``cfg.checkpoint`` says."""
     within: dict[str, Any] = {}
@@ -354,13 +349,9 @@ def calibrate(cfg: DictConfig, module: SAEModule, store: FeatureStore, device: t
 def record(cfg: DictConfig, folder: Path, stores: dict[str, FeatureStore]) -> dict[str, Any]:
     """What ``cfg.json`` in ``folder`` says beside the SAE itself."""
     store = stores["train"]
-    made = identity(cfg)
-    return {
-        "name": folder.name, "hash": short_hash(made), "identity": made, "k": level_of(cfg.sae),
-        "expansion": cfg.expansion if cfg.d_sae is None else round(cfg.d_sae / store.d_in, 2),
-        "seed": cfg.seed, "backbone": store.backbone, "layer": store.layer,
-        "data": store.data, "features": store.kind, "site": store.site, "severity": store.manifest.severity,
+    facts = {
+        "backbone": store.backbone, "layer": store.layer, "data": store.data, "features": store.kind,
+        "site": store.site, "severity": store.manifest.severity,
         "store": {split: s.fingerprint for split, s in stores.items()},
-        "versions": versions("torch", "lightning", "timm", "transformers", "numpy"),
-        "config": OmegaConf.to_container(cfg, resolve=True),
     }  # fmt: skip
+    return recorded(cfg, folder.name, identity(cfg), store.d_in, facts)
