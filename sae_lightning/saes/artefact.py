@@ -147,6 +147,7 @@ def write_card(folder: Path, repo_id: str) -> Path:
     cfg = read_cfg(folder)
     shown = {"variant": cfg["variant"], "d_in": cfg["d_in"], "d_sae": cfg["d_sae"]} | cfg["sae"]
     shown |= {name: cfg[name] for name in ("backbone", "layer", "data", "seed") if name in cfg}
+    shown |= {name: f"{value:.4g}" for name, value in cfg.get("figures", {}).items()}
     data = ModelCardData(
         library_name="sae-lightning", tags=["sparse-autoencoder", "interpretability", cfg["variant"]], pipeline_tag=None
     )
