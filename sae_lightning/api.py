@@ -306,24 +306,14 @@ def _entry(callback: Any) -> tuple[str, dict[str, Any]]:
 
 def _config(name: str, groups: Mapping[str, str], values: Mapping[str, Any]) -> DictConfig:
     """The config that a command would compose from these choices of ``groups`` and ``values`` by dotted name."""
-    from hydra import compose, initialize_config_dir
     from hydra.errors import CompactHydraException
-    from omegaconf import OmegaConf, open_dict
 
-    from sae_lightning.commands.help import CONF
     from sae_lightning.commands.sentences import sentence_of
     from sae_lightning.registry import import_plugins
-    from sae_lightning.settings.check import check_settings
+    from sae_lightning.settings.compose import compose_config
 
     import_plugins()
-    command = "train" if name == "config" else name
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose(name, [f"{group}={choice}" for group, choice in groups.items()])
+        return compose_config([f"{group}={choice}" for group, choice in groups.items()], name, values)
     except CompactHydraException as error:
-        raise ValueError(sentence_of(error, command)) from None
-    with open_dict(cfg):
-        for key, value in values.items():
-            OmegaConf.update(cfg, key, value, merge=False, force_add=True)
-    check_settings(command, cfg)
-    return cfg
+        raise ValueError(sentence_of(error, "train" if name == "config" else name)) from None
