@@ -23,7 +23,7 @@ from sae_lightning.analysis.paper import Paper, read_paper
 from sae_lightning.analysis.rank_consistency import families
 from sae_lightning.analysis.recommendations import Route, flowchart, guide
 from sae_lightning.analysis.tables import cross_domain, raw_moran, thresholds
-from sae_lightning.analysis.variance import decomposition
+from sae_lightning.analysis.variance import decomposition, variance
 from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.part import headlines
 from sae_lightning.registry import Registry
@@ -246,6 +246,17 @@ def test_without_the_papers_files_only_our_figures_are_shown(section, tmp_path):
     assert texts
     assert not [text for text in texts if "paper" in text]
     assert any("paper" in str(table) for table in both.tables)
+
+
+def test_each_data_set_has_its_shares_of_variance_and_its_ranking(tmp_path):
+    grid = load([write_run(tmp_path, b, e, 16) for b in PLACES for e in EXPANSIONS])
+    (found,) = [table for table in cross_domain(grid, Paper({})).tables if table.name == "cross-domain-sets"]
+    assert [row[0] for row in found.rows] == ["digits", "mean"]
+    shares = variance(grid.main.assign(kept=[
+        row["accuracy:digits/reconstruction"] / row["accuracy:digits/raw"] for _, row in grid.main.iterrows()
+    ]), of=["kept"])  # fmt: skip
+    assert found.rows[0][1] == found.rows[1][1] == pytest.approx(shares["eta_backbone"].item())
+    assert sorted(found.rows[0][-1].split(", ")) == sorted(grid.titles)
 
 
 @pytest.mark.usefixtures("_undrawn")
