@@ -101,7 +101,7 @@ def reference(made: World) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    parser = shared_parser(__doc__, "1,000 images, 20 classes, 2,048 latents", repeats=1)
+    parser = shared_parser(__doc__, "1,000 images, 20 classes, 8,192 latents", repeats=1)
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--d-sae", type=int, default=24_576)
@@ -111,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.quick:
-        args.images, args.classes, args.d_sae, args.d_in, args.reference = 1000, 20, 2048, 64, True
+        args.images, args.classes, args.d_sae, args.d_in, args.reference = 1000, 20, 8192, 64, True
     made = world(args.images, args.d_sae, args.classes, args.d_in)
     contenders = {"ours": parts(made, args.classes)} | ({"scikit-learn": reference(made)} if args.reference else {})
     rows: list[Row] = []
