@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-API = ("compare", "extract", "fit", "list_runs")
+API = ("compare", "evaluate", "extract", "fit", "list_runs")
 PLACES = {name: f"sae_lightning.api.{name}" for name in API} | {
     "MonoLoss": "sae_lightning.training.monoloss.MonoLoss",
     "open": "sae_lightning.runs.model.open_model",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from omegaconf import DictConfig
     from torch import Tensor
-    from torch.nn import Module
 
     from sae_lightning.data import ImageData
     from sae_lightning.features.store import FeatureStore
@@ -49,8 +48,9 @@ def fit(
     dotted names. Without ``epochs`` about 2,000 steps are made. With ``out`` the store and the run's folder stay in
     ``out/stores`` and ``out/runs``, and the same call goes on or gives what is finished; without, they are removed.
 
-    >>> sae = sae_lightning.fit(features, k=32, expansion=16)
-    >>> codes = sae.encode(features)
+    Examples:
+        >>> sae = sae_lightning.fit(features, k=32, expansion=16)
+        >>> codes = sae.encode(features)
 
     ValueError in one sentence for features or settings that cannot be used.
     """
@@ -95,8 +95,7 @@ def fit(
 def extract(
     images: Any, backbone: Any = "dinov2", *, features: str = "patch", layer: int | str | None = None,
     labels: Sequence[Any] | None = None, transform: Callable[[Any], Tensor] | None = None, prefix: int = 0,
-    split: str = "train", batch_size: int = 64, out: str | Path = ".", progress: bool = True,
-    settings: Mapping[str, Any] | None = None,
+    split: str = "train", batch_size: int = 64, out: str | Path = ".", settings: Mapping[str, Any] | None = None,
 ) -> FeatureStore:  # fmt: skip
     """The features of ``images`` as a store below ``out/stores``; one that is there already is opened.
 
@@ -106,8 +105,9 @@ def extract(
     ``nn.Module`` with its ``transform`` from a picture to [3, H, W], of which ``layer`` is a module's path (None: its
     output): [n, d], tokens [n, T, d] with ``prefix`` before the patches, or a map [n, d, h, w].
 
-    >>> store = sae_lightning.extract(["a.jpg", "b.jpg"], "dinov2", layer=10)
-    >>> store = sae_lightning.extract(dataset, torchvision.models.resnet18(), layer="layer3", transform=transform)
+    Examples:
+        >>> store = sae_lightning.extract(["a.jpg", "b.jpg"], "dinov2", layer=10)
+        >>> store = sae_lightning.extract(dataset, torchvision.models.resnet18(), layer="layer3", transform=transform)
 
     DataError, BackboneError or StoreError in one sentence for what cannot be read or encoded.
     """
@@ -116,7 +116,9 @@ def extract(
     stores = Path(out).expanduser().absolute() / "stores"
     if isinstance(backbone, Module):
         pictures = _pictures(images, labels, split)
-        return _of_module(pictures, backbone, layer, transform, prefix, batch_size, stores, split, progress)
+        from sae_lightning.features.modules import extract_module
+
+        return extract_module(pictures, backbone, layer, transform, prefix, batch_size, stores, split)
     from sae_lightning.features.source import Source, extract_stores
 
     known = isinstance(images, str) and not Path(images).exists()
@@ -141,56 +143,54 @@ def _pictures(images: Any, labels: Sequence[Any] | None, split: str) -> ImageDat
     return given_images(images, labels, split=split)
 
 
-def _of_module(
-    images: ImageData, module: Module, layer: Any, transform: Any, prefix: int, batch_size: int, stores: Path,
-    split: str, progress: bool,
-) -> FeatureStore:  # fmt: skip
-    """The store of what ``module`` gives at ``layer``; see ``extract``."""
-    import torch
+def evaluate(
+    sae: SAE | str | Path, store: FeatureStore | None = None, metrics: str | Sequence[str] = "core", *,
+    split: str = "test", settings: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """The scores of an SAE, a row each: ``metric``, ``setting``, ``value``, its interval from ``low`` to ``high``, and
+    ``why`` there is none.
 
-    from sae_lightning.backbones.taps import BackboneError, Layout, Place, recorded, tensor_of
+    ``sae`` is the folder of a run, whose ``split`` is scored and which keeps the scores; or an SAE that is scored on
+    ``store``, of which nothing stays. ``metrics`` is ``"core"``, ``"visaebench"``, or names of parts
+    (``["moran", "cknna"]``); ``settings`` are any others of ``evaluate.py`` by their dotted names.
 
-    if transform is None:
-        raise BackboneError("A module of your own needs transform, from a picture to its input [3, H, W].")
-    places = dict(module.named_modules())
-    if layer is not None and layer not in places:
-        known = ", ".join(name for name, _ in module.named_children())
-        raise BackboneError(f"{type(module).__name__} has no module {layer}; a path begins with one of {known}.")
-    grid: list[tuple[int, int]] = []
+    Examples:
+        >>> scores = sae_lightning.evaluate(sae, store, ["moran"])
+        >>> scores.set_index("metric").loc["explained_variance", "value"]
 
-    @torch.no_grad()
-    def batches() -> Iterator[tuple[Tensor, list[str]]]:
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        for start in range(0, len(images), batch_size):
-            some = range(start, min(len(images), start + batch_size))
-            pixels = torch.stack([transform(images[i]) for i in some]).to(device)
-            with recorded({} if layer is None else {0: Place(places[layer])}) as seen:
-                output = module(pixels)
-            x = tensor_of(output) if layer is None else seen[0]
-            if x.ndim == 4:
-                grid[:] = [Layout().grid(x)]
-                x = Layout().rows(x)
-            yield x, [images.class_names[images.labels[i]] for i in some]
+    ValueError, StoreError or ArtefactError in one sentence for what cannot be scored.
+    """
+    import glob
 
-    from sae_lightning.features.importing import import_features, spooled
+    import pandas as pd
 
-    stores.mkdir(parents=True, exist_ok=True)
-    training = module.training
-    module.eval()
-    try:
-        with spooled(_shown(batches(), -(-len(images) // batch_size), progress), stores) as (x, labels):
-            return import_features(
-                x, stores, type(module).__name__, grid=grid[0] if grid else None, prefix=prefix, labels=labels,
-                ids=images.image_ids, data=images.name, split=split, named=True,
-            )  # fmt: skip
-    finally:
-        module.train(training)
+    from sae_lightning.evaluation.suite import evaluate as evaluated
+    from sae_lightning.runs.importing import run_on
+    from sae_lightning.runs.scores import read_rows
 
-
-def _shown(batches: Iterable[Any], total: int, progress: bool) -> Iterable[Any]:
-    from tqdm.auto import tqdm
-
-    return tqdm(batches, total=total, desc="Extracting", unit="batch", disable=not progress)
+    names = [metrics] if isinstance(metrics, str) else list(metrics)
+    whole = names[0] if isinstance(metrics, str) else "visaebench"
+    with _folder(None) as made:
+        if isinstance(sae, str | Path):
+            run = Path(sae).expanduser().absolute()
+        elif store is None:
+            raise ValueError("An SAE needs a store of features to be scored on; a run's folder brings its own.")
+        else:
+            run = run_on(sae, _whole(store, made), made / "runs")
+        cfg = _config(
+            "evaluate", {"metrics": whole},
+            {"runs": glob.escape(run.name), "paths.runs": str(run.parent), "split": split, **(settings or {})},
+        )  # fmt: skip
+        if not isinstance(metrics, str):
+            unknown = [name for name in names if name not in cfg.metrics]
+            if unknown:
+                raise ValueError(f"There is no metric {unknown[0]}; there are {', '.join(cfg.metrics)}.")
+            for name in [name for name in cfg.metrics if name not in ("core", "protocol", *names)]:
+                cfg.metrics[name] = None
+        evaluated(cfg)
+        rows = [row for row in read_rows(run) if row["split"] == split]
+    columns = ["part", "metric", "setting", "value", "low", "high", "n", "why"]
+    return pd.DataFrame(rows).reindex(columns=columns)
 
 
 def list_runs(folder: str | Path = "runs", pattern: str = "*") -> pd.DataFrame:
@@ -199,7 +199,8 @@ def list_runs(folder: str | Path = "runs", pattern: str = "*") -> pd.DataFrame:
     Columns are variant, backbone, layer, features, data, k, expansion, d_sae, seed and folder, then ``val/…`` as
     training left them, then the scores of ``evaluate.py``, called by metric and setting.
 
-    >>> sae_lightning.list_runs().sort_values("val/explained_variance")
+    Examples:
+        >>> sae_lightning.list_runs().sort_values("val/explained_variance")
 
     FileNotFoundError where there is none.
     """
@@ -220,7 +221,8 @@ def list_runs(folder: str | Path = "runs", pattern: str = "*") -> pd.DataFrame:
 def compare(first: str | Path, second: str | Path, folder: str | Path = "runs") -> pd.DataFrame:
     """Two runs side by side, by folder or name: the settings in which they differ, then their scores.
 
-    >>> sae_lightning.compare("batchtopk-…", "topk-…")
+    Examples:
+        >>> sae_lightning.compare("batchtopk-…", "topk-…")
     """
     import pandas as pd
 
@@ -272,7 +274,7 @@ def _store_of(
     from sae_lightning.features.store import FeatureStore
 
     if isinstance(features, FeatureStore):
-        return features
+        return _whole(features, folder)
     stores = folder / "stores"
     stores.mkdir(parents=True, exist_ok=True)
     with spooled(features, stores) as (source, own), tqdm(desc="Writing features", disable=not progress) as bar:
@@ -284,6 +286,24 @@ def _store_of(
         return import_features(
             source, stores, labels=own if labels is None else labels, split=split, grid=grid, progress=move, named=True
         )
+
+
+def _whole(store: FeatureStore, folder: Path) -> FeatureStore:
+    """``store``, or where it is a part of one, a store below ``folder/stores`` with these images alone."""
+    from sae_lightning.features.importing import import_features, spooled
+
+    if len(store) == store.manifest.n_images:
+        return store
+    step = max(1, 8192 // store.n_patches)
+    parts = (store.features(slice(i, i + step)) for i in range(0, len(store), step))
+    (folder / "stores").mkdir(parents=True, exist_ok=True)
+    with spooled(parts, folder / "stores") as (x, _):
+        return import_features(
+            x, folder / "stores", store.backbone, kind=store.kind, layer=store.layer,
+            grid=(store.grid[0], store.grid[1]), prefix=store.prefix, ids=store.image_ids,
+            labels=[store.class_names[i] for i in store.labels],
+            data=store.data, split=store.split, named=True,
+        )  # fmt: skip
 
 
 def _entry(callback: Any) -> tuple[str, dict[str, Any]]:

@@ -34,7 +34,8 @@ SMALL = {"k": 4, "expansion": 2, "epochs": 1, "batch_size": 200, "progress": Fal
 def explained(sae, x: np.ndarray) -> float:
     """Explained variance by hand."""
     x = torch.from_numpy(x)
-    rebuilt = sae.decode(sae.encode(x))
+    with torch.no_grad():
+        rebuilt = sae.decode(sae.encode(x))
     return 1 - float((x - rebuilt).square().sum() / (x - x.mean(0)).square().sum())
 
 
@@ -156,6 +157,30 @@ def test_what_cannot_be_trained_on_is_one_sentence(features, options, said):
 def test_a_constant_column_is_said(capsys):
     sae_lightning.fit(CONSTANT, **SMALL)
     assert "1 of 16 dimensions are constant (the first is 3)" in capsys.readouterr().out
+
+
+def test_an_sae_is_scored_on_a_store(kept):
+    run = Run(find_runs("*", kept / "runs")[0])
+    store = run.store("test")
+    scores = sae_lightning.evaluate(run.sae, store).set_index("metric")["value"]
+    x = store.features(slice(None))[:, 0].float()
+    assert scores["explained_variance"] == pytest.approx(explained(run.sae, x.numpy()), abs=1e-3)
+    of_run = sae_lightning.evaluate(run.folder, metrics=["cknna"])
+    assert {"core", "cknna"} == set(of_run["part"])
+    assert of_run.set_index("metric").loc["explained_variance", "value"] == pytest.approx(scores["explained_variance"])
+    assert "explained_variance" in sae_lightning.list_runs(kept / "runs").columns
+
+
+def test_what_cannot_be_scored_is_one_sentence(kept):
+    store = Run(find_runs("*", kept / "runs")[0]).store("test")
+    with pytest.raises(ValueError, match="takes features of 8 dimensions, and FeatureStore"):
+        sae_lightning.evaluate(TopK(8, 16, 2), store)
+    with pytest.raises(ValueError, match="needs a store"):
+        sae_lightning.evaluate(TopK(16, 32, 2))
+    with pytest.raises(ValueError, match="There is no metric morann; there are core"):
+        sae_lightning.evaluate(TopK(16, 32, 2), store, ["morann"])
+    with pytest.raises(FileNotFoundError, match="No finished run"):
+        sae_lightning.evaluate(kept / "runs" / "nothing")
 
 
 def test_runs_as_a_table(kept):

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.backbones.taps import LAYER_KINDS, Tap
 from sae_lightning.features.source import Source
+from sae_lightning.features.store import FeatureStore
 from sae_lightning.files import file_sha256, write_json
 from sae_lightning.interop.checkpoint import weights_at
 from sae_lightning.interop.pretrained import Pretrained, pretrained
@@ -26,7 +27,7 @@ from sae_lightning.runs.identity import identity, short_hash
 from sae_lightning.runs.preflight import Preflight, Reader, Verdict, some_pictures, standard
 from sae_lightning.runs.record import record
 from sae_lightning.runs.run import RESULT, is_finished
-from sae_lightning.saes import BatchTopK
+from sae_lightning.saes import SAE, BatchTopK
 from sae_lightning.saes.artefact import ArtefactError, download
 from sae_lightning.settings.compose import CONF, compose_config
 
@@ -170,6 +171,30 @@ def look(found: Found, source: Source) -> tuple[Verdict, dict[str, Any]]:
         "data": source.data["name"] if source.given else source.images("train").name,
         "severity": float(seen.mean(0).norm() / seen.std(0).norm()), "imported": {"looked_at": looked_at, **filled},
     }  # fmt: skip
+
+
+def run_on(sae: SAE, store: FeatureStore, folder: Path) -> Path:
+    """A run below ``folder`` with an SAE that is in memory, whose data of every split are ``store``, a whole one.
+
+    ValueError where the store's features have another width.
+    """
+    if store.d_in != sae.d_in:
+        raise ValueError(f"The SAE takes features of {sae.d_in} dimensions, and {store!r} has {store.d_in}.")
+    choice = sae.variant if (CONF / "sae" / f"{sae.variant}.yaml").is_file() else "batchtopk"
+    place = {f"data.{split}": str(store.folder) for split in ("train", "val", "test")}
+    values = {"sae.name": sae.variant, "sae.settings": sae.settings(), "sae.target_l0": None, "features": store.kind}
+    cfg = compose_config(
+        ["data=features", f"sae={choice}"], values=values | place | {"d_sae": sae.d_sae, "loss.sparsity": 0.0}
+    )
+    facts = {
+        "backbone": store.backbone, "layer": store.layer, "data": store.data, "features": store.kind,
+        "site": store.site, "severity": store.manifest.severity,
+        "store": dict.fromkeys(("train", "val"), store.fingerprint),
+    }  # fmt: skip
+    run = folder / sae.variant
+    sae.save(run, **record(cfg, run.name, identity(cfg), sae.d_in, facts), figures={})
+    write_json(run / RESULT, {"status": "finished", "seconds": 0.0, "steps": 0, "samples_per_second": 0.0, "val": {}})
+    return run
 
 
 def complete(found: Found, features: torch.Tensor) -> list[str]:
