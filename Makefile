@@ -5,13 +5,13 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 PEERS  := $(VENV)/.peers
 ALL    := -e '.[explorer,finetune,slurm,dev]'
-TESTED := -e '.[explorer,finetune,slurm,test,peers]'
+TESTED := -e '.[explorer,finetune,slurm,test,peers,docs]'
 
 RUNS   ?= runs/grid
 WORKERS ?= 3
 RUN    ?= *
 
-.PHONY: help install demo benchmark grid status monoloss apps explore test test-fast test-slurm wheel-check docs check lint types format clean bench \
+.PHONY: help install demo benchmark grid status monoloss apps explore test test-fast test-slurm wheel-check docs docs-serve notebooks check lint types format clean bench \
 	bench-features bench-monoscore bench-evaluate bench-packed
 
 help:
@@ -24,7 +24,8 @@ help:
 	@echo "make explore   browse the latents of trained SAEs in the web browser; RUN=folder or pattern"
 	@echo "make test      run all tests; test-fast: those that start no processes; test-slurm: jobs under a real SLURM that it starts itself (root)"
 	@echo "make wheel-check  build the wheel, install it elsewhere into an empty environment, and train, evaluate and report there"
-	@echo "make docs      pages of all docstrings: reports/docs/index.html"
+	@echo "make docs      the site: reports/site/index.html; docs-serve: the same, anew whenever a page changes;"
+	@echo "               notebooks: run those of docs/notebooks and keep what they show"
 	@echo "make bench     time training steps against other packages; bench-features: reading and extraction;"
 	@echo "               bench-monoscore: scoring, and steps with MonoLoss; bench-evaluate: the benchmark's pass;"
 	@echo "               bench-packed: twelve SAEs side by side against in turn"
@@ -116,7 +117,15 @@ wheel-check: $(READY)
 
 docs: $(READY)
 	@$(call INSTALL,-e '.[docs]')
-	$(PY) -W ignore -m pdoc -o reports/docs sae_lightning '!sae_lightning.conf'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict
+
+docs-serve: $(READY)
+	@$(call INSTALL,-e '.[docs]')
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
+
+notebooks: $(READY)
+	@$(call INSTALL,-e '.[docs]')
+	$(PY) -m jupyter nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
 
 bench: $(PEERS)
 	$(PY) -m experiments.bench.train_step --memory --json reports/bench/train_step.json

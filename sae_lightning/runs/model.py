@@ -124,7 +124,9 @@ class Model:
         codes, (n, patches) = self.codes(features), features.shape[:2]
         rows = codes.rows()
         index = torch.stack([rows // patches, rows % patches, codes.latents])
-        return torch.sparse_coo_tensor(index, codes.values, (n, patches, codes.d_sae)).coalesce()
+        return torch.sparse_coo_tensor(
+            index, codes.values, (n, patches, codes.d_sae), check_invariants=False
+        ).coalesce()
 
     def top(self, images: Sequence[Picture] | Picture, n: int = 5) -> tuple[Tensor, Tensor]:
         """The ``n`` strongest latents of each picture, by their largest value on it: latents and values [N, n]."""
