@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,6 +21,7 @@ from PIL import Image
 from sae_lightning.distributed.processes import preload
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.writer import StoreWriter
+from sae_lightning.runs.identity import run_name
 from tests.configs import composed
 from tests.processes import server_address, share_server
 
@@ -125,9 +129,33 @@ def stores(tmp_path_factory) -> dict[str, FeatureStore]:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
+def common(tmp_path_factory) -> Path:
+    """A folder that all of pytest's processes share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "common"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time make what is to lie at ``path``."""
+    with open(f"{path}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def pictures(common) -> Path:
     """``train``, ``val`` and ``test`` with two classes of noisy stripes, 32 + 8 + 8 pictures."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = common / "pictures"
+    with locked(root):
+        if not root.is_dir():
+            _draw(root)
+    return root
+
+
+def _draw(root: Path) -> None:
     rng = np.random.default_rng(0)
     for split, count in {"train": 32, "val": 8, "test": 8}.items():
         for label in ("rows", "columns"):
@@ -137,7 +165,6 @@ def pictures(tmp_path_factory) -> Path:
                 stripes = np.arange(32) // rng.integers(2, 6) % 2 * 120
                 pixels = pixels // 2 + (stripes[:, None, None] if label == "rows" else stripes[None, :, None])
                 Image.fromarray(pixels.astype(np.uint8)).save(root / split / label / f"{i}.png")
-    return root
 
 
 @pytest.fixture
@@ -157,22 +184,16 @@ def config(pictures, tmp_path, tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="session")
-def _runs_alone(tmp_path_factory) -> tuple[Path, dict[tuple, Path]]:
-    return tmp_path_factory.mktemp("alone"), {}
-
-
 @pytest.fixture
-def alone(config, _runs_alone):
+def alone(config, common):
     """``alone(*overrides)``: the folder of that run, trained once for all tests, which leave it as it is."""
     from sae_lightning.training.fit import train
 
-    root, folders = _runs_alone
-
     def trained(*overrides: str) -> Path:
-        threads = torch.get_num_threads()  # on which the rounding of products may depend
-        if (threads, *overrides) not in folders:
-            folders[threads, *overrides] = train(config(*overrides, f"paths.runs={root / str(threads)}"))
-        return folders[threads, *overrides]
+        root = common / f"alone-{torch.get_num_threads()}"  # on which the rounding of products may depend
+        cfg = config(*overrides, f"paths.runs={root}")
+        folder = root / run_name(cfg)
+        with locked(root.with_name(f"{root.name}-{folder.name}")):
+            return folder if (folder / "result.json").is_file() else train(cfg)
 
     return trained

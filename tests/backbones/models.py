@@ -10,7 +10,8 @@ from PIL import Image
 
 from tests.configs import CONF, composed
 
-PRESETS = sorted(path.stem for path in (CONF / "backbone").glob("*.yaml") if path.stem not in ("timm", "transformers"))
+WITHOUT_MODEL = ("timm", "transformers", "features")  # what names none
+PRESETS = sorted(path.stem for path in (CONF / "backbone").glob("*.yaml") if path.stem not in WITHOUT_MODEL)
 
 COMMON = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
 VISION = COMMON | {"image_size": 32, "patch_size": 8}
