@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from sae_lightning.data.errors import DataError
 
@@ -50,6 +51,26 @@ def through(steps: list[Step], height: int, width: int) -> Axes:
     for step in steps:
         axes = step(axes)
     return axes
+
+
+def seen(image: Image.Image, transform: Any) -> Image.Image:
+    """The part of a picture that ``transform`` makes an encoder's input of, in the picture's own pixels.
+
+    It is squeezed to a square as the input is, and black where that is padded. DataError as ``steps_of``.
+    """
+    rows, columns = (_span(axis) for axis in through(steps_of(transform), image.height, image.width))
+    part = image.crop((columns[0], rows[0], columns[1], rows[1]))
+    side = min(part.size)
+    return part if part.width == part.height else part.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def _span(axis: np.ndarray) -> tuple[int, int]:
+    """Where the pixels of ``axis`` begin and end in the picture; beyond it where they are padded."""
+    inside = np.flatnonzero(axis != OUTSIDE)
+    first, last = int(inside[0]), int(inside[-1])
+    low, high = int(axis[first]), int(axis[last]) + 1
+    pixel = (high - low) / len(inside)
+    return round(low - first * pixel), round(high + (len(axis) - 1 - last) * pixel)
 
 
 def nearest(size: int, target: int) -> np.ndarray:

@@ -62,19 +62,23 @@ def top_purity(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(most > 0, label, -1), share
 
 
+ENOUGH = 10  # images on which a latent fires that is shown for what it stands for
+
+
 def choose_latents(
     counts: Tensor, images_fired: Tensor, purity: Tensor, n: int = 12, seed: int = 0
 ) -> dict[str, Tensor]:
     """Latents to show: ``most used`` by firing count, ``random`` among the alive, ``purest`` by their top images.
 
-    The random ones are drawn by ``seed``. The purest are those with the highest top-image purity among
-    latents active on at least 10 images, of equals the less frequent first: a selection, and named so.
+    The random ones are drawn by ``seed`` among latents active on at least 10 images, or if there are none among the
+    alive. The purest have the highest top-image purity of those, of equals the less frequent first: a selection, and
+    named so.
     """
     alive = (counts > 0).nonzero().squeeze(1)
     used = counts.argsort(descending=True, stable=True)[: min(n, len(alive))]
-    generator = torch.Generator().manual_seed(seed)
-    random = alive[torch.randperm(len(alive), generator=generator)[:n]]
-    enough = (images_fired >= 10).nonzero().squeeze(1)
+    enough = (images_fired >= ENOUGH).nonzero().squeeze(1)
+    drawn = enough if len(enough) else alive
+    random = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))[:n]]
     key = purity[enough].double() - 1e-9 * images_fired[enough].double()
     purest = enough[key.argsort(descending=True, stable=True)[:n]]
     return {"most used": used, "random": random, "purest": purest}

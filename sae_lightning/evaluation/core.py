@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lightning.evaluation.by_latent import bands, choose_latents, ranked, spread_ranks, top_purity
+from sae_lightning.evaluation.by_latent import ENOUGH, bands, choose_latents, ranked, spread_ranks, top_purity
 from sae_lightning.evaluation.image_codes import ImageCodes
 from sae_lightning.evaluation.scoring_pass import ScoringPass
 from sae_lightning.evaluation.similarity import ImageEmbeddings, SimilarityEncoder
@@ -114,7 +114,7 @@ def write_summary(
     metrics |= {f"monoscore_above_{t:g}": float((monoscores > t).double().mean()) for t in above}
     metrics |= decoder_cosine(sae.W_dec)
     label, top_share = top_purity(top.images, store.labels)
-    enough = top.fired >= 10
+    enough = top.fired >= ENOUGH
     known = store.labelled and bool(enough.any())
     metrics["top_purity"] = float(top_share[enough].mean()) if known else float("nan")
     chosen = choose_latents(counts, top.fired, top_share, latents_shown)

@@ -86,10 +86,11 @@ class Card:
 
 @dataclass(frozen=True)
 class Cards:
-    """Cards side by side: as many as there is room for, or ``columns``."""
+    """Cards side by side: as many as there is room for at the ``least`` width in pixels, or ``columns``."""
 
     cards: Sequence[Card]
     columns: int = 0
+    least: int = 0
 
 
 @dataclass(frozen=True)

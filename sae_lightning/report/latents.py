@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 
+from sae_lightning.backbones.seen import seen_by
 from sae_lightning.data import ImageData
-from sae_lightning.evaluation.by_latent import BANDS
+from sae_lightning.evaluation.by_latent import BANDS, ENOUGH
 from sae_lightning.features.manifest import StoreError
 from sae_lightning.features.source import Source
 from sae_lightning.rendering.page import Block, Card, Cards, Fold, Heading, Note, Section, Strip
@@ -54,16 +58,21 @@ def _bands(t: dict[str, Tensor], metadata: dict[str, str], images: ImageData, ra
             places = images.index_of([ids[str(int(x))] for x in own]).tolist()
             classes = ", ".join(images.class_names[images.labels[x]] for x in places)
             strips.append(Strip(
-                strip([thumbnail(images[x]) for x in places]), f"{name} images: {classes}", len(own) / len(row), name,
+                strip([thumbnail(images[x]) for x in places], BAND_ROW), f"{name} images: {classes}",
+                min(len(own) / min(len(row), BAND_ROW), 1.0), name,
                 f"{float(values[0]):.2f} – {float(values[len(own) - 1]):.2f}",
             ))  # fmt: skip
     return Card(f"latent {int(t['latents'][i])}", strips, side, f"MonoScore {number(float(t['monoscore'][i]))}")
 
 
-GROUPS = {
+BAND_ROW = 4  # pictures a line of a band
+
+ROW, CARD = 3, 320  # pictures a line of a card, and its least width in pixels
+
+GROUPS = {  # in the order of the page
+    "purest": f"Selected: the highest top-9 class purity among latents that fire on at least {ENOUGH} images.",
+    "random": f"Drawn at random; latents that fire on fewer than {ENOUGH} images are left out.",
     "most used": "The latents that fire on the most patches.",
-    "random": "Drawn at random from all latents that fire.",
-    "purest": "Selected: the highest top-9 class purity among latents active on at least 10 images.",
     "high Moran": "Drawn from the top 5 % of Moran's I among the latents that have one: connected regions.",
     "mean Moran": "The latents whose Moran's I is nearest to the mean.",
     "low Moran": "Drawn from the lowest 5 % of Moran's I: scattered patches.",
@@ -71,13 +80,16 @@ GROUPS = {
 
 MORAN = " Moran"  # how the names of those groups end
 
+PAIRED = 6  # pictures of a latent that are shown twice, plain and tinted
+
 AUDITED = 8  # backbones whose latents of high, mean and low Moran's I are set side by side
 
 
 def latent_groups(
     run: Mapping[str, Any], images: ImageData, ends: str = "", n_cards: int | None = None, n_images: int | None = None
 ) -> list[dict[str, Any]]:
-    """The cards of a run's chosen latents, grouped; strips are drawn from the images' own pixels.
+    """The cards of a run's chosen latents, grouped, those worth seeing first; sheets are drawn from the images' own
+    pixels, of what the encoder saw of them.
 
     Only groups whose name ``ends`` so, with the first ``n_cards`` latents and ``n_images`` images of each.
     """
@@ -85,27 +97,35 @@ def latent_groups(
     moran = read_tensors(run["folder"] / LATENTS)[0].get("moran")
     names, ids = metadata["groups"].split("|"), json.loads(metadata["image_ids"])
     height, width = map(int, metadata["grid"].split("x"))
+    seen = seen_by(run["cfg"]["config"]["backbone"]) if height * width > 1 else None
+
+    @cache
+    def drawn(place: int) -> Image.Image:
+        return thumbnail(images[place] if seen is None else seen(images[place]))
+
     place = dict(zip(ids, images.index_of(list(ids.values())).tolist(), strict=True))  # rows of the store
     groups = []
-    for g, name in enumerate(names):
+    for g, name in sorted(enumerate(names), key=lambda named: [*GROUPS, named[1]].index(named[1])):
         cards: list[dict[str, Any]] = []
-        members = (t["group"] == g).nonzero().squeeze(1).tolist()
+        rare = (t["images_fired"] < ENOUGH) if name == "random" else torch.zeros(len(t["group"]), dtype=torch.bool)
+        members = ((t["group"] == g) & ~rare).nonzero().squeeze(1).tolist()
         if not name.endswith(ends) or not members:
             continue
         for i in members[:n_cards]:
-            chosen = [place[str(int(x))] for x in t["images"][i] if x >= 0][:n_images]
+            most = n_images or (PAIRED if name.endswith(MORAN) else None)
+            chosen = [place[str(int(x))] for x in t["images"][i] if x >= 0][:most]
             if not chosen:
                 continue
-            pictures = [thumbnail(images[x]) for x in chosen]
+            pictures = [drawn(x) for x in chosen]
             maps = t["maps"][i].float().numpy().reshape(-1, height, width)
             peak = float(t["peak"][i])
-            lit = [heat(p, m) if name.endswith(MORAN) else overlay(p, m, peak)
-                   for p, m in zip(pictures, maps, strict=False)]  # fmt: skip
-            label, count = int(t["label"][i]), len(chosen)
+            marked = heat if name.endswith(MORAN) else overlay if seen else lambda picture, _: picture
+            lit = [marked(p, m) for p, m in zip(pictures, maps, strict=False)]
+            label, count = int(t["label"][i]), int((t["images"][i] >= 0).sum())
             cards.append({
-                "latent": int(t["latents"][i]), "plain": strip(pictures), "lit": strip(lit),
+                "latent": int(t["latents"][i]), "plain": strip(pictures, ROW), "lit": strip(lit, ROW),
                 "share": float(t["firing_share"][i]), "peak": peak,
-                "fired": int(t["images_fired"][i]), "shown": count,
+                "fired": int(t["images_fired"][i]), "shown": len(chosen),
                 "makeup": f"{round(float(t['purity'][i]) * count)}/{count} {images.class_names[label]}",
                 "purity": float(t["purity"][i]),
                 "moran": NOTHING if moran is None else number(float(moran[int(t["latents"][i])])),
@@ -135,16 +155,17 @@ def pictures(run: Mapping[str, Any]) -> ImageData | None:
 
 
 def cards_of(group: Mapping[str, Any]) -> list[Card]:
-    """The cards of a group of latents: their top images, and the same with where they fire."""
-    how = "tinted" if group["heat"] else "lit"
-    return [
-        Card(f"latent {c['latent']}", [
-            Strip(c["plain"], f"top images: {c['alt']}", c["shown"] / 9),
-            Strip(c["lit"], f"the same, {how} where the latent fires", c["shown"] / 9),
-        ], right=c["makeup"], footer=f"fires on {100 * c['share']:.2f} % of patches, in {c['fired']} images · peak "
-             f"{c['peak']:.2f}" + (f" · Moran's I {c['moran']}" if c["moran"] != NOTHING else ""))
-        for c in group["cards"]
-    ]  # fmt: skip
+    """The cards of a group of latents: their top images with where they fire; of heat also the plain ones."""
+    cards = []
+    for c in group["cards"]:
+        share, how = min(c["shown"] / ROW, 1.0), "tinted" if group["heat"] else "outlined"
+        plain = [Strip(c["plain"], f"top images: {c['alt']}", share)] if group["heat"] else []
+        what = "the same" if plain else f"top images: {c['alt']}"
+        lit = Strip(c["lit"], f"{what}, {how} where the latent fires", share)
+        footer = f"fires on {100 * c['share']:.2f} % of patches, in {c['fired']} images · peak {c['peak']:.2f}"
+        moran = f" · Moran's I {c['moran']}" if c["moran"] != NOTHING else ""
+        cards.append(Card(f"latent {c['latent']}", [*plain, lit], right=c["makeup"], footer=footer + moran))
+    return cards
 
 
 def audit(saes: Sequence[Scored]) -> list[Heading | Cards]:
@@ -153,11 +174,11 @@ def audit(saes: Sequence[Scored]) -> list[Heading | Cards]:
     for title, members in list(by_backbone(saes).items())[:AUDITED]:
         for sae in members:
             found = pictures(sae.run)
-            groups = [] if found is None else latent_groups(sae.run, found, MORAN, n_cards=1, n_images=6)
+            groups = [] if found is None else latent_groups(sae.run, found, MORAN, n_cards=1)
             cards = [
                 Card(f"{group['name'].removesuffix(MORAN)}: latent {c['latent']}", [
-                    Strip(c["plain"], f"top images: {c['alt']}", c["shown"] / 6),
-                    Strip(c["lit"], "the same, tinted where the latent fires", c["shown"] / 6),
+                    Strip(c["plain"], f"top images: {c['alt']}", min(c["shown"] / ROW, 1.0)),
+                    Strip(c["lit"], "the same, tinted where the latent fires", min(c["shown"] / ROW, 1.0)),
                 ], right=f"I = {c['moran']}") for group in groups for c in group["cards"]
             ]  # fmt: skip
             if cards:
@@ -176,12 +197,12 @@ def latents(runs: Sequence[Mapping[str, Any]], shown: int) -> Section:
         scores = f"explained variance {number(variance)}, L0 {number(l0, '.1f')}"
         blocks: list[Block] = []
         for group in run["groups"]:
-            tint = " Violet to yellow from the weakest to the strongest patch of an image, silent patches grey."
+            tint = " Violet to yellow from the weakest to the strongest patch of an image; silent patches are darker."
             blocks += [
                 Heading(group["title"], group["about"] + (tint if group["heat"] else "")),
-                Cards(cards_of(group)),
+                Cards(cards_of(group), least=CARD),
             ]
         folds.append(Fold(run["label"], blocks, scores, run["colour"], open=len(folds) < 2))
-    about = (f"For each latent the nine {runs[0]['split']} images on which it is strongest: above as they are, below "
-             "with the light on the patches where it fires (full strength is the latent's peak).")  # fmt: skip
+    about = (f"Of each latent the nine {runs[0]['split']} images on which it is strongest, as the encoder sees them: "
+             "the patches where it fires are outlined, the others a little darker.")  # fmt: skip
     return Section("Latents", shown < len(runs) and Note(few), about, folds)

@@ -130,7 +130,7 @@ def benchmark(saes: Sequence[Scored], n_runs: int, latents: bool) -> Section | N
             Heading("Latents of high, mean and low Moran's I"),
             Note("Of one SAE a backbone: a latent drawn from the top 5 % of the distribution above, the one nearest to "
                  "its mean, and one from the lowest 5 %, on their strongest images. Violet to yellow from the weakest "
-                 "to the strongest patch of an image; silent patches are grey. Connected does not mean of one "
+                 "to the strongest patch of an image; silent patches are darker. Connected does not mean of one "
                  "meaning."), audited],
         probing and [Heading("Sparse probing, M4", "Accuracy by the number of latents that a probe sees; M4 is the "
                              "area up to k = 128, dotted and marked. Grey: means of the others."),

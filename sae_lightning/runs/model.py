@@ -15,6 +15,7 @@ from torch import Tensor
 from sae_lightning.backbones.backbone import Backbone
 from sae_lightning.backbones.natural import Natural
 from sae_lightning.backbones.registry import load_backbone
+from sae_lightning.backbones.seen import seen_through
 from sae_lightning.backbones.splice import Splice, spliced
 from sae_lightning.backbones.taps import LAYER_KINDS, Tap
 from sae_lightning.data.decode import to_rgb
@@ -136,13 +137,13 @@ class Model:
         return latents, values
 
     def overlay(self, image: Picture, latent: int, side: int = 224) -> Image.Image:
-        """The picture in grey with the patches where ``latent`` fires in colour; ValueError without patches."""
+        """What the encoder sees of a picture, tinted where ``latent`` fires; ValueError without patches."""
         if self.grid == (1, 1):
             raise ValueError(f"{self.tap} gives one vector a picture, so there is nothing to lay over it.")
         codes = self.encode_images([image])[0].to_dense()
         if not 0 <= latent < codes.shape[1]:
             raise ValueError(f"The SAE has latents 0 to {codes.shape[1] - 1}; latent {latent} was asked for.")
-        shown = thumbnail(picture(image), side)
+        shown = thumbnail(seen_through(self.backbone.transform)(picture(image)), side)
         return heat(shown, codes[:, latent].reshape(self.grid).numpy().astype(np.float32))
 
     @contextmanager

@@ -22,6 +22,7 @@ from sae_lightning.apps.explorer.server import Explorer, make_app, page
 from sae_lightning.apps.explorer.uploads import Uploads
 from sae_lightning.apps.explorer.views import Captioner
 from sae_lightning.features.source import Source
+from sae_lightning.rendering.pictures import SILENT
 from sae_lightning.runs.run import Run
 from sae_lightning.saes import Normalizer, TopK
 from sae_lightning.training.fit import record
@@ -129,6 +130,7 @@ def test_runs_are_listed_and_described(client, runs):
     assert patch["n_images"] == 32
     assert not patch["evaluated"]
     assert [c["name"] for c in patch["columns"]][:2] == ["monoscore", "purity"]
+    assert (patch["sort"], patch["least"]) == ("purity", 1)  # what is listed first, on one picture in a hundred
 
 
 def test_the_list_is_sorted_and_paged(client, open_runs):
@@ -185,14 +187,19 @@ def test_pictures_come_as_webp_plain_and_lit(client, open_runs):
     for answer in (plain, lit):
         assert answer.headers["content-type"] == "image/webp"
         assert "max-age" in answer.headers["cache-control"]
-        assert Image.open(io.BytesIO(answer.content)).size == (32, 32)
-    assert plain.content != lit.content
-    lightness = (
-        np.asarray(Image.open(io.BytesIO(lit.content)).convert("L"), dtype=float).reshape(8, 4, 8, 4).mean((1, 3))
-    )
+    tint = client.get(f"/api/runs/0/images/0/over/{latent}?heat=1")
+
+    def patches(answer):
+        shown = Image.open(io.BytesIO(answer.content)).convert("RGB").resize((96, 96), Image.Resampling.NEAREST)
+        return np.asarray(shown, dtype=float).reshape(8, 12, 8, 12, 3)[:, 3:9, :, 3:9].mean((1, 3))
+
     fires = open_runs[0].activation(PictureRef("images", 0), latent) > 0
     assert 0 < fires.sum() < 64
-    assert lightness[fires].mean() > lightness[~fires].mean() + 10
+    assert np.abs(patches(lit) - patches(plain))[fires].mean() < 12  # their own colours
+    assert np.abs(patches(lit) - SILENT * patches(plain))[~fires].mean() < 12
+    assert np.abs(patches(tint) - patches(lit))[~fires].mean() < 8
+    assert np.abs(patches(tint) - patches(lit))[fires].mean() > 30
+    assert client.get(f"/api/runs/0/images/0/over/{latent}?heat=2").status_code == 400
     assert client.get("/api/runs/1/images/0/over/0").status_code == 409  # no patches
 
 
@@ -207,6 +214,10 @@ def test_an_upload_has_the_latents_of_the_same_stored_picture(client, open_runs)
     picture = client.get(f"/api/runs/0/uploads/{number}/picture")
     assert (picture.status_code, picture.headers["cache-control"]) == (200, "no-store")
     assert client.get(f"/api/runs/0/uploads/{number}/over/{latent}").status_code == 200
+    large = io.BytesIO()
+    Image.new("RGB", (900, 700)).save(large, "PNG")
+    own = client.get(f"/api/runs/1/uploads/{upload(client, large.getvalue())}/picture?size=1024")
+    assert Image.open(io.BytesIO(own.content)).size == (700, 700)  # at its own resolution
     near = client.post(f"/api/runs/0/uploads/{number}/turn", json={"latent": latent, "value": 2.0}).json()
     assert near["before"][0]["image"] == 5  # the same picture is nearest
 
@@ -434,14 +445,15 @@ def served(app):
 
 @pytest.mark.slow
 @pytest.mark.skipif(browser() is None, reason="no chromium here")
-@pytest.mark.parametrize("fragment", ["", "#picture=image:4&overlay=0", "#run=1&sort=latent&order=asc&least=0"])
+@pytest.mark.parametrize("fragment", ["", "#picture=image:4&overlay=0", "#run=NAME&sort=latent&order=asc&least=0"])
 def test_a_browser_shows_the_latents(address, open_runs, tmp_path, fragment):
-    dumped = seen(address + fragment, tmp_path)
+    dumped = seen(address + fragment.replace("NAME", open_runs.runs[1].name), tmp_path)
     rows = [int(n) for n in re.findall(r'data-latent="(\d+)"', dumped)]
-    query = "order=desc&least=5" if "run=1" not in fragment else "sort=latent&order=asc&least=0"
-    view = open_runs[1 if "run=1" in fragment else 0]
+    run = int("run=" in fragment)
+    view = open_runs[run]
+    query = "sort=latent&order=asc&least=0" if run else f"sort=purity&order=desc&least={view.least}"
     client = TestClient(make_app(Explorer(open_runs, Captioner(None))), base_url=SITE)
-    wanted = client.get(f"/api/runs/{1 if 'run=1' in fragment else 0}/latents?{query}").json()["rows"]
+    wanted = client.get(f"/api/runs/{run}/latents?{query}").json()["rows"]
     assert rows[:10] == [row["latent"] for row in wanted[:10]]
     assert 10 <= len(rows) < view.d_sae  # only those in sight
     if "picture" in fragment:

@@ -21,6 +21,7 @@ from sae_lightning.backbones.registry import load_backbone
 from sae_lightning.backbones.transformers_images import processor_transform
 from sae_lightning.data import DataError, Masks, load_images, load_masks
 from sae_lightning.data.geometry import nearest, steps_of, through
+from sae_lightning.data.geometry import seen as seen_part
 from sae_lightning.data.masks import IGNORE, patch_labels, patch_pixels
 from tests.backbones.models import backbone
 from tests.data.making import folder_cfg, hf_cfg, pixels, png
@@ -115,6 +116,23 @@ def test_what_padding_adds_is_no_class():
     assert (seen == IGNORE).sum() == 13 * 13 - 64
     padded = transforms.CenterCrop(13)(Image.fromarray(mask_pixels(0, 8, 8) + 1))
     np.testing.assert_array_equal(np.asarray(padded) == 0, seen == IGNORE)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (300, 641), (256, 256), (60, 40)])
+@pytest.mark.parametrize("steps", [
+    [transforms.Resize(256), transforms.CenterCrop(224)], [transforms.Resize((224, 224))], [transforms.CenterCrop(300)],
+])  # fmt: skip
+def test_what_is_shown_of_a_picture_is_what_the_encoder_sees(size, steps):
+    across, down = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    picture = Image.fromarray(np.stack([across, down, 255 - across], -1).astype(np.uint8))
+    transform = transforms.Compose(steps)
+    shown = seen_part(picture, transform)
+    assert shown.width == shown.height
+    given = transform(picture).resize(shown.size, Image.Resampling.BILINEAR)
+    apart = np.abs(np.asarray(shown).astype(int) - np.asarray(given).astype(int))
+    assert apart.mean() < 4  # of 255: about a pixel of the smallest picture
+    if len(steps) == 2:
+        assert shown.width < min(size)  # less than the whole centred square
 
 
 def test_unknown_steps_are_refused():

@@ -18,7 +18,7 @@ from sae_lightning.files import write_tensors
 from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.part import Column
 from sae_lightning.metrics.sparsity import HISTOGRAMS, ActivationHistogram
-from sae_lightning.rendering.pictures import GAP, heat
+from sae_lightning.rendering.pictures import GAP, SILENT, heat
 from sae_lightning.rendering.table import number
 from sae_lightning.report import latents as report_latents
 from sae_lightning.report import page as report_page
@@ -324,18 +324,16 @@ def test_histograms_are_drawn_where_a_run_has_them(tmp_path):
 
 
 def test_heat_tints_the_patches_that_fire_by_their_strength():
-    image = Image.new("RGB", (32, 32), (90, 160, 220))
+    image = Image.new("RGB", (96, 96), (90, 160, 220))
     activation = np.zeros((8, 8), dtype=np.float32)
     activation[2, 2:5] = 1.0, 2.0, 4.0
     shown = np.asarray(heat(image, activation)).astype(int)
-    colour = np.ptp(shown, axis=-1)
-    fires = np.kron(activation > 0, np.ones((4, 4))).astype(bool)
-    assert colour[~fires].max() <= 1  # grey
-    assert colour[fires].min() > 40
-    weak, middle, strong = (shown[8:12, 4 * i : 4 * i + 4].mean() for i in (2, 3, 4))
-    assert weak < middle < strong
+    fires = np.kron(activation > 0, np.ones((12, 12))).astype(bool)
+    assert (shown[~fires] == [int(SILENT * c) for c in (90, 160, 220)]).all()  # their colours
+    weak, middle, strong = (shown[24:36, 12 * i : 12 * i + 12].mean((0, 1)) for i in (2, 3, 4))
+    assert weak[0] < middle[0] < strong[0]
     everywhere = np.linspace(5, 6, 64).reshape(8, 8)  # fires on all patches: its own range is what counts
-    spread = np.asarray(heat(image, everywhere)).astype(int).mean(-1)
+    spread = np.asarray(heat(image, everywhere)).astype(int)[..., 0]
     assert spread[-1, -1] - spread[0, 0] > 60
     assert len(np.unique(np.asarray(heat(image, np.ones((8, 8)))).reshape(-1, 3), axis=0)) == 1
 
@@ -393,12 +391,17 @@ def shown(monkeypatch):
         monkeypatch.setattr(module, "pictures", pictures_of)
 
 
-def tinted(uri, place):
-    """Which patches [GRID, GRID] of image ``place`` of a strip are tinted."""
+def patches(uri, place):
+    """Colours [GRID, GRID, 3] of image ``place`` of a sheet of three a line."""
     sheet = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).convert("RGB")
-    pixels = np.asarray(sheet).astype(int)[:, place * (32 + GAP) : place * (32 + GAP) + 32]
-    side = 32 // GRID
-    return np.ptp(pixels.reshape(GRID, side, GRID, side, 3).mean((1, 3)), axis=-1) > 30
+    y, x = (96 + GAP) * (place // 3), (96 + GAP) * (place % 3)
+    side = 96 // GRID
+    return np.asarray(sheet).astype(float)[y : y + 96, x : x + 96].reshape(GRID, side, GRID, side, 3).mean((1, 3))
+
+
+def tinted(plain, uri, place):
+    """Which patches [GRID, GRID] of image ``place`` are tinted in the sheet ``uri``."""
+    return np.abs(patches(uri, place) - SILENT * patches(plain, place)).max(-1) > 25
 
 
 def test_runs_of_core_scores_alone_give_the_page_without_the_section(tmp_path, shown):
@@ -440,10 +443,8 @@ def test_the_page_has_tables_figures_files_and_latents_by_their_moran(tmp_path, 
     cards = re.findall(r"<b>(high|mean|low): latent (\d+)</b></span><span>I = ([^<]*)</span>", audit)
     one = [("high", "1", "0.610"), ("mean", "2", "0.310"), ("low", "3", "-0.040")]
     assert cards == one * 2  # of one SAE a backbone
-    overlays = re.findall(
-        r'<img src="([^"]*)" alt="the same, tinted where the latent fires" style="max-width:100', audit
-    )
-    high, _, low = (tinted(uri, 3) for uri in overlays[:3])
+    sheets = re.findall(r'<img src="([^"]*)" alt="[^"]*" style="max-width:100', audit)
+    high, _, low = (tinted(plain, uri, 3) for plain, uri in zip(sheets[:6:2], sheets[1:6:2], strict=True))
     assert high[:2, :2].all()
     assert high.sum() == 4  # one connected region
     assert low[::2, ::2].all()

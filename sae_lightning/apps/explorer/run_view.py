@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae_lightning.apps.explorer.uploads import RefusedError, Uploads
 from sae_lightning.apps.names import names_of
+from sae_lightning.backbones.seen import seen_by
 from sae_lightning.data.decode import decode
 from sae_lightning.evaluation.by_latent import ImagesOfLatents, scored_latents, top_purity
 from sae_lightning.evaluation.core import stored_scores
@@ -177,12 +178,18 @@ class RunView:
         self.percentiles = percentiles(self.figures.columns.values())
         self.directions = torch.nn.functional.normalize(opened.sae.W_dec.detach().float(), dim=1)
         self.version = hashlib.sha256(f"{self.store.fingerprint}|{opened.folder}".encode()).hexdigest()[:12]
+        self.seen = seen_by(opened.source.backbone) if self.has_patches else lambda picture: picture
         self._encoded: OrderedDict[PictureRef, csr_matrix] = OrderedDict()
         self._work = Lock()
 
     @property
     def d_sae(self) -> int:
         return self.codes.shape[1]
+
+    @property
+    def least(self) -> int:
+        """On how many pictures, one in a hundred, a latent fires that is listed unless others are asked for."""
+        return max(1, -(-len(self.store) // 100))
 
     @property
     def has_patches(self) -> bool:

@@ -30,7 +30,7 @@ from sae_lightning.apps.explorer.guards import Guard, read_body
 from sae_lightning.apps.explorer.run_view import KINDS, OpenRuns, PictureRef, RunView
 from sae_lightning.apps.explorer.uploads import RefusedError, read_picture
 from sae_lightning.apps.explorer.views import Captioner, choose, turned_view
-from sae_lightning.rendering.pictures import overlay, thumbnail
+from sae_lightning.rendering.pictures import heat, overlay, thumbnail
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "rendering" / "templates"
 
@@ -56,9 +56,9 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-SMALL, LARGE = 96, 288  # pixels at most: in lists, and alone
+SMALL, LARGE, WHOLE = 96, 288, 1024  # pixels at most: in lists, in galleries, and alone
 
-SIZES = (SMALL, LARGE)
+SIZES = (SMALL, LARGE, WHOLE)
 
 
 def webp(picture: Image.Image) -> bytes:
@@ -137,8 +137,9 @@ class Explorer:
         return self._image(request, None)
 
     def over(self, request: Request) -> Response:
-        """A picture as WebP with the patches lit on which a latent fires."""
-        return self._image(request, self._latent(request, self._run(request)))
+        """A picture as WebP with the patches outlined on which a latent fires; tinted with ``heat=1``."""
+        tinted = _whole(request.query_params, "heat", 0, 1) == 1
+        return self._image(request, self._latent(request, self._run(request)), tinted)
 
     def captions(self, request: Request) -> Response:
         """Whether captions can be had for a run, and why not."""
@@ -177,21 +178,21 @@ class Explorer:
             raise RefusedError(404, WORDS[404])
         return PictureRef(kind, request.path_params["number"])
 
-    def _image(self, request: Request, latent: int | None) -> Response:
+    def _image(self, request: Request, latent: int | None, tinted: bool = False) -> Response:
         size = _whole(request.query_params, "size", SIZES[0], max(SIZES))
         if size not in SIZES:
-            raise RefusedError(400, f"Pictures come in sizes {' and '.join(map(str, SIZES))}.")
+            raise RefusedError(400, f"Pictures come in sizes {', '.join(map(str, SIZES))}.")
         picked = self._picked(request)
-        data = self._webp(request.path_params["run"], picked, size, latent)
+        data = self._webp(request.path_params["run"], picked, size, latent, tinted)
         # numbers of uploads begin anew with each server
         kept = "no-store" if picked.kind == "uploads" else "private, max-age=86400"
         return Response(data, media_type="image/webp", headers={"cache-control": kept})
 
-    def _draw(self, run: int, picked: PictureRef, size: int, latent: int | None) -> bytes:
+    def _draw(self, run: int, picked: PictureRef, size: int, latent: int | None, tinted: bool) -> bytes:
         view = self.open_runs[run]
-        picture = thumbnail(view.picture(picked), size)
+        picture = thumbnail(view.seen(view.picture(picked)), size)
         if latent is not None:
-            picture = overlay(picture, view.activation(picked, latent), view.peak(latent))
+            picture = (heat if tinted else overlay)(picture, view.activation(picked, latent))
         return webp(picture)
 
 

@@ -29,6 +29,8 @@ def run_view(run: RunView) -> dict[str, Any]:
     return {
         "title": run.opened.label, "name": run.opened.name, "version": run.version, "split": run.split,
         "n_images": len(run.store), "d_sae": run.d_sae, "alive": int((figures.images_fired > 0).sum()),
+        "sort": next((n for n in ("purity", "monoscore") if n in figures.columns), next(iter(figures.columns))),
+        "least": run.least,
         "patches": list(run.store.grid) if run.has_patches else None, "evaluated": figures.evaluated,
         "columns": [{"name": c.name, "title": c.title, "about": c.about} for c in figures.columns.values()],
         "classes": run.class_names if len(run.class_names) > 1 else [],

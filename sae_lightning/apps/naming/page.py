@@ -21,6 +21,7 @@ from sae_lightning.apps.naming.match import (
 )
 from sae_lightning.apps.naming.vocabulary import MEASURES, RANDOM_LATENTS, RANDOM_WORDS, TextNames
 from sae_lightning.apps.statistics import turns
+from sae_lightning.backbones.seen import seen_by
 from sae_lightning.evaluation.by_latent import top_images
 from sae_lightning.evaluation.core import activation_maps
 from sae_lightning.rendering.figures import COLOURS, figure
@@ -215,7 +216,7 @@ def cards(opened: Run, table: pd.DataFrame, latents: np.ndarray, cfg: DictConfig
     """What is shown of each of ``latents``: its name and the next best, its label, and strips of its top images."""
     images = opened.images(cfg.split)
     top = top_images(opened.codes(cfg.split), cfg.app.top, latents)
-    maps = None
+    maps, seen = None, seen_by(opened.source.backbone)
     if opened.store(cfg.split).spatial:
         with torch.no_grad():
             where = torch.tensor(latents), torch.from_numpy(top)
@@ -223,11 +224,11 @@ def cards(opened: Run, table: pd.DataFrame, latents: np.ndarray, cfg: DictConfig
     shown = []
     for place, latent in enumerate(latents.tolist()):
         row, there = table.iloc[latent], np.flatnonzero(top[place] >= 0)
-        pictures = [thumbnail(images[int(top[place, i])]) for i in there]
+        pictures = [thumbnail(seen(images[int(top[place, i])])) for i in there]
         rows = [pictures] if pictures else []
         if maps is not None and pictures:
             grids = maps[place].reshape(-1, *opened.store(cfg.split).grid).numpy()
-            rows.append([overlay(one, grids[i], float(grids.max())) for i, one in zip(there, pictures, strict=True)])
+            rows = [[overlay(one, grids[i]) for i, one in zip(there, pictures, strict=True)]]
         classes = ", ".join(images.class_names[c] for c in images.labels[top[place, there]].tolist())
         footer = [] if pictures else [f"fires on no image of the {cfg.split} split"]
         if row["label"] >= 0:

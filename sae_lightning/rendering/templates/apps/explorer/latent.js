@@ -23,7 +23,7 @@ function tile(column, found) {
   const share = found.percentiles[column.name], fill = el("i");
   fill.style.width = `${100 * (share ?? 0)}%`;
   const title = column.about + (share === null ? "" : ` Above ${Math.round(100 * share)} % of latents.`);
-  return el(column.name === state.sort ? "div.tile.on" : "div.tile", { title },
+  return el(column.name === sortedBy() ? "div.tile.on" : "div.tile", { title },
     el("span", {}, column.title), el("b", {}, figures(found.values[column.name])), el("div.meter", {}, fill));
 }
 
@@ -60,9 +60,13 @@ function chip(row, figure, onclick, pressed = null, picture = null) {
 }
 
 const backButton = () => el("button.back", { type: "button", onclick: () => go({ latent: "", picture: "" }) }, "‹ All");
+const toggleOverlay = () => go({ overlay: state.overlay === "1" ? "0" : "1" });
+const toggleHeat = () => go({ heat: state.heat ? "" : "1", overlay: "1" });
 function overlayButton() {
   if (!runAbout.patches) return el("span.soft", {}, "whole pictures, no patches");
-  return el("button", { type: "button", title: "Light the patches on which it fires (o)", "aria-pressed": String(state.overlay === "1"), onclick: () => go({ overlay: state.overlay === "1" ? "0" : "1" }) }, "Patches");
+  return el("span.head", {},
+    el("button", { type: "button", title: "Outline the patches on which it fires (o)", "aria-pressed": String(state.overlay === "1"), onclick: toggleOverlay }, "Patches"),
+    el("button", { type: "button", title: "Tint them by how strongly it fires (h)", "aria-pressed": String(Boolean(overlayOn() && state.heat)), onclick: toggleHeat }, "Heat"));
 }
-const keys = () => el("p.keys.soft", {}, ...["j", "k", " next and previous latent  ", "/", " search  ", "o", " patches  ", "u", " upload  ", "Esc", " back"]
+const keys = () => el("p.keys.soft", {}, ...["j", "k", " next and previous latent  ", "/", " search  ", "o", " patches  ", "h", " heat  ", "u", " upload  ", "Esc", " back"]
   .map((text) => (text.startsWith(" ") ? text : el("kbd", {}, text))));

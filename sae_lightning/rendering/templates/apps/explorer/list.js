@@ -3,11 +3,11 @@ const LINE = 62, PAGE = 50;
 const list = { key: "", total: 0, pages: new Map(), stop: null };
 
 function listQuery() {
-  return new URLSearchParams({ sort: state.sort, order: state.order, text: state.q, label: state.label || "-1", least: state.least || "0" }).toString();
+  return new URLSearchParams({ sort: sortedBy(), order: state.order, text: state.q, label: state.label || "-1", least: least() }).toString();
 }
 
 async function showList() {
-  const key = `${state.run}?${listQuery()}`;
+  const key = `${runNumber()}?${listQuery()}`;
   if (key === list.key) return markLine();
   list.stop?.abort();
   Object.assign(list, { key, pages: new Map(), stop: new AbortController() });
@@ -48,7 +48,7 @@ async function drawLines() {
 }
 
 function line(row, place) {
-  const sorted = state.sort === "latent" ? "" : state.sort;
+  const sorted = sortedBy() === "latent" ? "" : sortedBy();
   const made = el("div.row", { role: "option", title: `Latent ${row.latent}, fires on ${whole(row.images_fired)} pictures`, onclick: () => go({ latent: String(row.latent), picture: "", value: "" }) },
     el("div", {}, el("b", {}, latentName(row)), el("small", {}, `${row.name ? `#${row.latent} · ` : ""}${classShare(row)}on ${whole(row.images_fired)}`)),
     el("div.thumbs", {}, ...row.images.slice(0, 3).map((i) => image(`image:${i}`))),
@@ -88,15 +88,14 @@ async function stepInList(by, asked = true) {
 /* the controls above the list, from what the run has */
 function fillFilters() {
   $("sort").replaceChildren(...runAbout.columns.map((c) => el("option", { value: c.name, title: c.about }, c.title)), el("option", { value: "latent" }, "Number"));
-  if (!runAbout.columns.some((c) => c.name === state.sort) && state.sort !== "latent") state.sort = runAbout.columns[0].name;
   $("label").replaceChildren(el("option", { value: "" }, "any class"), ...runAbout.classes.map((name, i) => el("option", { value: String(i) }, name)));
   $("label").hidden = !runAbout.classes.length;
   if (state.label && !runAbout.classes[state.label]) state.label = "";
 }
 function setFilters() {
-  $("sort").value = state.sort;
+  $("sort").value = sortedBy();
   $("label").value = state.label;
   $("order").textContent = state.order === "desc" ? "↓" : "↑";
   $("order").title = state.order === "desc" ? "High ones first" : "Low ones first";
-  for (const [id, name] of [["text", "q"], ["least", "least"]]) if (document.activeElement !== $(id)) $(id).value = state[name];
+  for (const [id, value] of [["text", state.q], ["least", least()]]) if (document.activeElement !== $(id)) $(id).value = value;
 }

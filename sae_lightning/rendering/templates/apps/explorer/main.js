@@ -1,12 +1,12 @@
 /* start, and what happens on keys, filters and uploads */
-let runShown = null;
+let runShown = null; // the number of the run that the page is filled with
 
 async function show() {
-  if (runShown !== state.run) {
-    $("run").value = state.run;
+  if (runShown !== runNumber()) {
+    $("run").value = String(runNumber());
     $("detail").replaceChildren(el("p.soft.waiting", {}, "Opening the run; the first time its pictures are encoded …"));
-    const run = state.run, found = await ask(api());
-    if (run !== state.run) return;
+    const run = runNumber(), found = await ask(api());
+    if (run !== runNumber()) return;
     runAbout = found;
     runShown = run;
     document.title = `${found.title} · Explorer`;
@@ -40,11 +40,11 @@ function listen() {
   let waits;
   const soon = (changes) => { clearTimeout(waits); waits = setTimeout(() => go(changes()), 180); };
   $("text").addEventListener("input", () => soon(() => ({ q: $("text").value })));
-  $("least").addEventListener("input", () => soon(() => ({ least: String(Math.max(0, Math.floor(Number($("least").value) || 0))) })));
+  $("least").addEventListener("input", () => soon(() => ({ least: $("least").value && String(Math.max(0, Math.floor(Number($("least").value) || 0))) })));
   $("sort").addEventListener("change", () => go({ sort: $("sort").value }));
   $("label").addEventListener("change", () => go({ label: $("label").value }));
   $("order").addEventListener("click", () => go({ order: state.order === "desc" ? "asc" : "desc" }));
-  $("run").addEventListener("change", () => go({ run: $("run").value, latent: "", value: "", ...(state.picture.startsWith("upload:") ? {} : { picture: "" }) }));
+  $("run").addEventListener("change", () => go({ run: runs[Number($("run").value)].name, latent: "", value: "", ...(state.picture.startsWith("upload:") ? {} : { picture: "" }) }));
   $("file").addEventListener("change", () => { upload($("file").files[0]); $("file").value = ""; });
   $("toast").addEventListener("click", hush);
   $("scroll").addEventListener("scroll", () => drawLines().catch(failed), { passive: true });
@@ -59,7 +59,7 @@ function listen() {
     if (event.key === "Escape") return typing ? event.target.blur() : state.picture ? go({ picture: "", value: "" }) : go({ latent: "" });
     if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
     const does = { j: () => stepInList(1), ArrowDown: () => stepInList(1), k: () => stepInList(-1), ArrowUp: () => stepInList(-1),
-      o: () => go({ overlay: state.overlay === "1" ? "0" : "1" }), u: () => $("file").click(), "/": () => $("text").focus() }[event.key];
+      o: toggleOverlay, h: toggleHeat, u: () => $("file").click(), "/": () => $("text").focus() }[event.key];
     if (!does) return;
     event.preventDefault();
     Promise.resolve(does()).catch(failed);
@@ -69,9 +69,9 @@ function listen() {
 async function start() {
   readAddress();
   listen();
-  const runs = await ask(`${HOME}api/runs`);
+  runs = await ask(`${HOME}api/runs`);
   $("run").replaceChildren(...runs.map((run, i) => el("option", { value: String(i), title: run.name }, run.title)));
-  if (!(Number(state.run) in runs)) state.run = "0";
+  if (/^[0-9]+$/.test(state.run)) state.run = runs[Number(state.run)]?.name ?? "";
   await show();
 }
 start().catch(failed);

@@ -12,7 +12,7 @@ async function showPicture() {
     el("div.head", {}, backButton(), el("h2", {}, title, el("small", {}, own ? "held in memory only" : `picture ${found.number} of ${runAbout.split}`)), el("span.grow"), overlayButton()),
     found.caption ? el("p.soft", {}, `“${found.caption}”`) : null,
     el("div.seen", {},
-      el("figure", {}, image(picked, over, 288, title)),
+      el("figure", {}, image(picked, over, 1024, title)),
       el("div", {}, el("h3", {}, "Its latents", el("small", {}, `the strongest of ${whole(found.active)} that fire, with their activation`)),
         el("div.chips", {}, ...found.latents.map((row) => chip(row, figures(row.value), () => go({ latent: String(row.latent), value: "" }),
           String(row.latent) === latent, runAbout.patches ? image(picked, row.latent) : null))))),
@@ -65,7 +65,7 @@ async function turned(found, latent) {
 }
 
 async function caption(sent, asItIs, still) {
-  const run = state.run;
+  const run = runNumber();
   captionsFor[run] ??= (await ask(api("/captions"))).why_not;
   if (!still()) return;
   if (captionsFor[run]) return $("said").replaceChildren(el("p.soft", {}, `No captions: ${captionsFor[run]}`));

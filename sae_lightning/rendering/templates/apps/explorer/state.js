@@ -1,7 +1,8 @@
 /* what is shown, as the address says it after the #; runAbout is what the server says of the run */
-const DEFAULTS = { run: "0", latent: "", picture: "", sort: "", order: "desc", q: "", label: "", least: "5", overlay: "1", value: "" };
+const DEFAULTS = { run: "", latent: "", picture: "", sort: "", order: "desc", q: "", label: "", least: "", overlay: "1", heat: "", value: "" };
 const state = { ...DEFAULTS };
 let runAbout = null;
+let runs = [];
 
 function readAddress() {
   const given = new URLSearchParams(location.hash.slice(1));
@@ -21,7 +22,12 @@ function go(changes, asked = true) {
 
 /* where the page itself is: a proxy may show it below a prefix, with or without a slash behind it */
 const HOME = location.pathname.replace(/\/*$/, "/");
-const api = (rest = "") => `${HOME}api/runs/${state.run}${rest}`;
+const api = (rest = "") => `${HOME}api/runs/${runNumber()}${rest}`;
+/* an address names a run, so that it leads to the same latent whatever other runs are open; the first without */
+const runNumber = () => Math.max(0, runs.findIndex((run) => run.name === state.run));
+/* what the run suggests, where the address says nothing else */
+const sortedBy = () => (state.sort === "latent" || runAbout.columns.some((c) => c.name === state.sort) ? state.sort : runAbout.sort);
+const least = () => (state.least === "" ? String(runAbout.least) : state.least);
 /* image:12 or upload:0 as the server's path */
 const pictureApi = (picked) => api("/" + picked.replace("image:", "images/").replace("upload:", "uploads/"));
 const overlayOn = () => state.overlay === "1" && runAbout.patches;
@@ -29,7 +35,7 @@ const overlayOn = () => state.overlay === "1" && runAbout.patches;
 /* the address of a picture, with a latent's patches lit where one is given */
 function source(picked, latent = null, size = 96) {
   const over = latent === null ? "/picture" : `/over/${latent}`;
-  return `${pictureApi(picked)}${over}?size=${size}&v=${runAbout.version}`;
+  return `${pictureApi(picked)}${over}?size=${size}${latent !== null && state.heat ? "&heat=1" : ""}&v=${runAbout.version}`;
 }
 function image(picked, latent = null, size = 96, alt = "") {
   const made = el("img", { src: source(picked, latent, size), alt, loading: "lazy", decoding: "async" });
