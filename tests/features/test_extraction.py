@@ -270,12 +270,20 @@ def test_top_images_are_the_right_pictures_where_some_were_left_out(tmp_path):
 
     with safe_open(run / TOP_IMAGES, "pt") as file:
         ids, shown = json.loads(file.metadata()["image_ids"]), file.get_tensor("images")
+        latents = file.get_tensor("latents").tolist()
     assert ids == {str(i): store.image_ids[i] for i in shown[shown >= 0].unique().tolist()}
-    cards = [card for group in latent_groups({"folder": run}, images) for card in group["cards"]]
+    about = {"folder": run, "cfg": {"config": {"backbone": Source.of(cfg).backbone}}}
+    groups = latent_groups(about, images)
+    assert [group["name"] for group in groups] == ["purest", "random", "most used"]
+    labels = {
+        latent: ", ".join(store.class_names[store.labels[i]] for i in row if i >= 0)
+        for latent, row in zip(latents, shown.tolist(), strict=True)
+    }
+    cards = [card for group in groups for card in group["cards"]]
     assert cards
-    for row, card in zip(shown[(shown >= 0).any(1)].tolist(), cards, strict=True):
-        labels = [store.class_names[store.labels[i]] for i in row if i >= 0]
-        assert card["alt"] == ", ".join(labels)
+    for card in cards:
+        assert card["alt"] == labels[card["latent"]]
+        assert card["fired"] >= 10 or card in groups[2]["cards"]
 
 
 # --- an encoder that does not give one row an image ---------------------------------------------------------
