@@ -221,6 +221,7 @@ PARTS: dict[str, Section] = {
         "images": whole(2), "latents": whole(1), "groups": whole(1), "seed": SEED, "features": Maybe(FEATURES),
         "pairing": Named(TEXT), "other": TEXT, "store": Maybe(PATH), "judges": Named(Maybe(BACKBONE)),
     },
+    "ms_score": {"judge": Maybe(BACKBONE), "features": Maybe(FEATURES), "store": Maybe(PATH)},
     "cross_domain": {"codes": FLAG, "k": whole(1), "C": number(above=0), "max_iter": whole(1), "sets": Named(DATA)},
     "absorption": {**PROBE, "alphas": list_of(SHARE), "betas": list_of(SHARE), "min_group": whole(2)}, "retrieval": AT,
     "image_text": AT,

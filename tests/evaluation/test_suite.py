@@ -42,6 +42,7 @@ METRICS = {
     "histograms": {"low": -4, "high": 4, "per_decade": 5},
     "cknna": {"k": 5, "samples": 60, "seed": 42},
     "recovery": {"budgets": [1, 2], "images": 20, "samples": 100, "seed": 42},
+    "ms_score": {"judge": None, "features": None, "store": None},
     "monosemanticity": {
         "images": 8, "latents": 30, "groups": 20, "seed": 42, "features": None, "store": None, "pairing": {},
         "other": "itself", "judges": {"itself": None},
@@ -334,7 +335,7 @@ def test_a_call_killed_between_parts_keeps_the_finished_ones(folders, computed, 
     evaluate_runs(folders[:1], settings())
     assert done[-1] == "retrieval"
     assert [name for _, name in computed["parts"]] == [name for name in METRICS if name not in done[:-1]]
-    assert sum(computed["read"]) == 20 + 90  # recovery's and those of embeddings; the pass was not repeated
+    assert sum(computed["read"]) == 20 + 2 * 90  # recovery's and two judges' embeddings; the pass was not repeated
 
 
 def test_a_part_that_cannot_be_computed_leaves_the_others(folders, capsys):
