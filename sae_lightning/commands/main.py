@@ -18,7 +18,7 @@ OTHERS = {
     "store": "list, check, describe, merge and import feature stores",
     "runs": "how far runs are; remove, compare and tidy them",
     "import": "make a run of an SAE that another package has trained",
-    "check": "whether SAEs are used as they were trained",
+    "check": "the environment in ten lines; whether SAEs are used as they were trained",
     "pretrained": "list public SAEs that can be imported by name",
 }
 COMMANDS = HYDRA | OTHERS

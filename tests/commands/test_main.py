@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
@@ -36,6 +37,18 @@ def test_the_commands_are_listed_and_misspelt_ones_named(capsys):
     assert all(said.count(f"\n  {name} ") == 2 for name in commands.COMMANDS)
     assert main(["trian"]) == 2
     assert "There is no command trian; choose one of train, extract" in capsys.readouterr().err
+
+
+def test_the_environment_in_ten_lines(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert main(["check"]) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(said) == ["package", "libraries", "processor", "memory", "kernels", "GPUs", "disk", "logins", "extras"]
+    assert f"torch {torch.__version__.split('+')[0]}" in said["libraries"]
+    assert said["logins"].startswith("model hub yes")
+    assert "WANDB_MODE is set" in said["logins"]
+    assert "hf_secret" not in str(said)
 
 
 @pytest.mark.parametrize("name", commands.HYDRA)
