@@ -96,6 +96,42 @@ def test_data_decides_the_backbones_size_and_k():
     assert load("k=64").sae.settings.k == 64
 
 
+# MSAE, App. B: the settings of its tables
+MSAE = {
+    "msae": ("msae", 1e-4, 64), "msae/relu": ("relu", 5e-5, None), "msae/topk": ("topk", 5e-4, 32),
+    "msae/batchtopk": ("batchtopk", 5e-4, 16), "msae/low": ("msae", 1e-4, 128), "msae/softcap": ("msae", 1e-4, 64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MSAE)
+@pytest.mark.parametrize(("expansion", "epochs"), [(8, 30), (16, 30), (32, 20)])
+def test_the_settings_of_msae(name, expansion, epochs):
+    sae, lr, k = MSAE[name]
+    more = [f"k={k}"] if name in ("msae/topk", "msae/batchtopk") else []
+    cfg = load(f"experiment={name}", "data=imagenet", "data.path=x", f"expansion={expansion}", *more)
+    found = cfg.optimizer.name, cfg.optimizer.lr, cfg.batch_size, cfg.trainer.max_epochs, cfg.features, cfg.sae.name
+    assert found == ("adam", lr, 4096, epochs, "embedding", sae)
+    assert (cfg.sae.settings.encoder_norm, cfg.loss.aux, cfg.schedule.decay, cfg.schedule.warmup) == (0.1, 0, 0, 0)
+    assert cfg.sae.settings.get("k") == k
+    if name == "msae/relu":
+        assert (cfg.sae.target_l0, cfg.loss.sparsity, cfg.loss_options.sparsity) == (
+            None,
+            0.03,
+            {"decoder_norms": False},
+        )
+    if name == "msae/low":
+        assert cfg.sae.settings.ks == [128, 256]
+
+
+@pytest.mark.parametrize("name", ["ms_score", "ms_score/sparsity"])
+def test_the_settings_of_ms_score(name):
+    cfg = load(f"experiment={name}", "data=imagenet", "data.path=x")
+    found = cfg.backbone.name, cfg.backbone.layer, cfg.k, cfg.batch_size, cfg.trainer.max_steps, cfg.optimizer.name
+    assert found == ("clip_l14", 22, 20, 4096, 100_000, "adam")
+    assert (cfg.loss.aux, cfg.schedule.decay, cfg.sae.settings.get("fractions")) == (0, 0, None)
+    assert list(load("sae=matryoshka").sae.settings.fractions) == [0.0625, 0.1875, 0.4375, 1]
+
+
 def test_a_missing_path_is_named():
     with pytest.raises(Exception, match=r"data\.path"):
         OmegaConf.to_container(load("data=folder"), throw_on_missing=True)

@@ -20,3 +20,6 @@ def folder_name(model: str | None) -> str:
 
 # conf/backbone/timm.yaml and transformers.yaml: ${folder_name:<model id>}
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+# conf/experiment/msae/paper.yaml: ${where:<value>,<what it is at some values>,<what it is otherwise>}
+OmegaConf.register_new_resolver("where", lambda value, at, otherwise: at.get(value, otherwise), replace=True)

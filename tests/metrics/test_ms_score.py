@@ -27,7 +27,7 @@ def test_is_the_pairwise_definition_of_codes_and_of_signed_channels(form, monkey
     monkeypatch.setattr("sae_lightning.metrics.ms_score.IMAGES", 7)
     a, h = latents(40).numpy(), embeddings(40)
     given = csr_matrix(a) if form == "codes" else a - 2.5  # moved: the same by min–max
-    np.testing.assert_allclose(ms_scores(given, h), expected(a, h.numpy()), rtol=1e-9)
+    np.testing.assert_allclose(ms_scores(given, h), expected(a, h.numpy()), rtol=1e-7)  # moving rounds
 
 
 def test_ranks_are_shares_where_there_are_more_latents_than_channels():
