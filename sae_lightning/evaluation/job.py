@@ -76,6 +76,7 @@ class Settings:
     stores: Path | None = None  # None: where each run's own are
     data: Mapping[str, Any] | None = None  # another data set; None: each run's own
     features: str | None = None  # embedding or text, where it is not what a run was trained on
+    inference: str | None = None  # relu: without the selection of TopK and BatchTopK; None: as trained
     fingerprints: dict[str, str] = field(default_factory=dict)  # of stores, found while runs are looked at
 
     @cached_property
@@ -92,7 +93,7 @@ class Job:
 
     def __init__(self, run: Path, settings: Settings) -> None:
         self.folder, self.settings = run, settings
-        SAE.load(run)  # says what is wrong with it before anything is computed
+        self._loaded()  # says what is wrong with it before anything is computed
         config = read_cfg(run).get("config")
         config = config if isinstance(config, dict) else {}
         lacking = [name for name in NEEDED if not isinstance(config.get(name), dict)]
@@ -106,7 +107,7 @@ class Job:
         if self.on:
             config = config | {"data": dict(self.source.data), "features": self.source.features}
         self.config, self._trained_on = OmegaConf.create(config), read_cfg(run)["features"]
-        self.sae_digest = file_sha256(run / "sae.safetensors")
+        self.sae_digest = file_sha256(run / "sae.safetensors") + (settings.inference or "")
         self.parts = [p for p in settings.parts if p.is_of(self.config) and not (self.on and "siblings" in p.needs)]
         self.without: dict[str, Exception] = {}  # parts that cannot be had, and why
         self._stores: dict[str, FeatureStore] = {}
@@ -142,10 +143,16 @@ class Job:
 
         As both modalities have a mean and a scale of their own [MSAE §3.3].
         """
-        sae = SAE.load(self.folder)
+        sae = self._loaded()
         if self.source.features != self._trained_on:
             train = self.source.store("train")
             sae.normalizer = Normalizer(train.d_in, train.mean, train.std)
+        return sae
+
+    def _loaded(self) -> SAE:
+        sae = SAE.load(self.folder)
+        if self.settings.inference is not None:
+            sae.without_selection()
         return sae
 
     def fingerprint(self, name: str) -> str:
@@ -414,7 +421,9 @@ class Job:
 
 
 def scored_source(run: Path, config: Mapping[str, Any], how: Settings) -> tuple[Source, str]:
-    """The features that the SAE of ``run`` is scored on, and the name of their data set where it is not the run's own.
+    """The features that the SAE of ``run`` is scored on, and their data set's name where it is not the run's own.
+
+    Where the SAE is not scored as it was trained the name says so, too.
 
     ArtefactError where ``features`` are not those that it was trained on, nor the other half of a joint space.
     """
@@ -428,8 +437,11 @@ def scored_source(run: Path, config: Mapping[str, Any], how: Settings) -> tuple[
         )
     other = own.replace(features=kind) if how.data is None else own.replace(features=kind, data=how.data)
     if kind == own.features and _same(own, other, how.split):
-        return own, ""
-    return other, f"{other.data.get('name', other.data['source'])}" + (f" {kind}" if kind != own.features else "")
+        if how.inference is None:
+            return own, ""
+        other = own
+    name = f"{other.data.get('name', other.data['source'])}" + (f" {kind}" if kind != own.features else "")
+    return other, name + (f" inference={how.inference}" if how.inference else "")
 
 
 def _same(own: Source, other: Source, split: str) -> bool:

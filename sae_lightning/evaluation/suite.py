@@ -292,7 +292,7 @@ def settings_of(cfg: DictConfig, alone: Ranks) -> Settings:
     return Settings(
         cfg.metrics, cfg.split, similarity_of(cfg), cfg.batch_tokens, cfg.memory_gb, cfg.checkpoint_minutes, cfg.again,
         alone.device(cfg.device), cfg.latents_shown, None if cfg.paths.stores is None else Path(cfg.paths.stores),
-        other, cfg.get("features"),
+        other, cfg.get("features"), cfg.get("inference"),
     )  # fmt: skip
 
 
@@ -322,7 +322,7 @@ def scored(cfg: DictConfig) -> dict[Path, str]:
     found, how = {}, settings_of(cfg, ALONE)
     for run in find_runs(cfg.runs, Path(cfg.paths.runs)):
         with suppress(ValueError):  # said before, as it was left out
-            job = Job(run, how) if how.data is not None or how.features is not None else None
+            job = Job(run, how) if (how.data, how.features, how.inference) != (None, None, None) else None
             if stored_scores(run, cfg.split, [], out=job.out if job else None) is not None:
                 found[run] = job.on if job else ""
     return found

@@ -28,19 +28,19 @@ class Own(NamedTuple):
 
 def own_accuracy(
     train: Matrix, train_labels: np.ndarray | Tensor, test: Matrix, test_labels: np.ndarray | Tensor,
-    C: float = 1.0, max_iter: int = 500, device: str = "cpu",
+    C: float = 1.0, max_iter: int = 500, device: str = "cpu", solver: str | None = None,
 ) -> Own:  # fmt: skip
     """Fit on the ``train`` images [N, d], score on the ``test`` images; of raw features once for all SAEs.
 
     Test images of classes without a train image count as wrong.
     """
-    model = probes.fit(train, train_labels, C, max_iter, device)
+    model = probes.fit(train, train_labels, C, max_iter, device, solver=solver)
     return Own(probes.right(model, test, test_labels, device), model.converged_)
 
 
 def cross_domain(
     name: str, raw: Own, train: ImageFeatures, test: ImageFeatures, k: int = 128, C: float = 1.0, max_iter: int = 500,
-    codes: bool = True, device: str = "cpu",
+    codes: bool = True, device: str = "cpu", solver: str | None = None,
 ) -> list[Score]:  # fmt: skip
     """M6 on a data set ``name`` with its own train and test images [ViSAEBench §4.3, App. L].
 
@@ -52,7 +52,7 @@ def cross_domain(
     ``cross_domain_converged`` is the share of these probes whose solver did.
     """
     y, held = probes.as_labels(train.labels), probes.as_labels(test.labels)
-    reconstruction = own_accuracy(train.reconstruction, y, test.reconstruction, held, C, max_iter, device)
+    reconstruction = own_accuracy(train.reconstruction, y, test.reconstruction, held, C, max_iter, device, solver)
     converged: list[float] = [raw.converged, reconstruction.converged]
     n, one = len(held), np.ones(len(held))
     figures = {
@@ -61,7 +61,7 @@ def cross_domain(
         "accuracy_reconstruction": (reconstruction.right, one),
     }
     if codes:
-        whole = own_accuracy(train.codes, y, test.codes, held, C, max_iter, device)
+        whole = own_accuracy(train.codes, y, test.codes, held, C, max_iter, device, solver)
         converged.append(whole.converged)
         figures |= {"codes_lift": (whole.right, raw.right), "accuracy_codes": (whole.right, one)}
     scores = [averaged(f"cross_domain_{metric}", top, f"data={name}", of, n=n) for metric, (top, of) in figures.items()]
@@ -74,7 +74,7 @@ def cross_domain(
 
 def scores(run: ScoredRun, options: Options) -> list[Score]:
     """M6 on one data set."""
-    name, fit = options["name"], probes.solver(options) | {"device": run.device}
+    name, fit = options["name"], probes.solver(options) | {"device": run.device, "solver": options.get("solver")}
     train, test = run.images(f"{name}/train"), run.images(f"{name}/test")
     raw = run.shared(
         f"raw probe {name} {options}", lambda: own_accuracy(train.raw, train.labels, test.raw, test.labels, **fit)

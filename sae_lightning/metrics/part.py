@@ -347,8 +347,8 @@ class Part:
 
     @property
     def keyed(self) -> dict[str, Any]:
-        """The options that scores depend on, beside the similarity encoder."""
-        return {name: value for name, value in self.options.items() if name not in self.apart}
+        """The options that scores depend on, beside the similarity encoder; those that are null are as if not there."""
+        return {name: value for name, value in self.options.items() if name not in self.apart and value is not None}
 
     @property
     def passes(self) -> tuple[str, ...]:

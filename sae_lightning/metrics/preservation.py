@@ -32,7 +32,7 @@ class RawProbe(NamedTuple):
 
 def fit_raw(
     raw: Matrix, labels: np.ndarray | Tensor, split: probes.Split | None = None,
-    C: float = 1.0, max_iter: int = 1000, device: str = "cpu",
+    C: float = 1.0, max_iter: int = 1000, device: str = "cpu", solver: str | None = None,
 ) -> RawProbe:  # fmt: skip
     """φ on the train part of ``raw`` [N, d_in], max-pooled and normalised, of images with ``labels`` [N] int64.
 
@@ -41,14 +41,14 @@ def fit_raw(
     raw, labels = probes.as_matrix(raw), probes.as_labels(labels)
     probes.check_rows(labels, raw=raw)
     train, test = probes.split(labels) if split is None else split
-    model = probes.fit(raw[train], labels[train], C, max_iter, device)
+    model = probes.fit(raw[train], labels[train], C, max_iter, device, solver=solver)
     right = probes.right(model, raw[test], labels[test], device)
     return RawProbe(model, train, test, right, probes.logits(model, raw[test], device))
 
 
 def preservation(
     probe: RawProbe, reconstruction: Matrix, labels: np.ndarray | Tensor, codes: Matrix | None = None,
-    retrain: bool = False, C: float = 1.0, max_iter: int = 1000, device: str = "cpu",
+    retrain: bool = False, C: float = 1.0, max_iter: int = 1000, device: str = "cpu", solver: str | None = None,
 ) -> list[Score]:  # fmt: skip
     """M3 of an SAE, ``preservation`` = acc(φ(x̂)) / acc(φ(x)) on the images held out [ViSAEBench §4.2].
 
@@ -78,7 +78,7 @@ def preservation(
     converged = [probe.model.converged_]
 
     def own(name: str, features: Matrix, lift: str) -> None:
-        model = probes.fit(features[probe.train], labels[probe.train], C, max_iter, device)
+        model = probes.fit(features[probe.train], labels[probe.train], C, max_iter, device, solver=solver)
         found = probes.right(model, features[probe.test], labels[probe.test], device)
         scores.extend([averaged(name, found), averaged(lift, found, of=probe.right, n=len(found))])
         converged.append(model.converged_)
@@ -95,6 +95,7 @@ def preservation(
 def scores(run: ScoredRun, options: Options) -> list[Score]:
     """M3, LP-KL and LP-Acc; the raw probe is fitted once for all SAEs of a backbone."""
     images, fit = run.images(pool=options.get("pool", "max")), probes.solver(options) | {"device": run.device}
+    fit["solver"] = options.get("solver")
     split = probes.split_of(run, options)
     probe = run.shared(f"raw probe {options}", lambda: fit_raw(images.raw, images.labels, split, **fit))
     codes = images.codes if options["codes"] else None

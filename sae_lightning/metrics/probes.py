@@ -17,7 +17,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_lightning.metrics import logistic
+from sae_lightning.metrics import descent, logistic
 from sae_lightning.metrics.base import Score
 from sae_lightning.metrics.part import Options, ScoredRun
 
@@ -112,14 +112,15 @@ def check_rows(labels: np.ndarray, **matrices: Matrix) -> None:
 
 def fit(
     x: Matrix, y: np.ndarray | Tensor, C: float = 1.0, max_iter: int = 1000, device: str = "cpu",
-    start: LogisticRegression | None = None,
+    start: LogisticRegression | None = None, solver: str | None = None,
 ) -> LogisticRegression:  # fmt: skip
     """A fitted ``LogisticRegression(C=C, max_iter=max_iter)``: L-BFGS, L2, no class weights [ViSAEBench App. C].
 
     ``x`` [N, d] dense or CSR, ``y`` [N] int64. Two classes make one binary probe, more a multinomial one. On the CPU
     scikit-learn fits where that takes no time; else, and on another ``device``, ``logistic`` minimises the same
     objective, closer to the optimum, and from the weights of ``start`` where given: a probe of the same classes and
-    the first of these columns. No warning where the solver stops early: ``converged_`` tells, beside ``n_iter_``.
+    the first of these columns. ``solver`` names a recipe of ``descent`` that fits instead, without C.
+    No warning where the solver stops early: ``converged_`` tells, beside ``n_iter_``.
     ValueError for rows that do not fit the labels, a single class, or values that are not finite.
     """
     x, y = as_matrix(x), as_labels(y)
@@ -130,7 +131,9 @@ def fit(
     if not np.isfinite(x.data if sparse.issparse(x) else x).all():
         raise ValueError("Features to fit a probe on hold values that are not finite; look for overflow in the store.")
     model = LogisticRegression(C=C, max_iter=max_iter)
-    if sparse.issparse(x):  # weights of latents that are silent on all images stay zero
+    if solver is not None:
+        _descend(model, x, y, solver, device)
+    elif sparse.issparse(x):  # weights of latents that are silent on all images stay zero
         active = np.flatnonzero(np.bincount(sparse.csr_array(x).indices, minlength=x.shape[1]))
         active = active if len(active) else np.arange(1)
         _fit(model, x[:, active], y, device, start, active)
@@ -140,6 +143,18 @@ def fit(
     else:
         _fit(model, x, y, device, start, np.arange(x.shape[1]))
     return model
+
+
+def _descend(
+    model: LogisticRegression, x: np.ndarray | sparse.csr_array, y: np.ndarray, solver: str, device: str
+) -> None:
+    """Sets what ``model.fit`` would, by a recipe of ``descent``."""
+    model.classes_, target = np.unique(y, return_inverse=True)
+    weight, bias = descent.descend(x, target, len(model.classes_), solver, device)
+    binary = len(model.classes_) == 2
+    model.coef_, model.intercept_ = (part[1:] - part[:1] if binary else part for part in (weight, bias))
+    model.n_iter_, model.n_features_in_ = np.array([descent.RECIPES[solver].epochs]), x.shape[1]
+    model.converged_ = True
 
 
 def small(n: int, d: int, n_classes: int, device: str = "cpu") -> bool:

@@ -66,6 +66,9 @@ class BatchTopK(SAE):
     def inference_forms(self) -> tuple[str, ...]:
         return (self.variant, "jumprelu")
 
+    def without_selection(self) -> None:
+        self._set(torch.zeros_like(self.threshold))
+
     def cuts(self) -> Tensor:
         return self.inference_threshold().repeat(self.d_sae)
 

@@ -226,6 +226,17 @@ class SAE(Artefact):
         """The variants whose codes in evaluation these are, the nearest first; for other packages' layouts."""
         return (self.variant,)
 
+    def without_selection(self) -> None:
+        """Keep every positive pre-activation in evaluation, where training chooses among them [MSAE §3.3].
+
+        ValueError for a variant that does not choose so.
+        """
+        if self.variant not in ("relu", "msae"):  # which do
+            raise ValueError(
+                f"inference=relu drops the selection of TopK and BatchTopK, but {self.variant} has another activation; "
+                "leave inference out."
+            )
+
     def cuts(self) -> Tensor | None:
         """What a pre-activation must exceed in evaluation, [d_sae]; None where there is no such value."""
         return None

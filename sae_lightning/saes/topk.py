@@ -46,6 +46,9 @@ class TopK(SAE):
     def inference_forms(self) -> tuple[str, ...]:
         return (self.inference,)
 
+    def without_selection(self) -> None:
+        self.inference = "relu"
+
     def code(self, x: Tensor) -> SparseCodes:
         if not self.training and self.inference == "relu":
             return self.positive(x)

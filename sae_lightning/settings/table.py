@@ -208,6 +208,7 @@ EXTRACTION: Section = {
     "layers": Maybe(either(LAYER, list_of(LAYER))), "paths": FOLDER,
 }  # fmt: skip
 PROBE: Section = {"test_share": number(above=0, below=1), "seed": SEED, "C": number(above=0), "max_iter": whole(1)}
+SOLVER = Maybe(choice("adam", "adamw"))
 MORAN: Section = {
     "contiguity": choice("queen", "rook"), "row_standardized": FLAG, "min_active": whole(1), "min_variance": number(0),
     "min_images": whole(1),
@@ -215,14 +216,16 @@ MORAN: Section = {
 AT = {"at": list_of(whole(1))}
 PARTS: dict[str, Section] = {
     "core": {"above": list_of(number()), "bands": {"ranks": whole(1), "images": whole(1)}}, "moran": MORAN,
-    "raw_moran": MORAN, "preservation": {**PROBE, "codes": FLAG, "retrain": FLAG},
+    "raw_moran": MORAN, "preservation": {**PROBE, "codes": FLAG, "retrain": FLAG, "solver": SOLVER},
     "sparse_probing": {**PROBE, "budgets": list_of(whole(1)), "ranking": choice("joint", "per_class")},
     "monosemanticity": {
         "images": whole(2), "latents": whole(1), "groups": whole(1), "seed": SEED, "features": Maybe(FEATURES),
         "pairing": Named(TEXT), "other": TEXT, "store": Maybe(PATH), "judges": Named(Maybe(BACKBONE)),
     },
     "ms_score": {"judge": Maybe(BACKBONE), "features": Maybe(FEATURES), "store": Maybe(PATH)},
-    "cross_domain": {"codes": FLAG, "k": whole(1), "C": number(above=0), "max_iter": whole(1), "sets": Named(DATA)},
+    "cross_domain": {
+        "codes": FLAG, "k": whole(1), "C": number(above=0), "max_iter": whole(1), "solver": SOLVER, "sets": Named(DATA),
+    },
     "absorption": {**PROBE, "alphas": list_of(SHARE), "betas": list_of(SHARE), "min_group": whole(2)}, "retrieval": AT,
     "image_text": AT,
     "segmentation": {
@@ -245,7 +248,7 @@ PROTOCOL = choice("paper", "released")
 METRICS = Plus({name: Maybe(part, flags=True) for name, part in PARTS.items()}
                | {"protocol": either(PROTOCOL, list_of(PROTOCOL))}, "sae_lightning.metrics.part:PARTS")  # fmt: skip
 EVALUATE: Section = {
-    "metrics": METRICS, "data": Maybe(DATA), "features": Maybe(FEATURES),
+    "metrics": METRICS, "data": Maybe(DATA), "features": Maybe(FEATURES), "inference": Maybe(choice("relu")),
     "similarity": Maybe(BACKBONE), "logger": LOGGER, "runs": PATTERNS, "split": SPLIT,
     "batch_tokens": whole(1), "memory_gb": number(above=0), "checkpoint_minutes": number(above=0), "device": DEVICE,
     "devices": whole(1), "latents_shown": whole(1),

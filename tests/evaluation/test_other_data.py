@@ -13,7 +13,8 @@ from sae_lightning.evaluation.suite import evaluate_runs, scored
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.runs.run import FILES, RESULT
 from sae_lightning.runs.scores import SCHEMA, TABLE, read_rows, value_of
-from sae_lightning.saes import SAE, Normalizer, TopK
+from sae_lightning.saes import SAE, VARIANTS, BatchTopK, Normalizer, TopK
+from sae_lightning.saes.artefact import read_cfg
 from tests.configs import composed
 from tests.conftest import fill_store, sparse_features
 
@@ -54,15 +55,20 @@ def score(run, **how) -> None:
     evaluate_runs([run], Settings(OmegaConf.create(METRICS), **how))
 
 
-def by_hand(run, store: FeatureStore, statistics: FeatureStore | None = None) -> dict[str, float]:
-    """FVU, L0 and the mean cosine about the store's mean, in plain torch; with the normaliser of ``statistics``."""
+def by_hand(
+    run, store: FeatureStore, statistics: FeatureStore | None = None, positive: bool = False
+) -> dict[str, float]:
+    """FVU, L0 and the mean cosine about the store's mean, in plain torch; with the normaliser of ``statistics``.
+
+    Of the three largest pre-activations, or all that are ``positive``.
+    """
     sae = SAE.load(run)
     frame = sae.normalizer if statistics is None else statistics
     mean, std = torch.as_tensor(frame.mean).double(), float(frame.std)
     x = store.features(slice(0, len(store)))[:, 0].double()
     z = (x - mean) / std
     pre = ((z - sae.b_pre.double()) @ sae.W_enc.double().T + sae.b_enc.double()).relu()
-    top = pre.topk(3, dim=1)
+    top = pre.topk(pre.shape[1] if positive else 3, dim=1)
     codes = torch.zeros_like(pre).scatter(1, top.indices, top.values)
     rebuilt = (codes @ sae.W_dec.double() + sae.b_pre.double()) * std + mean
     center = torch.as_tensor(store.mean).double()
@@ -173,3 +179,33 @@ def test_the_closing_table_is_of_the_data_set_that_was_asked_for(run, tmp_path, 
     assert scored(composed("evaluate", f"paths.runs={run.parent}")) == {run: ""}
     print_scores([run], cfg, "captions text")
     assert "Scores on the test split of captions text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variant", ["topk", "batchtopk"])
+def test_a_run_is_scored_without_its_selection_beside_its_own_scores(run, tmp_path, variant):
+    if variant == "batchtopk":
+        made, cfg = SAE.load(run), read_cfg(run)
+        run = tmp_path / "runs" / variant
+        sae = BatchTopK(made.d_in, 40, 3, normalizer=made.normalizer, seed=1)
+        sae.set_cuts(torch.full((40,), 0.7))
+        sae.save(run, name=variant, backbone=cfg["backbone"], features="embedding", layer=None, k=3, expansion=2,
+                 config=cfg["config"])  # fmt: skip
+        score(run)
+    before, own = repr(read_rows(run)), FeatureStore.open(tmp_path / "pictures" / "test")
+    for _ in range(2):
+        score(run, inference="relu")
+    assert_scores(run, "pictures inference=relu", by_hand(run, own, positive=True))
+    other = given(tmp_path / "others", "embedding", 11, shift=0.3)
+    score(run, data=other, inference="relu")
+    there = FeatureStore.open(tmp_path / "others" / "test")
+    assert_scores(run, "others inference=relu", by_hand(run, there, positive=True))
+    assert repr(read_rows(run)) == before
+    assert {row["data"] for row in read_rows(run, data=None)} - {""} == {
+        "pictures inference=relu", "others inference=relu"
+    }  # fmt: skip
+
+
+def test_other_activations_than_a_selection_stay():
+    VARIANTS["relu"](6, 12).without_selection()
+    with pytest.raises(ValueError, match=r"inference=relu drops the selection .* jumprelu .* leave inference out"):
+        VARIANTS["jumprelu"](6, 12).without_selection()
