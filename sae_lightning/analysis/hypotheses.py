@@ -28,6 +28,10 @@ from sae_lightning.rendering.table import Head, P, Table
 
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable"
 
+TOO_FEW = "too few backbones"  # for a verdict: of fewer than ENOUGH_FOR_ONE no order is unlikely (exact p ≥ 0.08)
+
+ENOUGH_FOR_ONE = 5
+
 NONE = Correlation(math.nan, math.nan, math.nan, 0, True)
 
 ENOUGH = 3  # backbones: two are always in the same order or in the opposite one
@@ -64,9 +68,9 @@ def check_hypotheses(table: pd.DataFrame, of: Sequence[Hypothesis] = HYPOTHESES)
 
     Columns: ``name``, ``metric``, ``task``, ``given`` (what the task is solved with), ``stand_in`` (the task is not the
     paper's), ``check``, ``threshold``, ``rho``, ``p``, ``p_t``, ``n``, ``verdict`` (supported, not supported, not
-    testable) and ``reason``. ρ is across backbones, of means over configurations [§4.5]. The downstream number is that
-    of raw features (App. P.1 says so of segmentation, and ρ = 0.30 of H2 and 0.60 of H3 are those of the raw
-    accuracies and recalls that the paper prints), but for sparse probing, which is the codes' own.
+    testable, too few backbones) and ``reason``. ρ is across backbones, of means over configurations [§4.5]. The
+    downstream number is that of raw features (App. P.1 says so of segmentation, and ρ = 0.30 of H2 and 0.60 of H3 are
+    those of the raw accuracies and recalls that the paper prints), but for sparse probing, which is the codes' own.
     Retrieval stands in where the runs are not of ImageNet.
     """
     found = tasks(table)
@@ -95,6 +99,8 @@ def _tested(table: pd.DataFrame, h: Hypothesis, task: str | None, check: bool = 
         verdict, reason = NOT_TESTABLE, f"{found.n} backbones have both scores; ρ needs at least {ENOUGH}"
     elif math.isnan(found.rho):
         verdict, reason = NOT_TESTABLE, "one of the two is the same for all backbones"
+    elif found.n < ENOUGH_FOR_ONE:
+        verdict, reason = TOO_FEW, f"{found.n} have both scores; a verdict needs {ENOUGH_FOR_ONE}"
     else:
         holds = found.rho >= h.threshold - 1e-9
         verdict = SUPPORTED if holds else NOT_SUPPORTED
@@ -201,7 +207,7 @@ def hypotheses(grid: Grid, paper: Paper) -> Block:
     rows = []
     for _, h in found.iterrows():
         task = (task_title(h["task"]) + (" (stand-in)" if h["stand_in"] else "")) if h["task"] else "–"
-        verdict = f"{h['verdict']}: {h['reason']}" if h["verdict"] == NOT_TESTABLE else h["verdict"]
+        verdict = f"{h['verdict']}: {h['reason']}" if h["verdict"] in (NOT_TESTABLE, TOO_FEW) else h["verdict"]
         rows.append([h["name"] + (" (check)" if h["check"] else ""), METRICS[h["metric"]].title, task, h["threshold"],
                      h["rho"], h["p"], h["p_t"], h["n"], verdict])  # fmt: skip
         if printed:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup, escape
@@ -93,6 +93,20 @@ class Cards:
     least: int = 0
 
 
+class Number(NamedTuple):
+    """A figure as text, and what it is."""
+
+    text: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Some figures, large, side by side."""
+
+    numbers: Sequence[Number]
+
+
 @dataclass(frozen=True)
 class Beside:
     """Columns of blocks, side by side where there is room: ``widths`` as of a CSS grid."""
@@ -112,7 +126,7 @@ class Fold:
     open: bool = False
 
 
-Block = Any  # str (a paragraph), Markup, Note, Heading, Picture, Table, Key, Cards, Beside or Fold
+Block = Any  # str (a paragraph), Markup, Note, Heading, Picture, Table, Key, Cards, Numbers, Beside or Fold
 
 
 class Section:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sae_lightning.analysis.correlation import backbone_means
 from sae_lightning.analysis.grid import METRICS, SECTIONS, Grid, load
+from sae_lightning.analysis.hypotheses import SUPPORTED, check_hypotheses
 from sae_lightning.analysis.paper import FOLDER, Paper, read_paper
+from sae_lightning.analysis.recommendations import recommend
 from sae_lightning.files import write_text
 from sae_lightning.registry import discover
-from sae_lightning.rendering.page import Note, Section, page, plural
-from sae_lightning.rendering.table import files
+from sae_lightning.rendering.page import Block, Note, Number, Numbers, Section, page, plural
+from sae_lightning.rendering.table import files, number
 
 OURS = (  # those of other packages follow
     "What was run", "Profiles of backbones", "Means of backbones", "Spatial order of the features themselves",
@@ -39,6 +42,35 @@ def lead(grid: Grid, out: Path, unscored: int = 0) -> Note:
     return Note(f"Scale and data: {grid.scale}. {left}All tables are in {where}")
 
 
+def findings(grid: Grid) -> list[Block]:
+    """What a grid says in a few sentences and three numbers; sections further down say it in full."""
+    table = grid.main
+    names = [name for name in METRICS if name != "M5" and table[name].notna().any()]  # its judges differ
+    means = backbone_means(table, names)
+    first: dict[str, list[str]] = {}
+    for name in names if len(means) > 1 else ():
+        known = means[name].dropna()
+        if known.nunique() > 1:
+            at = known.idxmax() if METRICS[name].better else known.idxmin()
+            first.setdefault(str(at), []).append(f"{name} ({number(float(known[at]))})")
+    leads = "; ".join(f"{backbone} in {', '.join(of)}" for backbone, of in first.items())
+    verdicts = check_hypotheses(table)
+    verdicts = verdicts[~verdicts["check"]]["verdict"]
+    related = recommend(table).metrics.dropna(subset="oriented")
+    said = [f"Of hypotheses H1–H4: {', '.join(f'{n} {verdict}' for verdict, n in verdicts.value_counts().items())}."]
+    if leads:
+        said = [f"First by the mean over its SAEs: {leads}. M5 has a judge of its own for each backbone.", *said]
+    if not related.empty:
+        best = related.iloc[0]
+        mean, low, high = (number(best[of], "+.2f") for of in ("oriented", "lowest", "highest"))
+        said.append(f"Across backbones, {best['metric']} goes best with what is done with the features: mean ρ {mean}, "
+                    f"{low} to {high} over {plural(int(best['tasks']), 'task')}.")  # fmt: skip
+    return [*said, Numbers([
+        Number(str(len(table)), "sparse autoencoders"), Number(str(table["backbone"].nunique()), "backbones"),
+        Number(f"{(verdicts == SUPPORTED).sum()} of {len(verdicts)}", "hypotheses supported"),
+    ])]  # fmt: skip
+
+
 def grid_of(runs: Sequence[Path]) -> Grid | None:
     """The grid that evaluated ``runs`` make: two backbones or more, each with the same two settings or more.
 
@@ -64,7 +96,10 @@ def build_grid(runs: Sequence[Path], out: Path, paper: Path = FOLDER) -> Path:
     sections = analyses(grid, paper)
     write_tables(sections, out)
     title = f"ViSAEBench over {plural(len(grid.main), 'sparse autoencoder')}"
-    write_text(out, page(title, [lead(grid, out, len(runs) - len(grid.frame))], sections, tables_folder(out).name))
+    write_text(
+        out,
+        page(title, [*findings(grid), lead(grid, out, len(runs) - len(grid.frame))], sections, tables_folder(out).name),
+    )
     return out
 
 

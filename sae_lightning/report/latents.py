@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -71,7 +70,7 @@ ROW, CARD = 3, 320  # pictures a line of a card, and its least width in pixels
 
 GROUPS = {  # in the order of the page
     "purest": f"Selected: the highest top-9 class purity among latents that fire on at least {ENOUGH} images.",
-    "random": f"Drawn at random; latents that fire on fewer than {ENOUGH} images are left out.",
+    "random": f"Drawn at random among latents that fire on at least {ENOUGH} images, or if none do, among all.",
     "most used": "The latents that fire on the most patches.",
     "high Moran": "Drawn from the top 5 % of Moran's I among the latents that have one: connected regions.",
     "mean Moran": "The latents whose Moran's I is nearest to the mean.",
@@ -107,8 +106,9 @@ def latent_groups(
     groups = []
     for g, name in sorted(enumerate(names), key=lambda named: [*GROUPS, named[1]].index(named[1])):
         cards: list[dict[str, Any]] = []
-        rare = (t["images_fired"] < ENOUGH) if name == "random" else torch.zeros(len(t["group"]), dtype=torch.bool)
-        members = ((t["group"] == g) & ~rare).nonzero().squeeze(1).tolist()
+        members = (t["group"] == g).nonzero().squeeze(1).tolist()
+        if name == "random":  # of an earlier evaluation, which drew them among all
+            members = [i for i in members if t["images_fired"][i] >= ENOUGH] or members
         if not name.endswith(ends) or not members:
             continue
         for i in members[:n_cards]:

@@ -29,6 +29,7 @@ from sae_lightning.report.benchmark import (
 from sae_lightning.report.grid import analyses, grid_of, tables_folder, write_tables
 from sae_lightning.report.latents import audit, latent_groups, latents, pictures
 from sae_lightning.report.monoloss import as_csv, as_markdown, first_of_settings, groups_of, keys, monosemanticity
+from sae_lightning.report.result import first_screen, latents_table
 from sae_lightning.runs.identity import monoloss_of
 from sae_lightning.runs.results import PAGE, RECORD, read_result
 from sae_lightning.runs.run import FILES, SCORES, TOP_IMAGES, Run
@@ -228,11 +229,15 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
             "Backbones marked (tiny) are small stand-ins trained on CIFAR-10 with the published models' paradigms, 128 "
             "wide; the published ViT-B are 768 wide."))  # fmt: skip
     used = applications(folders, out)
+    measured = benchmark(saes, len(runs), detailed > 0)
+    whole = measured is not None and len(saes) == len(runs)
+    lead = [*first_screen(runs, saes), *lead]
     sections: list[Section | None] = [
-        Section("Runs", runs_table(runs), Note(f"A click on a heading sorts. {MARKED}")),
+        measured if whole else None,
+        Section("Runs", runs_table(runs), Note(f"A click on a heading sorts. {MARKED}"), latents_table(runs) or ()),
         Section("Training", Picture(figures.training_curves(runs), wide=True), keys(runs)),
         lifted(folders, first["split"]), reconstruction(runs), monosemanticity(runs, groups, grids),
-        benchmark(saes, len(runs), detailed > 0),
+        None if whole else measured,
         Section("Applications", "What `explore.py` found with these dictionaries. A title opens its page, which "
                 "lies in a folder beside this one.", used) if used else None,
         latents(runs, len(in_detail)),
@@ -249,8 +254,11 @@ def build(folders: list[Path], out: Path, detailed: int = 8, detailed_seeds: int
             )
         )
         sections += analysed
-    html = page(f"Sparse autoencoders: {plural(len(runs), 'run')}", lead, [made for made in sections if made],
-                tables_folder(out).name if grid else "", "Sparse autoencoders on vision features")  # fmt: skip
+    heading = "Sparse autoencoders on vision features"
+    if whole:
+        heading = f"ViSAEBench of {plural(len(saes), 'sparse autoencoder')}"
+    html = page(f"{heading}: {plural(len(runs), 'run')}" if not whole else heading, lead,
+                [made for made in sections if made], tables_folder(out).name if grid else "", heading)  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     for name, text in (texts | files(saes)).items():
         write_text(out.parent / name, text)

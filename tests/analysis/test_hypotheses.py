@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from sae_lightning.analysis.correlation import metric_tasks
-from sae_lightning.analysis.hypotheses import HYPOTHESES, NOT_SUPPORTED, NOT_TESTABLE, SUPPORTED, check_hypotheses
+from sae_lightning.analysis.hypotheses import (
+    HYPOTHESES,
+    NOT_SUPPORTED,
+    NOT_TESTABLE,
+    SUPPORTED,
+    TOO_FEW,
+    check_hypotheses,
+)
 from tests.analysis.making import grid, of_backbones, ranked
 
 UP, SWAPPED = "clip dinov2 siglip mae deit", "dinov2 clip siglip mae deit"
@@ -66,6 +73,14 @@ def test_means_over_configurations_are_correlated():
     table["segmentation:a/raw"] = table["backbone"].map({"clip": 1.0, "mae": 0.0, "deit": 0.0})
     assert only(table)["n"] == 3
     assert only(table)["rho"] == 1
+
+
+@pytest.mark.parametrize(("n", "verdict"), [(3, TOO_FEW), (4, TOO_FEW), (5, SUPPORTED)])
+def test_a_verdict_needs_five_backbones(n, verdict):
+    means = {f"b{i}": float(i) for i in range(n)}
+    row = only(of_backbones({"M1": means, "segmentation:a/raw": means}))
+    assert (row["rho"], row["verdict"]) == (1, verdict)
+    assert (f"{n} have both scores; a verdict needs 5" in row["reason"]) == (verdict == TOO_FEW)
 
 
 @pytest.mark.parametrize(

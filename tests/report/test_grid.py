@@ -149,6 +149,16 @@ def test_every_section_has_something_and_every_link_leads_somewhere(page):
 
 
 @pytest.mark.slow
+def test_the_page_opens_with_its_findings(page):
+    opening = page.read_text().partition('<nav class="panel contents">')[0]
+    assert "First by the mean over its SAEs: " in opening
+    assert "M1 (" in opening
+    assert "M5 (" not in opening  # of judges that differ
+    assert re.search(r"Of hypotheses H1–H4: \d (supported|not)", opening)
+    assert opening.count('<div class="panel"><b>') == 3
+
+
+@pytest.mark.slow
 def test_the_page_loads_nothing(page):
     text = page.read_text()
     assert Parsed(text).loads == []

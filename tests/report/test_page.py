@@ -31,7 +31,12 @@ def test_the_page_is_self_contained_and_names_every_run(config, tmp_path):
             assert f"{score['metrics'][name]:.3f}" in page
         assert f"{score['similarity']['baseline']:.3f}" in page
     assert page.count('<div class="card">') > 20
-    assert page.count("data:image/webp;base64,") == 2 * page.count('<div class="card">')
+    assert page.count("data:image/webp;base64,") == page.count('<div class="card">')
+    assert page.index("Drawn at random") < page.index("fire on the most patches")
+    screen = page[page.index("<h1>") : page.index('<section id="runs">')]
+    assert "2 sparse autoencoders on deit (tiny) keep" in screen
+    assert screen.count('<div class="card">') == 3  # one picture
+    assert screen.count('<div class="panel"><b>') == 3  # numbers
     sources = [part.split('"')[0] for part in page.split('src="')[1:]]
     assert all(source.startswith("data:") for source in sources)
     assert "href=" not in page.replace("xlink:href=", "").replace('href="#', "")

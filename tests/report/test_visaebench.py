@@ -421,6 +421,8 @@ def test_the_page_has_tables_figures_files_and_latents_by_their_moran(tmp_path, 
     page = build(runs, tmp_path / "page.html", detailed=2).read_text()
     assert "<h2>ViSAEBench</h2>" in page
     assert "4 of the 5 runs have them" in page
+    assert page.index('<section id="runs">') < page.index('<section id="visaebench">')
+    assert "First by the mean of its SAEs" not in page  # all backbones have the same
     main = page[page.index("<h2>ViSAEBench</h2>") :].split("</table>")[0]
     assert main.count("<tbody>") == 2
     cells = re.findall(
