@@ -297,6 +297,7 @@ def test_two_pages_keep_their_tables_apart_and_an_old_pages_tables_go(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_undrawn")
 def test_seeds_of_a_cell_are_averaged_and_their_spread_is_shown(tmp_path):
     grid = load(write_grid(tmp_path) + write_grid(tmp_path, seed=43, moran=0.02))
     spread = {row[0]: row for row in decomposition(grid, Paper({})).tables[-1].rows}
@@ -307,6 +308,7 @@ def test_seeds_of_a_cell_are_averaged_and_their_spread_is_shown(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["M2", "M4"])
+@pytest.mark.usefixtures("_undrawn")
 def test_a_metric_without_scores_leaves_a_page(name, tmp_path):
     """Whatever part of the evaluation is missing, every section has figures, tables or a sentence."""
     runs = [write_run(tmp_path, b, e, 16) for b in list(PLACES)[:3] for e in EXPANSIONS]
@@ -321,6 +323,7 @@ def test_a_metric_without_scores_leaves_a_page(name, tmp_path):
     assert [m for m in METRICS if METRICS[m].title not in titles] == [name]
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_an_analysis_of_another_package_follows_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(grids, "SECTIONS", Registry("section"))
     mine = grids.section("Mine")(lambda grid, paper: [f"{len(grid.main)} run", Table("mine", "", [Head("a")], [[1]])])
