@@ -59,6 +59,8 @@ NEEDED = ("data", "backbone")  # sections of the config that a run was trained w
 
 VERSION = 3  # of all parts; a change of one's figures raises it
 
+GATHERED = 2  # of what passes keep on the disk; a change of a metric's states raises it
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -262,7 +264,7 @@ class Job:
                 metrics = {**wanted.streams(streamed, wanted.options), **metrics}
         pools = [pool for pool, need in (("max", "images"), ("mean", "means")) if any(need in p.needs for p in parts)]
         gathered = [*pools, *sorted((part.name, _digest(part.keyed)) for part in parts)]
-        digest = _digest([VERSION, gathered, self.sae_digest, store.fingerprint, judge.key])
+        digest = _digest([VERSION, GATHERED, gathered, self.sae_digest, store.fingerprint, judge.key])
         folder = self.out / PARTIAL / f"{name.replace('/', '-')}-{self.settings.split}-{digest[:8]}" / part
         device = self.settings.device
         return ScoringPass(

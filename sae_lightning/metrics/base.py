@@ -67,6 +67,12 @@ def _no() -> bool:
     return False
 
 
+def deviation(total: Tensor, squares: Tensor, count: Tensor) -> Tensor:
+    """The standard deviation over ``count`` samples from their sum and the sum of their squares, float64."""
+    mean = total.double() / count
+    return (squares.double() / count - mean.square()).clamp_min(0).sqrt()
+
+
 def require_pair(x: Tensor, reconstruction: Tensor, d_in: int | None = None) -> None:
     """ValueError unless both are [N, d_in], the same N and d_in."""
     if x.ndim != 2 or x.shape != reconstruction.shape or (d_in is not None and x.shape[1] != d_in):

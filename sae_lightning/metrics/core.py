@@ -45,6 +45,9 @@ def core(run: ScoredRun, options: Options) -> list[Score]:
     """What scores.json holds, which is written now with what belongs to single latents."""
     scores = run.summary(anew=True)
     found = {**scores["metrics"], "l0_share": scores["metrics"]["l0"] / run.sae.d_sae}
+    l0, error = run.metric("l0", L0).deviations(), run.metric("reconstruction", Reconstruction).deviations()
+    found |= {name: float(value) for name, value in (l0 | error).items()}
+    found["l0_share_std"] = found["l0_std"] / run.sae.d_sae
     found["dead"] = run.sae.d_sae - scores["metrics"]["alive"]
     found["n_images"], found["n_tokens"] = scores["n_images"], scores["n_tokens"]
     sure = {name: each for of in NAMES if of != "purity" or run.labelled
@@ -64,8 +67,8 @@ def whole(run: ScoredRun, options: Options) -> list[Score]:
 
 PART = register(Part(
     "core", core, streams, needs=("core",), title=MSAE,
-    about="EVR is 1 − FVU; CKNNA whether images have the same neighbours as by features; DO the mean cosine of pairs "
-    "of decoder rows.",
+    about="EVR is 1 − FVU; ± are standard deviations over samples; CKNNA whether images have the same neighbours as by "
+    "features; DO the mean cosine of pairs of decoder rows.",
     undefined="no latent fires on enough images, or the features do not vary",
     otherwise={"compute": whole, "streams": whole_streams, "needs": ()},
     columns=(
@@ -75,11 +78,11 @@ PART = register(Part(
                about="share of the features' variance that the reconstruction misses"),
         Column("L0", "l0", form=".1f", about="active latents a token", always=True),
         Column("dead", "dead_share", better=False, form=".1%", about="share of latents that never fire", always=True),
-        Column("EVR", "explained_variance", better=True),
-        Column("cosine", "cosine", better=True),
+        Column("EVR", "explained_variance", better=True, spread="fvu_std"),
+        Column("cosine", "cosine", better=True, spread="cosine_std"),
         Column("signed", "decoder_orthogonality", form=".4f", over="DO"),
         Column("squared", "decoder_squared_cosine", better=False, form=".4f", over="DO"),
-        Column("L0 / d_sae", "l0_share", form=".2%"),
+        Column("L0 / d_sae", "l0_share", form=".2%", spread="l0_share_std"),
         Column("dead", "dead", better=False, form=",.0f"),
     ),
 ))  # fmt: skip

@@ -21,7 +21,7 @@ from sae_lightning.features.store import FeatureStore
 from sae_lightning.metrics.base import Score, SumMetric
 from sae_lightning.metrics.protocols import CHOICES, PAPER, protocols_of
 from sae_lightning.registry import Registry, discover, import_plugins
-from sae_lightning.rendering.table import Cell, Head, Measured, Unknown
+from sae_lightning.rendering.table import Cell, Head, Measured, Spread, Unknown
 from sae_lightning.saes.sae import SAE, Normalizer
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Column:
     ``better`` says whether more is better (None marks no best value), ``over`` is a heading above several columns,
     ``about`` a tooltip. In a setting ``{k}`` stands for each value found there, as it does in the titles, and
     ``data=*`` for all data sets, whose values are averaged, unless there is one in the setting ``first``, which then
-    stands alone. ``headline`` is its id among the headlines of its ``protocol``, such as ``M1``; with ``always`` it
+    stands alone. ``spread`` is the metric that is its standard deviation, shown after ±.
+    ``headline`` is its id among the headlines of its ``protocol``, such as ``M1``; with ``always`` it
     stands beside them. ``table`` is the table of details that it is in, by default its part's.
     """
 
@@ -61,6 +62,7 @@ class Column:
     table: str = ""
     first: str = ""
     protocol: str = PAPER
+    spread: str = ""
 
     def filled(self, key: str, value: str) -> Column:
         """The column at one value of a placeholder."""
@@ -86,6 +88,8 @@ class Column:
         value, same = self.of(rows) if value is None else value, self._rows(rows)
         if not math.isfinite(value):
             return Unknown(self.why(rows) if same else "not scored, or not of such features")
+        if self.spread and (deviation := replace(self, metric=self.spread).of(rows)) >= 0:
+            return Spread(value, deviation)
         sure = same[0] if len(same) == 1 and not self.per else {}
         if sure.get("low") is None:
             return value

@@ -54,9 +54,10 @@ def preservation(
 
     ``reconstruction`` [N, d_in], ``codes`` [N, d_sae] of the same images as ``labels`` [N], all of them. Also given are
     both accuracies; ``lp_kl``, the mean of KL(φ(x) ‖ φ(x̂)) in nats, and ``lp_accuracy``, how often φ's most probable
-    class stays the same [MSAE §5]; for codes, the accuracy of their own probe and ``codes_lift`` = accuracy_codes /
-    accuracy_raw [ViSAEBench App. O]; with ``retrain`` those of a probe fitted on the reconstruction. Ratios are NaN
-    where φ is never right. ``probes_converged`` is the share of the probes in use whose solver did.
+    class stays the same [MSAE §5], each with its deviation over images (``…_std``); for codes, the accuracy of their
+    own probe and ``codes_lift`` = accuracy_codes / accuracy_raw [ViSAEBench App. O]; with ``retrain`` those of a probe
+    fitted on the reconstruction. Ratios are NaN where φ is never right. ``probes_converged`` is the share of the probes
+    in use whose solver did.
     """
     x, labels = probes.as_matrix(reconstruction), probes.as_labels(labels)
     probes.check_rows(labels, reconstruction=x)
@@ -68,12 +69,15 @@ def preservation(
     z = probes.logits(probe.model, x[probe.test], device)
     p, q = probes.log_probabilities(probe.logits), probes.log_probabilities(z)
     right = probe.model.classes_[q.argmax(1)] == labels[probe.test]
+    kl, same = (np.exp(p) * (p - q)).sum(1), p.argmax(1) == q.argmax(1)
     scores = [
         averaged("preservation", right, of=probe.right, n=len(right)),
         averaged("accuracy_raw", probe.right),
         averaged("accuracy_reconstruction", right),
-        averaged("lp_kl", (np.exp(p) * (p - q)).sum(1)),
-        averaged("lp_accuracy", p.argmax(1) == q.argmax(1)),
+        averaged("lp_kl", kl),
+        averaged("lp_accuracy", same),
+        Score("lp_kl_std", float(kl.std())),
+        Score("lp_accuracy_std", float(same.std())),
     ]
     converged = [probe.model.converged_]
 
@@ -127,6 +131,7 @@ PART = register(Part(
         Column("reconstruction", "accuracy_reconstruction_retrained", form=".1%", over=OWN),
         Column("preservation", "preservation_retrained", better=True, over=OWN),
         Column("converged", "probes_converged", form=".0%", about="share of the solvers that converged"),
-        Column("LP-KL", "lp_kl", better=False, table=MSAE), Column("LP-Acc", "lp_accuracy", better=True, table=MSAE),
+        Column("LP-KL", "lp_kl", better=False, table=MSAE, spread="lp_kl_std"),
+        Column("LP-Acc", "lp_accuracy", better=True, table=MSAE, spread="lp_accuracy_std"),
     ),
 ))  # fmt: skip

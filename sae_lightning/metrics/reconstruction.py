@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sae_lightning.kernels import native
-from sae_lightning.metrics.base import Score, SumMetric, require_pair, require_samples
+from sae_lightning.metrics.base import Score, SumMetric, deviation, require_pair, require_samples
 from sae_lightning.metrics.intervals import averaged
 
 GROUPS = 64  # of images, each counted by its place, over which intervals are drawn
@@ -40,6 +40,7 @@ class Reconstruction(SumMetric):
     cosines: Tensor
     center: Tensor
     groups: Tensor
+    spread: Tensor
 
     def __init__(self, d_in: int, center: Tensor | None = None, patches: int = 1) -> None:
         super().__init__()
@@ -50,6 +51,7 @@ class Reconstruction(SumMetric):
         for name in ("residual", "total", "squares"):
             self.add_sum(name, d_in)
         self.add_sum("groups", 4, GROUPS)  # of images: ‖x - x̂‖², ‖x - c‖², cosines, rows
+        self.add_sum("spread", 3)  # over samples: relative errors, their squares, squares of cosines
 
     @torch.no_grad()
     def update(self, features: Tensor, reconstruction: Tensor) -> None:
@@ -76,6 +78,8 @@ class Reconstruction(SumMetric):
         self.cosines += cosines.sum()
         residual = torch.linalg.vector_norm(features - reconstruction, dim=1).square()
         spread = torch.linalg.vector_norm(features - self.center.to(features), dim=1).square()
+        relative = torch.where(spread > 0, residual / spread, 0).double()
+        self.spread += torch.stack([relative.sum(), relative.square().sum(), cosines.double().square().sum()])
         self.groups.index_add_(1, group, torch.stack([residual, spread, cosines, torch.ones_like(cosines)]).double())
 
     def sure(self) -> dict[str, Score]:
@@ -94,6 +98,16 @@ class Reconstruction(SumMetric):
         return {
             "fvu": fvu, "explained_variance": 1 - fvu, "r2": r2.nanmean(), "cosine": self.cosines / self.count
         }  # fmt: skip
+
+    def deviations(self) -> dict[str, Tensor]:
+        """``fvu_std`` and ``cosine_std``, over samples [MSAE's tables].
+
+        Of ‖x - x̂‖² / ‖x - c‖² (0 for a sample at the center c) and of the cosine.
+        """
+        return {
+            "fvu_std": deviation(self.spread[0], self.spread[1], self.count),
+            "cosine_std": deviation(self.cosines, self.spread[2], self.count),
+        }
 
 
 class WholeFVU(SumMetric):

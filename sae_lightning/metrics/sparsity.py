@@ -8,30 +8,37 @@ import torch
 from torch import Tensor
 
 from sae_lightning.files import write_tensors
-from sae_lightning.metrics.base import Score, SumMetric, require_samples
+from sae_lightning.metrics.base import Score, SumMetric, deviation, require_samples
 from sae_lightning.metrics.part import Options, Part, ScoredRun, register
 from sae_lightning.saes.codes import SparseCodes
 
 
 class L0(SumMetric):
-    """Mean number of active latents a sample; ``compute`` gives ``l0``, a float64 scalar."""
+    """Number of active latents a sample; ``compute`` gives the mean ``l0``, a float64 scalar."""
 
     count: Tensor
     active: Tensor
+    squares: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_sum("count", dtype=torch.long)
         self.add_sum("active", dtype=torch.long)
+        self.add_sum("squares", dtype=torch.long)
 
     def update(self, codes: SparseCodes) -> None:
         """Add the codes of N samples."""
         self.count += codes.n_samples
         self.active += len(codes.latents)
+        self.squares += codes.counts().square().sum()
 
     def compute(self) -> dict[str, Tensor]:
         require_samples(self.count, self)
         return {"l0": self.active.double() / self.count}
+
+    def deviations(self) -> dict[str, Tensor]:
+        """``l0_std``, over samples."""
+        return {"l0_std": deviation(self.active, self.squares, self.count)}
 
 
 class Firing(SumMetric):

@@ -37,6 +37,7 @@ def test_batches_and_ranks_do_not_matter(seed, cuts, ranks):
         firing[0].merge_state(firing[rank])
     active = dense.numpy() != 0
     assert float(l0[0].compute()["l0"]) == pytest.approx(active.sum(1).mean(), rel=1e-14)
+    assert float(l0[0].deviations()["l0_std"]) == pytest.approx(np.std(active.sum(1)), rel=1e-12)
     np.testing.assert_array_equal(firing[0].counts.numpy(), active.sum(0))
     scores = firing[0].compute()
     assert int(scores["alive"]) == active.any(0).sum()

@@ -51,7 +51,9 @@ def test_equals_the_definitions(classes):
     assert found == pytest.approx(
         {
             "preservation": right / raw, "accuracy_raw": raw, "accuracy_reconstruction": right, "lp_kl": kl,
-            "lp_accuracy": np.mean(p.argmax(1) == q.argmax(1)), "accuracy_codes": of_codes,
+            "lp_accuracy": np.mean(p.argmax(1) == q.argmax(1)),
+            "lp_accuracy_std": np.std(p.argmax(1) == q.argmax(1)),
+            "lp_kl_std": np.std((p * np.log(p / q)).sum(1)), "accuracy_codes": of_codes,
             "codes_lift": of_codes / raw, "accuracy_reconstruction_retrained": retrained,
             "preservation_retrained": retrained / raw, "probes_converged": 1,
         },

@@ -56,6 +56,19 @@ def test_batches_and_ranks_do_not_matter(compiled, seed, cuts, ranks, center, dt
         assert float(scores[name]) == pytest.approx(value, rel=1e-9), name
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_deviations_over_samples(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda *_: False)
+    (x, rebuilt), metric = make(3), Reconstruction(7, torch.full((7,), 2.5))
+    for some in (slice(0, 17), slice(17, 60)):
+        metric.update(x[some], rebuilt[some])
+    a, b, out = x.double().numpy() - 2.5, rebuilt.double().numpy() - 2.5, metric.deviations()
+    relative = [np.sum((p - q) ** 2) / np.sum(p**2) for p, q in zip(a, b, strict=True)]
+    assert float(out["fvu_std"]) == pytest.approx(np.std(relative), rel=1e-5)
+    assert float(out["cosine_std"]) == pytest.approx(np.std(1 - paired_cosine_distances(a, b)), rel=1e-5)
+
+
 def test_explained_variance_is_scikit_learns_where_the_error_has_no_mean():
     x, rebuilt = make(5)
     rebuilt = rebuilt + (x - rebuilt).mean(0)
