@@ -256,7 +256,7 @@ def test_pictures_in_codes_out_on_the_grid(model, pictures):
     latents, values = model.top([image], 3)
     assert values[0, 0] == dense[0].max()
     assert dense[0, :, latents[0, 0]].max() == values[0, 0]
-    assert model.overlay(path, int(latents[0, 0])).size == (32, 32)
+    assert model.overlay(path, int(latents[0, 0])).size == (96, 96)  # 32 x 32, drawn larger
     with pytest.raises(ValueError, match=r"latents 0 to 255; latent 256 was asked for"):
         model.overlay(path, 256)
 
@@ -282,7 +282,7 @@ def test_from_a_name_to_a_heat_map(pictures, tmp_path, monkeypatch):
     )
     latents, _ = model.top([picture])
     model.overlay(picture, int(latents[0, 0])).save(tmp_path / "map.png")
-    assert Image.open(tmp_path / "map.png").size == (32, 32)
+    assert Image.open(tmp_path / "map.png").size == (96, 96)
 
 
 def test_what_a_run_says_of_itself(imported, here):
