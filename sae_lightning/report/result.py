@@ -86,10 +86,11 @@ def first_screen(runs: Runs, saes: Sequence[Scored]) -> list[Block]:
     said = [f"{plural(len(runs), 'sparse autoencoder')} on {some(backbones, 5)} keep {variance} of the features' "
             f"variance with {l0} of {widths} latents active at a time."]  # fmt: skip
     numbers = [Number(variance, "of the features' variance kept"), Number(l0, "latents active at a time")]
-    single = [each for run in runs if (each := of_latents(run)) is not None]
-    if single:
+    known = [(run, each) for run in runs if (each := of_latents(run)) is not None]
+    if known:
+        single = [each for _, each in known]
         purities = span((each.means["purity"][1] for each in single), ".0%")
-        share = span((each.frequent / run["cfg"]["d_sae"] for run, each in zip(runs, single, strict=False)), ".0%")
+        share = span((each.frequent / run["cfg"]["d_sae"] for run, each in known), ".0%")
         of = f"{single[0].least} of {runs[0]['n_images']:,} {runs[0]['split']} pictures"
         said.append(f"{share} of a dictionary's latents fire on at least {of}; of the pictures that such a latent "
                     f"fires on, {purities} are of its most frequent class.")  # fmt: skip
