@@ -14,7 +14,7 @@ from sae_lightning.saes.losses import loss_terms
 from sae_lightning.training.module import SAEModule
 from tests.configs import composed
 
-D_IN, D_SAE, K, BATCH, STEPS = 24, 96, 6, 128, 120
+D_IN, D_SAE, K, BATCH, STEPS = 24, 96, 6, 128, 200
 
 PRESETS = {
     "batchtopk": "experiment=monoloss/batchtopk", "topk tied": "experiment=monoloss/topk",
