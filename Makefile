@@ -65,7 +65,7 @@ demo: $(READY)
 
 benchmark: $(READY)
 	$(PY) train.py -m experiment=benchmark
-	$(PY) evaluate.py metrics=visaebench 'metrics.protocol=[paper,released]' paths.runs=runs/benchmark
+	$(PY) evaluate.py metrics=visaebench 'metrics.protocol=[paper,released]' devices=2 paths.runs=runs/benchmark
 	$(PY) report.py paths.runs=runs/benchmark out=reports/benchmark.html detailed=10
 
 grid: $(READY)
