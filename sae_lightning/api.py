@@ -122,16 +122,15 @@ def extract(
     from sae_lightning.features.source import Source, extract_stores
 
     known = isinstance(images, str) and not Path(images).exists()
-    where = {} if not isinstance(images, str | Path) or known else {"data.path": str(Path(images).absolute())}
-    data = images if known else "folder"
+    folder = None if known or not isinstance(images, str | Path) else Path(images).absolute()
     cfg = _config(
-        "extract", {"backbone": backbone, "data": data},
-        {"features": features, "extract.batch_size": batch_size, "paths.stores": str(stores), **where,
-         **({"data.path": "."} if data == "folder" and not where else {}),
+        "extract", {"backbone": backbone, "data": images if known else "folder"},
+        {"features": features, "extract.batch_size": batch_size, "paths.stores": str(stores),
+         **({} if known else {"data.path": str(folder or ".")}),
          **({} if layer is None else {"backbone.layer": layer}), **(settings or {})},
     )  # fmt: skip
     source = Source.of(cfg)
-    found = source.images(split) if known or where else _pictures(images, labels, split)
+    found = source.images(split) if known or folder else _pictures(images, labels, split)
     return source.open(extract_stores(source, found, [source.tap])[source.tap])
 
 
@@ -268,21 +267,14 @@ def _store_of(
     features: Any, folder: Path, *, labels: Any = None, split: str = "train", grid: Any = None, progress: bool = True
 ) -> FeatureStore:
     """``features`` as a store in ``folder/stores``, which is there already or made now."""
-    from tqdm.auto import tqdm
-
-    from sae_lightning.features.importing import import_features, spooled
+    from sae_lightning.features.importing import counted, import_features, spooled
     from sae_lightning.features.store import FeatureStore
 
     if isinstance(features, FeatureStore):
         return _whole(features, folder)
     stores = folder / "stores"
     stores.mkdir(parents=True, exist_ok=True)
-    with spooled(features, stores) as (source, own), tqdm(desc="Writing features", disable=not progress) as bar:
-
-        def move(done: int, all_: int) -> None:
-            bar.total = all_
-            bar.update(done - bar.n)
-
+    with spooled(features, stores) as (source, own), counted("Writing features", progress) as move:
         return import_features(
             source, stores, labels=own if labels is None else labels, split=split, grid=grid, progress=move, named=True
         )

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress
-from tqdm.auto import tqdm
 
+from sae_lightning.backbones.taps import KINDS
 from sae_lightning.features.codec import DTYPES
 from sae_lightning.features.foreign import SUFFIXES
-from sae_lightning.features.importing import TAKEN, column_of, import_features
+from sae_lightning.features.importing import column_of, counted, import_features
 from sae_lightning.features.manifest import MANIFEST, SEVERE, Manifest, StoreError
 from sae_lightning.features.store import FeatureStore
 from sae_lightning.features.upkeep import find_stores, join_modalities, mend, merge_stores, unfinished
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     of_others.add_argument("--into", required=True, type=Path, metavar="FOLDER", help="the store to be made")
     of_others.add_argument("--backbone", help="the encoder, as it is to be shown")
     of_others.add_argument("--layer", type=int, help="of the encoder, from 0; of saev's shards the one to take")
-    of_others.add_argument("--features", choices=TAKEN, help="what they are; patch for several tokens an image")
+    of_others.add_argument("--features", choices=KINDS, help="what they are; patch for several tokens an image")
     of_others.add_argument("--grid", type=_grid, metavar="16x16", help="of patches, where rows are single tokens")
     of_others.add_argument("--prefix", type=int, help="tokens of an image before its patches, such as a class token")
     of_others.add_argument("--labels", type=Path, metavar="FILE", help=".npy, or a line of text an image")
@@ -197,12 +197,7 @@ def _join(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace) -> int:
     labels, ids = (None if file is None else column_of(file) for file in (args.labels, args.ids))
-    with tqdm(desc=f"Importing into {args.into}", unit="image", mininterval=0.5) as bar:
-
-        def progress(done: int, all_: int) -> None:
-            bar.total = all_
-            bar.update(done - bar.n)
-
+    with counted(f"Importing into {args.into}") as progress:
         store = import_features(
             args.source, args.into, args.backbone, kind=args.features, layer=args.layer, grid=args.grid,
             prefix=args.prefix, labels=labels, ids=ids, data=args.data, split=args.split, dtype=args.dtype,

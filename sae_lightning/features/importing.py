@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from sae_lightning.backbones.taps import KINDS
 from sae_lightning.data.splits import UNLABELLED, class_name
 from sae_lightning.features.arrays import Piece, as_tensor
 from sae_lightning.features.codec import DELIVERED
@@ -33,8 +35,6 @@ SHARD_BYTES, SHARDS = 256 << 20, 8  # at most, and so many where that leaves the
 BLOCK_BYTES = 4 << 20  # of float32 rows that are read at once: larger ones leave the caches
 
 COPIES = 6  # of a block of float32 rows, at most, that reading, checking and writing it keep in memory
-
-TAKEN = ("patch", "cls", "registers", "tokens", "pooled", "embedding", "text")
 
 
 def import_features(
@@ -143,6 +143,18 @@ def _check(piece: Piece, first: int, x: Tensor, dtype: str) -> None:
 
 
 @contextmanager
+def counted(title: str, shown: bool = True) -> Iterator[Callable[[int, int], object]]:
+    """A bar with a ``title`` for ``progress`` of ``import_features``, if it is to be ``shown``."""
+    with tqdm(desc=title, unit="image", mininterval=0.5, disable=not shown) as bar:
+
+        def move(done: int, all_: int) -> None:
+            bar.total = all_
+            bar.update(done - bar.n)
+
+        yield move
+
+
+@contextmanager
 def spooled(source: Any, folder: Path) -> Iterator[tuple[Any, list[Any] | None]]:
     """A ``source`` that can only be gone through (a DataLoader of features, or of features and labels) as an array that
     lies in ``folder`` meanwhile, and its labels; any other source as it is.
@@ -201,8 +213,8 @@ def _check_alike(pieces: Sequence[Piece]) -> int:
 def _kind(kind: str | None, patches: int, prefix: int) -> str:
     if kind is None:
         return "pooled" if patches == 1 else "tokens" if prefix else "patch"
-    if kind not in TAKEN:
-        raise StoreError(f"features={kind} is none of {', '.join(TAKEN)}.")
+    if kind not in KINDS:
+        raise StoreError(f"features={kind} is none of {', '.join(KINDS)}.")
     return kind
 
 
