@@ -1,7 +1,8 @@
 """What mkdocs needs beside its plugins: files of the repository that pages show or lead to, as parts of the site.
 
 Links in the sources are those that a reader of the repository follows: ``../experiments/variants/plane.png``. Pictures
-and Markdown outside of ``docs/`` become files of the site; a link to any other file keeps its text alone.
+and Markdown outside of ``docs/`` become files of the site, README its first page; a link to any other file keeps its
+text alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "experiments/**/*.md", "examples/**/*.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/**/*.md", "examples/**/*.md")
 PICTURES = ("experiments/**/*.png", "experiments/**/*.svg", "experiments/**/*.webp", "experiments/**/*.jpg")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
@@ -41,8 +42,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return found[0]
         place = posixpath.normpath(posixpath.join(folder, path))
         name = place.removeprefix("docs/")
-        if place == "README.md":
-            name = "index.md"
         if files.get_file_from_path(name) is None:
             return found[0] if (ROOT / place).exists() is False else text
         here = posixpath.relpath(name, posixpath.dirname(at) or ".")
